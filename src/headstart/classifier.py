@@ -1,0 +1,260 @@
+"""The module that is trained: a frozen backbone and a linear head."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassAUROC,
+    MulticlassCalibrationError,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+)
+from typing_extensions import Self
+
+from headstart import __version__
+from headstart.backbone import NAMED_WEIGHTS, FrozenBackbone, check_frozen, combined, tensor_digests
+from headstart.errors import UserError
+from headstart.images import preprocess, to_rgb
+from headstart.options import Fraction, ImageSize, NonNegative, Rate
+
+CHECKPOINT_LAYOUT = 1
+HEAD_KEYS = {"head.weight", "head.bias"}
+
+
+def metrics(num_classes: int, prefix: str) -> MetricCollection:
+    """Accuracy, balanced accuracy, macro F1, AUROC (one against the rest) and calibration error, all in [0, 1]."""
+    return MetricCollection(
+        {
+            "acc": MulticlassAccuracy(num_classes, average="micro"),
+            "balanced_acc": MulticlassAccuracy(num_classes, average="macro"),
+            "f1": MulticlassF1Score(num_classes, average="macro"),
+            "auroc": MulticlassAUROC(num_classes),
+            "calibration_error": MulticlassCalibrationError(num_classes, n_bins=15),
+        },
+        prefix=f"{prefix}/",
+    )
+
+
+class TransferClassifier(LightningModule):
+    """A linear head on a frozen backbone; only the head learns, and only the head is in the checkpoint.
+
+    Args:
+        class_names: by label.
+        backbone: a torchvision classification model, such as resnet18, resnet50, efficientnet_b0 or vit_b_16.
+        weights: bundled, imagenet, random, or the path of a state dict (.pth, .safetensors).
+        image_size: side of the square that the backbone sees, in pixels; None: what its weights were made for.
+        lr: peak learning rate of AdamW.
+        weight_decay: of AdamW.
+        label_smoothing: of the training loss.
+        class_weights: balanced weighs each class in the training loss by the inverse of its frequency.
+        warmup: share of the steps in which the learning rate rises, before it falls as a cosine.
+
+    Raises:
+        UserError: see ``FrozenBackbone``.
+    """
+
+    def __init__(
+        self,
+        class_names: list[str],
+        backbone: str = "resnet18",
+        weights: str = "bundled",
+        image_size: ImageSize | None = None,
+        lr: Rate = 0.003,
+        weight_decay: NonNegative = 0.01,
+        label_smoothing: Fraction = 0.1,
+        class_weights: Literal["none", "balanced"] = "none",
+        warmup: Fraction = 0.04,
+    ) -> None:
+        super().__init__()
+        if weights not in NAMED_WEIGHTS:
+            weights = str(Path(weights).expanduser().resolve())
+        # A checkpoint holds plain values alone; the command line's restricted numbers are classes of their own.
+        lr, weight_decay, label_smoothing, warmup = map(float, (lr, weight_decay, label_smoothing, warmup))
+        image_size = None if image_size is None else int(image_size)
+        self.save_hyperparameters()
+        self.class_names = list(class_names)
+        self.backbone = FrozenBackbone(backbone, weights, image_size)
+        self.head = nn.Linear(self.backbone.num_features, len(class_names))
+        self.val_metrics = metrics(len(class_names), "val")
+        self.test_metrics = metrics(len(class_names), "test")
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+        self.confusion = MulticlassConfusionMatrix(len(class_names))
+        self.loss_weights: Tensor | None = None
+        self.confusion_counts: Tensor | None = None
+        self._digests = tensor_digests(self.backbone)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Images [B, 3, H, W] uint8, or ready features [B, D] -> logits [B, num_classes]."""
+        features = inputs if inputs.ndim == 2 else self.backbone(inputs)
+        logits: Tensor = self.head(features)
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        inputs, labels = batch
+        loss = functional.cross_entropy(
+            self(inputs), labels, weight=self.loss_weights, label_smoothing=self.hparams["label_smoothing"]
+        )
+        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        self._evaluate(batch, "val", self.val_metrics, self.val_loss)
+
+    def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        self._evaluate(batch, "test", self.test_metrics, self.test_loss)
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], split: str, scores: MetricCollection, loss: MeanMetric) -> None:
+        inputs, labels = batch
+        logits = self(inputs)
+        probabilities = logits.float().softmax(dim=1)
+        loss.update(functional.cross_entropy(logits.float(), labels, reduction="none"))
+        scores.update(probabilities, labels)
+        self.confusion.update(probabilities, labels)
+        self.log(f"{split}/loss", loss, on_epoch=True)
+        self.log_dict(scores, on_epoch=True)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW on the head; the learning rate rises linearly, then falls as half a cosine, step by step."""
+        optimizer = torch.optim.AdamW(
+            self.head.parameters(), lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"]
+        )
+        steps = self.trainer.estimated_stepping_batches
+        rising = 0 if math.isinf(steps) else round(steps * self.hparams["warmup"])
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warmup_cosine, rising=rising, steps=steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_validation_epoch_end(self) -> None:
+        self._count_confusion()
+
+    def on_test_epoch_end(self) -> None:
+        self._count_confusion()
+
+    def _count_confusion(self) -> None:
+        """Keeps the last evaluation's confusion matrix: [true, predicted] counts, over all ranks."""
+        self.confusion_counts = self.confusion.compute().cpu()
+        self.confusion.reset()
+
+    def on_fit_start(self) -> None:
+        check_frozen(self.backbone, self._digests)
+        if self.hparams["class_weights"] == "balanced":
+            counts = self.trainer.datamodule.counts("train").to(self.device)  # type: ignore[attr-defined]
+            self.loss_weights = counts.sum() / (len(counts) * counts.clamp(min=1))
+
+    def on_fit_end(self) -> None:
+        check_frozen(self.backbone, self._digests)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the head, and what its features came from."""
+        checkpoint["state_dict"] = {
+            name: tensor for name, tensor in checkpoint["state_dict"].items() if name in HEAD_KEYS
+        }
+        checkpoint["headstart"] = {
+            "layout": CHECKPOINT_LAYOUT,
+            "version": __version__,
+            "class_names": self.class_names,
+            "backbone": self.backbone.name,
+            "weights": self.backbone.weights,
+            "digest": combined(self._digests),
+            "scores": {
+                name: float(value) for name, value in self.trainer.callback_metrics.items() if name.startswith("val/")
+            },
+            "preprocessing": {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in asdict(self.backbone.preprocessing).items()
+            },
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a head that belongs to other classes or another backbone.
+
+        Raises:
+            UserError: one line with both.
+        """
+        made = checkpoint["headstart"]
+        if made["class_names"] != self.class_names:
+            raise UserError(
+                f"checkpoint: its classes are {_short(made['class_names'])}, the data's {_short(self.class_names)}"
+            )
+        mine = combined(self._digests)
+        if made["digest"] != mine:
+            raise UserError(
+                f"checkpoint: its head belongs to the backbone {made['backbone']}, {made['weights']} "
+                f"({made['digest'][:12]}), not to {self.backbone.name}, {self.backbone.weights} ({mine[:12]}); "
+                "give the weights it was trained on"
+            )
+        # The backbone is not in the file; with its own tensors in place Lightning's strict loading checks the head.
+        backbone = {f"backbone.{name}": tensor for name, tensor in self.backbone.state_dict().items()}
+        checkpoint["state_dict"] = backbone | checkpoint["state_dict"]
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """As Lightning's, from a local file; no code in the file is executed.
+
+        Raises:
+            UserError: the file is missing, damaged or no checkpoint of a head.
+        """
+        read_checkpoint(Path(checkpoint_path))
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs | {"weights_only": True})
+
+    @torch.no_grad()
+    def predict(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
+        """Class probabilities of one PIL image -> [num_classes], or of several -> [B, num_classes]."""
+        if isinstance(images, Image.Image):
+            return self.predict([images])[0]
+        pixels = torch.stack([preprocess(to_rgb(image), self.backbone.preprocessing) for image in images])
+        self.eval()
+        logits: Tensor = self(pixels.to(self.device))
+        return logits.softmax(dim=1).cpu()
+
+
+def read_checkpoint(path: Path, logs: Path = Path("logs")) -> dict[str, Any]:
+    """The content of a checkpoint of a head; no code in the file is executed.
+
+    Args:
+        path: of a local file.
+        logs: where to look for others when there is none.
+
+    Raises:
+        UserError: the file is missing, damaged or no checkpoint of a head.
+    """
+    if not path.is_file():
+        candidates = sorted((path if path.is_dir() else logs).rglob("*.ckpt"), key=lambda found: found.stat().st_mtime)
+        near = f"; there are {', '.join(map(str, candidates[:-4:-1]))}" if candidates else ""
+        raise UserError(f"--ckpt_path={path}: is no file{near}")
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        made = checkpoint.get("headstart", {})
+        keys = set(checkpoint["state_dict"])
+    except Exception as error:  # whatever the file holds: zip and pickle raise a dozen kinds
+        raise UserError(f"--ckpt_path={path}: is damaged or no checkpoint; try another of {path.parent}") from error
+    if made.get("layout") != CHECKPOINT_LAYOUT or keys != HEAD_KEYS:
+        raise UserError(
+            f"--ckpt_path={path}: holds no head of layout {CHECKPOINT_LAYOUT} (this is headstart {__version__}) but "
+            f"{made.get('layout', 'something else')} (headstart {made.get('version', 'unknown')}); train it again"
+        )
+    return checkpoint
+
+
+def warmup_cosine(step: int, rising: int, steps: float) -> float:
+    """The learning rate as a share of its peak: a linear rise over ``rising`` steps, then half a cosine to 0.
+
+    Without an end (``steps`` infinite) it stays at its peak.
+    """
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def _short(names: Sequence[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"

@@ -1,0 +1,51 @@
+"""The command `headstart`: which verb does what, and how it ends."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from headstart.errors import UserError
+
+USAGE = """usage: headstart VERB [options]
+
+  train     train a head on a folder of images, test it, and say where the run is
+  cache     list, verify or prune the features that are kept between runs
+
+headstart VERB --help lists the options of a verb."""
+
+
+def main(args: Sequence[str] | None = None, root: Path | None = None) -> Any:
+    """Runs a verb; a user's mistake ends in one line and exit status 2.
+
+    Args:
+        args: the verb and its options; None: the process's own.
+        root: the data that `train` takes when none is given.
+
+    Returns:
+        What the verb gives; of `train`, the content of its `result.json`.
+    """
+    verb, *options = list(sys.argv[1:] if args is None else args) or ["--help"]
+    # torch takes seconds to import, so a verb's module is imported when it is used.
+    try:
+        if verb == "train":
+            from headstart.training import train
+
+            return train(options, root)
+        if verb == "cache":
+            from headstart.cache_command import cache
+
+            return cache(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if verb in ("-h", "--help"):
+        print(USAGE)
+        return None
+    print(f"error: headstart {verb}: no such verb; headstart --help lists them", file=sys.stderr)
+    sys.exit(2)
+
+
+def console() -> None:
+    """The installed command; what a verb returns is for Python alone, not an exit status."""
+    main()

@@ -1,0 +1,416 @@
+"""From a folder of images, or a dataset, to splits and batches."""
+
+import hashlib
+import os
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from pytorch_lightning import LightningDataModule, Trainer
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from headstart import folders, splits
+from headstart.backbone import FrozenBackbone
+from headstart.content import ContentIndex
+from headstart.errors import UserError
+from headstart.features import (
+    FeatureCache,
+    FeatureMatrix,
+    FeaturePrecision,
+    NonFiniteFeatures,
+    cache_folder,
+    cache_key,
+    feature_dtype,
+)
+from headstart.images import MAX_PIXELS, Augment, UnreadableImage, to_rgb
+from headstart.loaders import EpochOrder, FeatureLoader, ImageDataset
+from headstart.options import Count, Fraction, OpenFraction, Positive
+from headstart.splits import SPLITS, Item, Split
+from headstart.terminal import images_bar, say
+
+# Skipping more images than this, and more than this share, is no accident of single files.
+MAX_SKIPPED, MAX_SKIPPED_SHARE = 5, 0.05
+TABLE_ROWS = 24
+
+
+class ImageData(LightningDataModule):
+    """What a folder and a dataset have in common: splits, features or pixels, batches.
+
+    ``setup`` takes the preprocessing from the frozen backbone of the module that the trainer holds. With ``cache`` the
+    batches are (features [B, D], labels [B]), else (images [B, 3, H, W] uint8, labels [B]).
+
+    Args:
+        class_names: by label.
+        batch_size: images a step, over all devices.
+        num_workers: threads or processes that decode images; None: one a processor core, at most 8.
+        augment: how training images vary: none; light (crops and flips); strong (smaller crops, colours, rotations).
+        cache: compute each image's features once and keep them; false decodes the images in every epoch.
+        views: with the cache, how many views of a training image to keep: itself, and views - 1 augmented ones.
+        view_seed: of the augmented views.
+        cache_dir: where features are kept; None: $HEADSTART_CACHE, else the user's cache folder.
+        feature_precision: arithmetic of cached features; auto: bf16 where the device computes it fast, else fp32.
+        val_fraction: share of the images for validation.
+        test_fraction: share of the images for the test; 0: no test.
+        split_seed: another seed, another split.
+        splits: a run's splits.csv, to split as that run did; None: by content and seed.
+        limit: at most so many training images a class; None: all.
+        max_pixels: images of more pixels are left out.
+
+    Raises:
+        UserError: the options contradict each other.
+    """
+
+    def __init__(
+        self,
+        class_names: list[str],
+        batch_size: Positive = 32,
+        num_workers: Count | None = None,
+        augment: Augment = "none",
+        cache: bool = True,
+        views: Positive = 1,
+        view_seed: Count = 0,
+        cache_dir: str | None = None,
+        feature_precision: FeaturePrecision = "auto",
+        val_fraction: OpenFraction = 0.15,
+        test_fraction: Fraction = 0.15,
+        split_seed: Count = 0,
+        splits: str | None = None,
+        limit: Positive | None = None,
+        max_pixels: Positive = MAX_PIXELS,
+    ) -> None:
+        super().__init__()
+        self.class_names = class_names
+        self.batch_size = batch_size
+        self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
+        self.augment: Augment = augment
+        self.cache, self.views, self.view_seed = cache, views, view_seed
+        self.cache_dir = cache_folder(cache_dir)
+        self.feature_precision: FeaturePrecision = feature_precision
+        self.val_fraction, self.test_fraction, self.split_seed = val_fraction, test_fraction, split_seed
+        self.splits_file = Path(splits).expanduser() if splits else None
+        self.limit, self.max_pixels = limit, max_pixels
+        self.items: list[Item] = []
+        self.skipped: dict[str, str] = {}
+        self.seconds = {"scan": 0.0, "features": 0.0}
+        self._views: dict[Split, list[FeatureMatrix]] = {}
+        self._check_options()
+
+    @abstractmethod
+    def scan(self) -> list[Item]:
+        """Lists the images with the hash of their content; those that cannot be read go to ``skipped``."""
+
+    @abstractmethod
+    def reader(self, shorter_side: int) -> Callable[[Item], Image.Image]:
+        """A function, for threads and processes, that decodes an image to RGB or raises ``UnreadableImage``."""
+
+    def setup(self, stage: str) -> None:
+        """Scans, splits, and computes or reads the features; once."""
+        if self.items:
+            return
+        trainer = self._attached()
+        if self.batch_size % trainer.world_size:
+            raise UserError(
+                f"--data.batch_size={self.batch_size} is over all devices: give a multiple of {trainer.world_size}"
+            )
+        with self._timed("scan"):
+            items = self.scan()
+            if not self.cache:
+                self._skip_unreadable(items)
+        clean = self._cache(view=False) if self.cache else None
+        with self._timed("features"):
+            if clean:
+                self._fill(clean, {item.digest: (item, 0) for item in items})
+        self._check_skips(items)
+        self.items = self._split([item for item in items if item.path not in self.skipped])
+        self._say_counts()
+        with self._timed("features"):
+            if clean:
+                self._arrange(clean)
+
+    def counts(self, split: Split) -> Tensor:
+        """Images a class in a split -> [num_classes]."""
+        return torch.bincount(self.labels(split), minlength=len(self.class_names))
+
+    def labels(self, split: Split) -> Tensor:
+        """The class index of each image of a split -> [N]."""
+        return torch.tensor([item.label for item in self.of(split)], dtype=torch.long)
+
+    def of(self, split: Split) -> list[Item]:
+        """The images of a split, in the order in which evaluation takes them."""
+        return [item for item in self.items if item.split == split]
+
+    def features(self, split: Split) -> FeatureMatrix:
+        """The cached features of a split's images, unaugmented."""
+        return self._views[split][0]
+
+    def train_dataloader(self) -> Any:
+        return self._loader("train")
+
+    def val_dataloader(self) -> Any:
+        return self._loader("val")
+
+    def test_dataloader(self) -> Any:
+        return self._loader("test")
+
+    def _attached(self) -> Trainer:
+        if self.trainer is None:
+            raise UserError(
+                "the data takes its preprocessing from the model: give both to a Trainer, as the README does"
+            )
+        return self.trainer
+
+    @property
+    def _backbone(self) -> FrozenBackbone:
+        return cast(FrozenBackbone, self._attached().lightning_module.backbone)
+
+    def _check_options(self) -> None:
+        if self.cache and self.augment != "none" and self.views == 1:
+            raise UserError(
+                f"--data.augment={self.augment}: a cached image has one view; keep several with --data.views=8, "
+                "or augment without limit with --data.cache=false"
+            )
+        if self.views > 1 and (self.augment == "none" or not self.cache):
+            raise UserError(
+                f"--data.views={self.views}: are augmented and cached; add --data.augment=light, and leave the cache on"
+            )
+        if self.val_fraction + self.test_fraction >= 1:
+            raise UserError("--data.val_fraction and --data.test_fraction leave nothing to train on; lower them")
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - started
+
+    def _pixels(self, items: Sequence[Item], policy: Augment) -> ImageDataset:
+        preprocessing = self._backbone.preprocessing
+        return ImageDataset(items, self.reader(preprocessing.resize_size), preprocessing, policy, self.view_seed)
+
+    def _skip_unreadable(self, items: Sequence[Item]) -> None:
+        """Without a cache, whose extraction finds them, unreadable images are found by decoding all once."""
+        pixels = self._pixels(items, "none")
+
+        def reason(item: Item) -> str | None:
+            try:
+                pixels.view(item, 0)
+            except UnreadableImage as error:
+                return str(error)
+            return None
+
+        with ThreadPoolExecutor(max(1, self.num_workers)) as pool, images_bar("checking", len(items)) as advance:
+            for item, why in zip(items, pool.map(reason, items), strict=True):
+                advance(1)
+                if why is not None:
+                    self.skipped[item.path] = why
+
+    def _check_skips(self, items: Sequence[Item]) -> None:
+        """Says what is left out, and stops where that is too much to be an accident."""
+        if not self.skipped:
+            return
+        first = "; ".join(f"{path}: {reason}" for path, reason in list(self.skipped.items())[:3])
+        total = len({item.path for item in items} | set(self.skipped))
+        if len(self.skipped) > max(MAX_SKIPPED, MAX_SKIPPED_SHARE * total):
+            raise UserError(f"{len(self.skipped)} of {total} images cannot be read ({first}); mend or remove them")
+        say(f"data: {len(self.skipped)} of {total} images are left out ({first}); all in skipped.csv")
+
+    def _split(self, items: Sequence[Item]) -> list[Item]:
+        if self.splits_file:
+            items = splits.frozen(items, self.splits_file)
+        present = {item.label for item in items}
+        for label, name in enumerate(self.class_names):
+            if label not in present:
+                raise UserError(f"class {name!r}: no readable image; add some or remove its folder")
+        assigned = splits.assign(items, self.class_names, self.val_fraction, self.test_fraction, self.split_seed)
+        if shared := splits.shared_between_splits(assigned):
+            say(f"data: {shared} images are in more than one split, byte for byte, which inflates scores; remove them")
+        return splits.limited(assigned, self.limit) if self.limit else assigned
+
+    def _say_counts(self) -> None:
+        counts = {split: self.counts(split).tolist() for split in SPLITS if self.of(split)}
+        table = Table("class", *counts, title=f"{len(self.items)} images")
+        for label, name in list(enumerate(self.class_names))[:TABLE_ROWS]:
+            table.add_row(name, *(str(count[label]) for count in counts.values()))
+        if len(self.class_names) > TABLE_ROWS:
+            table.add_row(f"… {len(self.class_names) - TABLE_ROWS} more", *("…" for _ in counts))
+        table.add_section()
+        table.add_row("all", *(str(sum(count)) for count in counts.values()))
+        say(table)
+        trained = counts.get("train", [0])
+        if max(trained) > 10 * max(1, min(trained)):
+            say("data: the classes are uneven; watch the balanced accuracy, try --model.class_weights=balanced")
+
+    def _cache(self, view: bool) -> FeatureCache:
+        device = self._attached().strategy.root_device
+        key = cache_key(
+            self._backbone,
+            device,
+            feature_dtype(self.feature_precision, device),
+            self.max_pixels,
+            {"policy": self.augment, "seed": self.view_seed} if view else {"policy": "none"},
+        )
+        return FeatureCache(self.cache_dir, key)
+
+    def _fill(self, cache: FeatureCache, rows: Mapping[bytes, tuple[Item, int]]) -> None:
+        """Computes what the cache lacks of the rows, each an image and the number of its view."""
+        pixels = self._pixels([], self.augment)
+        device = self._attached().strategy.root_device
+
+        def read(row: bytes) -> Tensor:
+            return pixels.view(*rows[row])
+
+        try:
+            failures = cache.fill(list(rows), read, self._backbone, device, self.num_workers)
+        except NonFiniteFeatures as error:
+            raise UserError(f"{rows[error.row][0].path}: its features are not finite; remove it") from error
+        self.skipped |= {rows[row][0].path: reason for row, reason in failures.items()}
+
+    def _arrange(self, clean: FeatureCache) -> None:
+        """One matrix a split, and one more a view for training."""
+        device = self._attached().strategy.root_device
+        for split in SPLITS:
+            self._views[split] = [clean.matrix([item.digest for item in self.of(split)]).to(device)]
+        if self.views > 1:
+            trained = self.of("train")
+            names = [[_view_row(item, view) for item in trained] for view in range(1, self.views)]
+            rows = {
+                name: (item, view)
+                for view, of_view in enumerate(names, 1)
+                for name, item in zip(of_view, trained, strict=True)
+            }
+            augmented = self._cache(view=True)
+            self._fill(augmented, rows)
+            self._views["train"] += [augmented.matrix(of_view).to(device) for of_view in names]
+
+    def _loader(self, split: Split) -> Any:
+        items, trainer = self.of(split), self._attached()
+        if not items:
+            return []
+        training = split == "train"
+        # The order's seed is the run's, which `seed_everything` leaves in the environment.
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if training else None
+        order = EpochOrder(len(items), self.batch_size, seed, trainer.global_rank, trainer.world_size)
+        # Lightning sets the epoch too late for the first one of a resumed run (pytorch-lightning#21938).
+        order.set_epoch(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+        if self.cache:
+            return FeatureLoader(self._views[split], self.labels(split), order)
+        return DataLoader(
+            self._pixels(items, self.augment if training else "none"),
+            batch_sampler=order,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=trainer.strategy.root_device.type == "cuda",
+            # Without a generator of its own each epoch draws from the global one, and a resumed run differs.
+            generator=torch.Generator().manual_seed(0),
+        )
+
+
+def _view_row(item: Item, view: int) -> bytes:
+    return hashlib.sha256(b"view %d " % view + item.digest).digest()
+
+
+class ImageFolderData(ImageData):
+    """A folder of class folders, split by content; or one that holds ``train``, ``val`` and maybe ``test``, used so.
+
+    Without a ``val`` folder, ``train`` is split; without a ``test`` folder there is no test.
+
+    Args:
+        root: the folder.
+        kwargs: as of ``ImageData``.
+
+    Raises:
+        UserError: the folder is of neither form; the message says what is missing.
+    """
+
+    def __init__(self, root: str, **kwargs: Any) -> None:
+        self.root = folders.existing(root)
+        self.folders = folders.of_splits(self.root)
+        super().__init__(class_names=folders.class_names(self.folders), **kwargs)
+        if "test" in self.folders.values():
+            self.test_fraction = 0.0  # what `train` is split for is validation alone
+
+    def scan(self) -> list[Item]:
+        listed = [
+            Item(path.relative_to(self.root).as_posix(), label, split=split)
+            for folder, split in self.folders.items()
+            for label, name in enumerate(self.class_names)
+            for path in folders.images(folder / name)
+        ]
+        index = ContentIndex(self.root, self.cache_dir / "index" if self.cache else None)
+        with images_bar("scan", len(listed)) as advance:
+            digests, unreadable = index.digests([item.path for item in listed], advance)
+        self.skipped |= unreadable
+        return [replace(item, digest=digests[item.path]) for item in listed if item.path in digests]
+
+    def reader(self, shorter_side: int) -> Callable[[Item], Image.Image]:
+        return partial(folders.read, self.root, shorter_side=shorter_side, max_pixels=self.max_pixels)
+
+
+class DatasetData(ImageData):
+    """Any datasets of (PIL image, label): of torchvision, or your own.
+
+    Args:
+        train: a map-style dataset of (image, label) pairs.
+        val: likewise; None: images of ``train`` validate.
+        test: likewise; None: images of ``train`` test.
+        class_names: by label; None: the dataset's own ``classes``.
+        kwargs: as of ``ImageData``.
+    """
+
+    def __init__(
+        self,
+        train: Dataset[Any],
+        val: Dataset[Any] | None = None,
+        test: Dataset[Any] | None = None,
+        class_names: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        given: dict[str, tuple[Dataset[Any] | None, Split | None]] = {
+            "train": (train, "train" if val and test else None),
+            "val": (val, "val"),
+            "test": (test, "test"),
+        }
+        self.datasets = {name: (dataset, split) for name, (dataset, split) in given.items() if dataset is not None}
+        names = class_names or getattr(train, "classes", None)
+        if names is None:
+            raise UserError("DatasetData: give class_names, since the dataset has no `classes`")
+        super().__init__(class_names=list(names), **kwargs)
+        self.val_fraction = 0.0 if val else self.val_fraction
+        self.test_fraction = 0.0 if test else self.test_fraction
+
+    def scan(self) -> list[Item]:
+        keys = [
+            (name, index, split)
+            for name, (dataset, split) in self.datasets.items()
+            for index in range(len(dataset))  # type: ignore[arg-type]
+        ]
+        with images_bar("scan", len(keys)) as advance:
+            return [self._item(*key, advance) for key in keys]
+
+    def reader(self, shorter_side: int) -> Callable[[Item], Image.Image]:
+        return partial(read_sample, {name: dataset for name, (dataset, _) in self.datasets.items()})
+
+    def _item(self, name: str, index: int, split: Split | None, advance: Callable[[int], None]) -> Item:
+        image, label = self.datasets[name][0][index]
+        if not isinstance(image, Image.Image):
+            raise UserError(
+                f"DatasetData: {name}[{index}] gives a {type(image).__name__} and no PIL image; drop transforms"
+            )
+        advance(1)
+        content = f"{image.mode} {image.size} ".encode() + image.tobytes()
+        return Item(f"{name}/{index}", int(label), hashlib.sha256(content).digest(), split)
+
+
+def read_sample(datasets: Mapping[str, Dataset[Any]], item: Item) -> Image.Image:
+    """The image of a dataset's sample, as RGB."""
+    name, index = item.path.split("/")
+    return to_rgb(datasets[name][int(index)][0])

@@ -1,0 +1,119 @@
+"""From the bytes of a file to the pixels that a backbone sees: decoding, preprocessing, augmentation."""
+
+import hashlib
+import io
+import threading
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional
+
+from headstart.backbone import Preprocessing
+
+Augment = Literal["none", "light", "strong"]
+
+# Part of the cache's key: raise it when the same bytes would give other pixels.
+DECODER_VERSION = 1
+MIN_SIDE = 8
+MAX_ASPECT = 20
+MAX_PIXELS = 89_478_485  # PIL's own limit against decompression bombs
+
+_random = threading.Lock()
+
+
+class UnreadableImage(Exception):
+    """An image that is left out; the message is the reason, in a few words."""
+
+
+def decode(data: bytes, shorter_side: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes an image of any mode and orientation in full, to RGB.
+
+    Transparency is laid on white, 16 bits are scaled to 8, the EXIF orientation is applied, and an animation gives
+    its first frame. A JPEG is decoded at a reduced scale where that still leaves ``shorter_side`` pixels.
+
+    Args:
+        data: the file's content.
+        shorter_side: the size that the shorter side will be resized to, in pixels.
+        max_pixels: images of more pixels are not decoded.
+
+    Raises:
+        UnreadableImage: it is no image, damaged, too small or too large.
+    """
+    Image.MAX_IMAGE_PIXELS = max_pixels  # PIL's own guard, at opening
+    try:
+        image = Image.open(io.BytesIO(data))
+        width, height = image.size
+        if width * height > max_pixels:
+            raise UnreadableImage(f"{width} x {height} pixels, more than --data.max_pixels={max_pixels}")
+        if min(width, height) < MIN_SIDE:
+            raise UnreadableImage(f"{width} x {height} pixels, smaller than {MIN_SIDE} a side")
+        image.draft(None, (shorter_side, shorter_side))  # None keeps the mode
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image))
+    except UnreadableImage:
+        raise
+    except UnidentifiedImageError as error:
+        raise UnreadableImage("empty file" if not data else "not an image") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UnreadableImage(f"more pixels than --data.max_pixels={max_pixels}") from error
+    except Exception as error:  # damaged files raise OSError, SyntaxError, ValueError, struct.error and more
+        raise UnreadableImage(f"damaged: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB: 16 bits scaled to 8, transparency on white."""
+    if image.mode.startswith("I"):  # 16 bits, which PIL would clip to white
+        scaled = np.asarray(image, dtype=np.uint32) // 257
+        image = Image.fromarray(scaled.clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        layered = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, layered).convert("RGB")
+    return image.convert("RGB")
+
+
+def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
+    """Resizes the shorter side and crops the centre -> [3, H, W] uint8; the backbone itself normalises."""
+    size, crop = preprocessing.resize_size, preprocessing.crop_size
+    resized = functional.resize(_bounded(image), [size], InterpolationMode(preprocessing.interpolation))
+    pixels: Tensor = functional.pil_to_tensor(functional.center_crop(resized, [crop, crop]))
+    return pixels
+
+
+def _bounded(image: Image.Image) -> Image.Image:
+    """The centre of a very long image, so that resizing its shorter side cannot fill the memory."""
+    width, height = image.size
+    longest = MAX_ASPECT * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    centre: Image.Image = functional.center_crop(image, [min(height, longest), min(width, longest)])
+    return centre
+
+
+def augment(image: Image.Image, policy: Augment, preprocessing: Preprocessing, seed: int) -> Tensor:
+    """A random view of the image -> [3, H, W] uint8; the same seed gives the same view."""
+    transform = _policy(policy, preprocessing)
+    # torchvision draws from torch's global generator, which threads share.
+    with _random, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        pixels: Tensor = functional.pil_to_tensor(transform(_bounded(image)))
+        return pixels
+
+
+def _policy(policy: Augment, preprocessing: Preprocessing) -> v2.Transform:
+    interpolation = InterpolationMode(preprocessing.interpolation)
+    smallest = {"none": 1.0, "light": 0.6, "strong": 0.3}[policy]
+    crop = v2.RandomResizedCrop(preprocessing.crop_size, scale=(smallest, 1.0), interpolation=interpolation)
+    steps: list[v2.Transform] = [crop, v2.RandomHorizontalFlip()]
+    if policy == "strong":
+        steps.append(v2.TrivialAugmentWide(interpolation=interpolation))
+    return v2.Compose(steps)
+
+
+def view_seed(seed: int, digest: bytes, view: int) -> int:
+    """The seed of an image's view: a function of the content, not of the order in which images come."""
+    return int.from_bytes(hashlib.sha256(b"%d %d " % (seed, view) + digest).digest()[:8], "big", signed=True)

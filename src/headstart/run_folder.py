@@ -1,0 +1,187 @@
+"""A run's own folder: claimed once, never overwritten, with all that is needed to repeat and to judge the run."""
+
+import csv
+import io
+import json
+import platform
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import PIL
+import torch
+import torchvision
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import TensorBoardLogger
+
+import headstart
+from headstart import splits
+from headstart.backbone import FrozenBackbone
+from headstart.content import write_atomically
+from headstart.errors import UserError
+
+RESULT = "result.json"
+
+
+def claim(logs: Path, name: str) -> Path:
+    """Makes ``logs/name/<start time>``; ``mkdir`` fails where the folder exists, so no two runs get the same.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+    start = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    attempt = 1
+    while True:
+        folder = logs / name / (start if attempt == 1 else f"{start}_{attempt}")
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+            return folder.resolve()
+        except FileExistsError:
+            attempt += 1
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be made ({error.strerror}); choose --trainer.default_root_dir"
+            ) from error
+
+
+def newest_unfinished(logs: Path, name: str) -> Path:
+    """The newest run of the name that has a ``last.ckpt`` and no ``result.json``.
+
+    Raises:
+        UserError: there is none.
+    """
+    started = sorted((logs / name).glob("*/checkpoints/last.ckpt"), reverse=True)
+    for path in started:
+        if not (path.parent.parent / RESULT).exists():
+            return path.resolve()
+    raise UserError(
+        f"--ckpt_path=last: no unfinished run below {logs / name}; give a checkpoint's path, or leave it out"
+    )
+
+
+class RunLogger(TensorBoardLogger):
+    """TensorBoard, in the run's folder; it has no experiment before the folder is claimed.
+
+    Lightning asks ``hasattr(logger, "experiment")`` before the data is read, and a run that its data stops should leave
+    no folder behind.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(save_dir="", name="", version="", default_hp_metric=False)
+        self.folder: Path | None = None
+
+    @property
+    def log_dir(self) -> str:
+        return str(self.folder) if self.folder else ""
+
+    @property
+    def save_dir(self) -> str:
+        return self.log_dir
+
+    @property
+    def experiment(self) -> Any:
+        if self.folder is None:
+            raise AttributeError("no run folder yet")
+        return super().experiment
+
+
+class RunFolder(Callback):
+    """Claims the run's folder when a fit starts, and keeps its files.
+
+    Args:
+        logs: where runs land.
+        name: of the run; the folder is ``logs/name/<start time>``.
+        config: the run's configuration as YAML; repeats it.
+        settings: the configuration's values by dotted name, for the hparams.
+        command: that started the run.
+        resumed: the folder of the run that goes on, instead of a new one.
+    """
+
+    def __init__(
+        self, logs: Path, name: str, config: str, settings: dict[str, Any], command: str, resumed: Path | None = None
+    ) -> None:
+        self.logs, self.name, self.config, self.settings, self.command = logs, name, config, settings, command
+        self.resumed = resumed
+        self.folder: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """After the data's own setup; before that of the checkpoint callbacks, which Lightning puts last."""
+        dry = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by Lightning at run time
+        if stage != "fit" or dry or self.folder:
+            return
+        chosen = (self.resumed or claim(self.logs, self.name)) if trainer.is_global_zero else None
+        self.folder = trainer.strategy.broadcast(chosen)
+        assert self.folder
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.folder = self.folder
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(self.folder / "checkpoints")
+        if trainer.is_global_zero and not self.resumed:
+            self._write_inputs(trainer.datamodule)  # type: ignore[attr-defined]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(logger := trainer.logger, RunLogger) and trainer.is_global_zero and not self.resumed:
+            # The HParams tab stays empty unless the metric is named at the start.
+            logger.log_hyperparams(self.settings, {"hp/val_acc": 0.0})
+            logger.experiment.add_text("run", self._card(trainer.datamodule))  # type: ignore[attr-defined]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(logger := trainer.logger, RunLogger) and trainer.is_global_zero and logger.folder:
+            logger.experiment.flush()  # else a killed run shows nothing of its last two minutes
+
+    def finish(self, trainer: Trainer, scores: dict[str, float], seconds: dict[str, float]) -> dict[str, Any]:
+        """Writes ``result.json`` and the score by which the HParams tab compares runs."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        backbone = cast(FrozenBackbone, trainer.lightning_module.backbone)
+        made: dict[str, Any] = {
+            "scores": scores,
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "images": {split: len(data.of(split)) for split in splits.SPLITS},
+            "classes": len(data.class_names),
+            "skipped": len(data.skipped),
+            "backbone": backbone.name,
+            "weights": backbone.weights,
+            "digest": backbone.digest(),
+            "command": self.command,
+            "versions": versions(),
+        }
+        result = scores | {name: value for name, value in made.items() if name != "scores"}
+        if self.folder and trainer.is_global_zero:
+            if isinstance(trainer.logger, RunLogger):
+                trainer.logger.log_metrics({"hp/val_acc": scores["val/acc"]}, trainer.global_step)
+                trainer.logger.save()
+            write_atomically(self.folder / RESULT, json.dumps(result, indent=2).encode())
+        return result
+
+    def _write_inputs(self, data: Any) -> None:
+        assert self.folder
+        table = io.StringIO()
+        csv.writer(table).writerows([["path", "reason"], *data.skipped.items()])
+        (self.folder / "config.yaml").write_text(self.config)
+        (self.folder / "splits.csv").write_text(splits.to_csv(data.items, data.class_names), newline="")
+        (self.folder / "skipped.csv").write_text(table.getvalue(), newline="")
+
+    def _card(self, data: Any) -> str:
+        counts = "\n".join(f"| {split} | {len(data.of(split))} |" for split in splits.SPLITS)
+        return (
+            f"`{self.command}`\n\n| split | images |\n|---|---|\n{counts}\n\n"
+            f"{len(data.class_names)} classes, {len(data.skipped)} images left out\n\n"
+            f"```yaml\n{self.config}```"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers may depend on."""
+    return {
+        "headstart": headstart.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "pytorch-lightning": version("pytorch-lightning"),
+        "pillow": PIL.__version__,
+    }

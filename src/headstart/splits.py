@@ -1,0 +1,140 @@
+"""Which image trains, which validates, which tests: a function of its content, so that it never moves."""
+
+import csv
+import hashlib
+import io
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from headstart.errors import UserError
+from headstart.terminal import say
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+COLUMNS = ["split", "class", "path", "sha256"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image: where it is, what it shows, what it holds, where it belongs.
+
+    Attributes:
+        path: relative to the data's root, with forward slashes; of a dataset, its name and the index.
+        label: the index of its class.
+        digest: sha256 of its content.
+        split: None until it is assigned.
+    """
+
+    path: str
+    label: int
+    digest: bytes = b""
+    split: Split | None = None
+
+
+def assign(items: Sequence[Item], class_names: Sequence[str], val: float, test: float, seed: int) -> list[Item]:
+    """Gives each image without a split its own, by the hash of the seed and its content.
+
+    A new image never moves an old one, and identical images share a split. A class that would be missing from a split
+    gets its lowest-hashed image there; that is said, and is the one case in which a new image can move another.
+
+    Args:
+        items: of which some may have a split already; those keep it.
+        class_names: by label.
+        val: share of the images, in [0, 1).
+        test: likewise.
+        seed: another seed, another split.
+
+    Raises:
+        UserError: a class has fewer different images than there are splits.
+    """
+    fractions: dict[Split, float] = {"test": test, "val": val, "train": 1 - val - test}
+    needed = [split for split, fraction in fractions.items() if fraction > 0]
+    digests: dict[int, set[bytes]] = defaultdict(set)
+    for item in items:
+        if item.split is None:
+            digests[item.label].add(item.digest)
+    hashes = {digest: _unit_hash(seed, digest) for of_class in digests.values() for digest in of_class}
+    places = {digest: _place(value, val, test) for digest, value in hashes.items()}
+    for label, of_class in sorted(digests.items()):
+        _fill(sorted(of_class, key=hashes.__getitem__), places, needed, class_names[label])
+    return [item if item.split else replace(item, split=places[item.digest]) for item in items]
+
+
+def _unit_hash(seed: int, digest: bytes) -> float:
+    """A number in [0, 1), uniform over contents."""
+    return int.from_bytes(hashlib.sha256(b"split %d " % seed + digest).digest()[:6], "big") / 2**48
+
+
+def _place(value: float, val: float, test: float) -> Split:
+    if value < test:
+        return "test"
+    return "val" if value < test + val else "train"
+
+
+def _fill(ranked: Sequence[bytes], places: dict[bytes, Split], needed: Sequence[Split], name: str) -> None:
+    """Moves the lowest-hashed image that its split can spare into each split that the class is missing from."""
+    if len(ranked) < len(needed):
+        raise UserError(
+            f"class {name!r}: {len(ranked)} different image(s), and {len(needed)} are needed to be in every split "
+            f"({', '.join(needed)}); add images or remove its folder"
+        )
+    for split in needed:
+        sizes = Counter(places[digest] for digest in ranked)
+        if not sizes[split]:
+            places[next(digest for digest in ranked if sizes[places[digest]] > 1)] = split
+            say(f"data: class {name!r} would be missing from {split}; its lowest-hashed image went there")
+
+
+def limited(items: Sequence[Item], limit: int) -> list[Item]:
+    """Keeps the ``limit`` lowest-hashed training images of each class; validation and test stay whole."""
+    kept: dict[int, int] = Counter()
+    left_out: set[int] = set()
+    for position, item in sorted(enumerate(items), key=lambda entry: entry[1].digest):
+        if item.split == "train":
+            kept[item.label] += 1
+            if kept[item.label] > limit:
+                left_out.add(position)
+    return [item for position, item in enumerate(items) if position not in left_out]
+
+
+def shared_between_splits(items: Iterable[Item]) -> int:
+    """How many contents are in more than one split."""
+    seen: dict[bytes, set[str | None]] = defaultdict(set)
+    for item in items:
+        seen[item.digest].add(item.split)
+    return sum(len(splits) > 1 for splits in seen.values())
+
+
+def to_csv(items: Iterable[Item], class_names: Sequence[str]) -> str:
+    """What ``splits.csv`` holds: split, class, path and content hash of each image."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(COLUMNS)
+    writer.writerows([item.split, class_names[item.label], item.path, item.digest.hex()] for item in items)
+    return text.getvalue()
+
+
+def frozen(items: Sequence[Item], file: Path) -> list[Item]:
+    """Gives each image the split that it has in a run's ``splits.csv``, found by content; leaves out the others."""
+    places = _read(file)
+    known = [replace(item, split=places[item.digest.hex()]) for item in items if item.digest.hex() in places]
+    if len(known) < len(items):
+        say(f"data: {len(items) - len(known)} images are not in {file} and are left out")
+    return known
+
+
+def _read(file: Path) -> Mapping[str, Split]:
+    try:
+        with file.open(newline="") as text:
+            rows = [(row["sha256"], row["split"]) for row in csv.DictReader(text)]
+    except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--data.splits={file}: not a run's splits.csv ({', '.join(COLUMNS)})") from error
+    places: dict[str, Split] = {}
+    for digest, split in rows:
+        if split not in SPLITS:
+            raise UserError(f"--data.splits={file}: unknown split {split!r}; use {', '.join(SPLITS)}")
+        places[digest] = split
+    return places

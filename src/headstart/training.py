@@ -1,0 +1,282 @@
+"""The verb `train`: the options, and what is wired to what."""
+
+import difflib
+import logging
+import os
+import re
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from rich.table import Table
+
+from headstart.classifier import TransferClassifier, read_checkpoint
+from headstart.data import ImageFolderData
+from headstart.errors import UserError
+from headstart.inspection import Inspection
+from headstart.run_folder import RunFolder, RunLogger, newest_unfinished
+from headstart.terminal import say
+
+# The trainer's options that the short help shows.
+SHORT_HELP = ("max_epochs", "accelerator", "devices", "precision", "default_root_dir")
+TRAINER_DEFAULTS = {
+    "max_epochs": 25,
+    "default_root_dir": "logs",
+    "deterministic": True,  # for exact resume
+    "num_sanity_val_steps": 0,  # likewise: it would draw random numbers
+    "use_distributed_sampler": False,  # the data shares itself out, each image once
+    "enable_model_summary": False,
+}
+
+
+class TrainParser(LightningArgumentParser):
+    """Short help, and errors of one line with the nearest valid name."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(self._one_line(message)) from ex
+
+    def format_help(self, formatter: Any = None) -> str:
+        """The options of the model, the data and the run; `--help_all` shows every option of the Trainer too."""
+        lines = ["usage: python train.py [options]    or    headstart train [options]", ""]
+        for action in self._actions:
+            name = next((option for option in action.option_strings if option.startswith("--")), "")
+            group, _, key = name.removeprefix("--").partition(".")
+            hidden = action.help in (None, "==SUPPRESS==", "Path to a configuration file.") or key == "help"
+            if not name or hidden or (group == "trainer" and key not in SHORT_HELP):
+                continue
+            described = " ".join(str(action.help).replace("%%", "%").split())
+            described = re.sub(r"\s*\((type|default|required).*", "", described).split(". ")[0].rstrip(".")
+            default = "" if action.default in (None, "==SUPPRESS==") else f" [{action.default}]"
+            lines.append(f"  {name:28}{described}{default}")
+        lines += ["", "  --help_all                  every option, with those of Lightning's Trainer"]
+        return "\n".join(lines) + "\n"
+
+    def _one_line(self, message: str) -> str:
+        """jsonargparse's message, which lists every type that was tried, as: option, value, what is wrong."""
+        message = " ".join(message.split())
+        if unknown := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
+            return self._unknown(unknown[1].split("=")[0])
+        if unknown := re.search(r"Key '?\"?([\w.]+)'?\"? is not expected", message, re.IGNORECASE):
+            return self._unknown("--" + unknown[1])
+        message = re.sub(r'Parser key "(.+?)": ?', r"--\1: ", message)
+        value = re.search(r"Given value: (\S+)|: (\S+) does not conform|with base 10: (\S+)|to float: (\S+)", message)
+        given = f"{next(filter(None, value.groups()))}: " if value else ""
+        option = message.split(": ")[0]
+        if restriction := re.search(r"does not conform to restriction (.*?)(?: - |$)", message):
+            return f"{option}: {given}must be a number {restriction[1].replace('v', '').strip()}"
+        if number := re.search(r"invalid literal for int|could not convert string to float", message):
+            return f"{option}: {given}is not {'a whole' if 'int' in number[0] else 'a'} number"
+        if union := re.search(r"Union subtypes Subtypes: \[(.*)\] Errors", message):
+            message = f"{option}: {given}is none of {union[1]}"
+        return re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.(?=\w)", r"\1", message)
+
+    def _unknown(self, given: str) -> str:
+        names = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+        near = difflib.get_close_matches(given, names, n=1)
+        return f"{given}: no such option; {f'did you mean {near[0]}?' if near else '--help lists them'}"
+
+
+class FullHelpParser(TrainParser):
+    """Shows every option, with those of Lightning's Trainer."""
+
+    def format_help(self, formatter: Any = None) -> str:
+        """jsonargparse's own page."""
+        return LightningArgumentParser.format_help(self, formatter)
+
+
+class TrainCLI(LightningCLI):
+    """Lightning's command line for one model and one kind of data.
+
+    Args:
+        options: of the command line.
+        root: the data's root where none is given.
+    """
+
+    def __init__(self, options: Sequence[str], root: Path | None) -> None:
+        self.root = root
+        self.resumed: Path | None = None
+        everything = "--help_all" in options
+        super().__init__(
+            TransferClassifier,
+            ImageFolderData,
+            args=["--help"] if everything else list(options),
+            run=False,
+            seed_everything_default=0,
+            save_config_callback=None,
+            trainer_defaults=TRAINER_DEFAULTS,
+            parser_class=FullHelpParser if everything else TrainParser,
+            parser_kwargs={"allow_abbrev": False},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--name", type=str | None, help="of the run; None: the name of the data's folder")
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            help="go on from a checkpoint in a new run, or from `last`: the newest unfinished run, in its own folder",
+        )
+        parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
+        if self.root:
+            parser.set_defaults({"data.root": str(self.root)})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """A run that goes on starts from its own configuration; options of the command line win over it."""
+        self.config = parser.parse_args(args)
+        if self.config.ckpt_path == "last":
+            checkpoint = newest_unfinished(self.logs, self.name)
+            self.resumed = checkpoint.parent.parent
+            self.config = parser.parse_args([f"--config={self.resumed / 'config.yaml'}", *args])
+            self.config.ckpt_path = str(checkpoint)
+
+    @property
+    def logs(self) -> Path:
+        return Path(self.config.trainer.default_root_dir)
+
+    @property
+    def name(self) -> str:
+        return str(self.config.name or Path(self.config.data.root).expanduser().resolve().name)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        self.run_folder = RunFolder(
+            self.logs, self.name, self._resolved_config(), self._settings(), command_line(), self.resumed
+        )
+        # "best" by the loss: with few validation images accuracy moves in steps and picks an early epoch by luck.
+        self.best = ModelCheckpoint(filename="best", monitor="val/loss", enable_version_counter=False)
+        last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+        callbacks: list[Callback] = [self.run_folder, LearningRateMonitor("epoch"), Inspection(), self.best, last]
+        self.trainer_defaults = {"callbacks": callbacks}
+        given = self.config_init.trainer
+        logger = RunLogger() if given.logger in (None, True) else given.logger
+        bar = sys.stderr.isatty() if given.enable_progress_bar is None else given.enable_progress_bar
+        try:
+            return super().instantiate_trainer(logger=logger, enable_progress_bar=bar)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            raise UserError(f"--trainer: {error}; --trainer.accelerator=auto takes what this machine has") from error
+
+    def after_instantiate_classes(self) -> None:
+        if str(self.config.trainer.precision) in ("16", "16-mixed") and self.trainer.strategy.root_device.type == "cpu":
+            raise UserError("--trainer.precision=16-mixed: needs a GPU; on a processor use bf16-mixed or 32-true")
+        if self.config.ckpt_path:
+            read_checkpoint(Path(self.config.ckpt_path), self.logs)
+
+    def _resolved_config(self) -> str:
+        """The configuration as YAML, which means the same in every working directory."""
+        config = self.config.clone()
+        config.data.root = str(self.datamodule.root)
+        config.model.weights = self.model.hparams["weights"]
+        config.trainer.default_root_dir = str(self.logs.resolve())
+        for option in ("cache_dir", "splits"):
+            if config.data[option] is not None:
+                config.data[option] = str(Path(config.data[option]).expanduser().resolve())
+        config.name, config.ckpt_path = self.name, None
+        return str(self.parser.dump(config, skip_none=False))
+
+    def _settings(self) -> dict[str, Any]:
+        values = yaml.safe_load(self._resolved_config())
+        groups = {"model": values["model"], "data": values["data"]}
+        return {f"{group}.{name}": value for group, options in groups.items() for name, value in options.items()} | {
+            "seed_everything": values["seed_everything"],
+            "max_epochs": values["trainer"]["max_epochs"],
+        }
+
+
+def train(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
+    """Fits a head, tests the best checkpoint, writes the result, and says what to do next.
+
+    Args:
+        options: of the command line.
+        root: the data's root where none is given.
+
+    Returns:
+        The content of the run's `result.json`.
+
+    Raises:
+        UserError: a mistake in the options or the data.
+    """
+    started = time.perf_counter()
+    _be_calm()
+    cli = TrainCLI(options, root)
+    trainer, module, data = cli.trainer, cli.model, cli.datamodule
+    fit_started = time.perf_counter()
+    trainer.fit(module, datamodule=data, ckpt_path=cli.config.ckpt_path, weights_only=True)
+    fitted = time.perf_counter()
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    scores = _evaluate(trainer, module, data, cli.best.best_model_path or None)
+    ended = time.perf_counter()
+    seconds = data.seconds | {
+        "fit": fitted - fit_started - sum(data.seconds.values()),
+        "test": ended - fitted,
+        "total": ended - started,
+    }
+    result = cli.run_folder.finish(trainer, scores, seconds)
+    _say_result(result, cli.run_folder.folder, cli.logs)
+    return result
+
+
+def _evaluate(
+    trainer: Trainer, module: TransferClassifier, data: ImageFolderData, best: str | None
+) -> dict[str, float]:
+    """The scores of the best checkpoint: those of validation from the checkpoint itself, and those of the test."""
+    if best is None:  # a dry run keeps no checkpoint
+        return _floats(trainer.callback_metrics)
+    scores: dict[str, float] = torch.load(best, weights_only=True)["headstart"]["scores"]
+    if data.of("test"):
+        return scores | _floats(trainer.test(module, data, best, verbose=False, weights_only=True)[0])
+    say("data: there is no test split, so the validation score is reported; it also chose the epoch and flatters")
+    trainer.validate(module, data, best, verbose=False, weights_only=True)
+    return scores
+
+
+def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _say_result(result: dict[str, Any], folder: Path | None, logs: Path) -> None:
+    splits = [split for split in ("val", "test") if f"{split}/acc" in result]
+    table = Table("", *splits, title="the best checkpoint's scores")
+    names = [name.removeprefix("val/") for name in result if name.startswith("val/")]
+    for name in names:
+        table.add_row(name, *(f"{result[f'{split}/{name}']:.3f}" for split in splits))
+    say(table)
+    if folder:
+        say(f"run:      {folder}")
+        say(f"inspect:  tensorboard --logdir {logs}")
+    say("next:     python train.py --data.root=path/to/your/photos    (one folder of images a class)")
+
+
+def command_line() -> str:
+    """What started this process, as one would type it."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _be_calm() -> None:
+    """Hides what Lightning and its libraries say that a user can do nothing about."""
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Lightning 2.6 makes calls that jsonargparse 5 drops; the floor and the ceiling in pyproject.toml see to it.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    for message in (
+        ".*in eval mode at the start of training.*",  # the backbone is, on purpose
+        ".*does not have many workers.*",  # features need none
+        ".*No positive samples in targets.*",  # AUROC of a class that a small split lacks
+        ".*No negative samples in targets.*",
+        ".*exists and is not empty.*",  # the folder of a run that goes on
+        ".*The dirpath has changed.*",  # a new run that goes on from an old one's checkpoint keeps its own best
+        ".*smaller than the logging interval.*",  # the loss is logged once an epoch
+        ".*AMP with fp16 is not supported.*",  # refused in our own words
+        ".*LeafSpec.*",  # a call of Lightning's that torch will drop
+    ):
+        warnings.filterwarnings("ignore", message)
