@@ -17,7 +17,7 @@ from PIL import Image
 from pytorch_lightning import LightningDataModule, Trainer
 from rich.table import Table
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from headstart import folders, splits
 from headstart.backbone import FrozenBackbone
@@ -33,7 +33,7 @@ from headstart.features import (
     feature_dtype,
 )
 from headstart.images import MAX_PIXELS, Augment, UnreadableImage, to_rgb
-from headstart.loaders import EpochOrder, FeatureLoader, ImageDataset
+from headstart.loaders import EpochOrder, FeatureLoader, ImageDataset, ImageLoader
 from headstart.options import Count, Fraction, OpenFraction, Positive
 from headstart.splits import SPLITS, Item, Split
 from headstart.terminal import images_bar, say
@@ -129,7 +129,8 @@ class ImageData(LightningDataModule):
         clean = self._cache(view=False) if self.cache else None
         with self._timed("features"):
             if clean:
-                self._fill(clean, {item.digest: (item, 0) for item in items})
+                failures = self._fill(clean, {item.digest: (item, 0) for item in items})
+                self.skipped |= {item.path: failures[item.digest] for item in items if item.digest in failures}
         self._check_skips(items)
         self.items = self._split([item for item in items if item.path not in self.skipped])
         self._say_counts()
@@ -260,8 +261,8 @@ class ImageData(LightningDataModule):
         )
         return FeatureCache(self.cache_dir, key)
 
-    def _fill(self, cache: FeatureCache, rows: Mapping[bytes, tuple[Item, int]]) -> None:
-        """Computes what the cache lacks of the rows, each an image and the number of its view."""
+    def _fill(self, cache: FeatureCache, rows: Mapping[bytes, tuple[Item, int]]) -> dict[bytes, str]:
+        """Computes what the cache lacks of the rows, each an image and the number of its view -> why some have none."""
         pixels = self._pixels([], self.augment)
         device = self._attached().strategy.root_device
 
@@ -269,10 +270,9 @@ class ImageData(LightningDataModule):
             return pixels.view(*rows[row])
 
         try:
-            failures = cache.fill(list(rows), read, self._backbone, device, self.num_workers)
+            return cache.fill(list(rows), read, self._backbone, device, self.num_workers)
         except NonFiniteFeatures as error:
             raise UserError(f"{rows[error.row][0].path}: its features are not finite; remove it") from error
-        self.skipped |= {rows[row][0].path: reason for row, reason in failures.items()}
 
     def _arrange(self, clean: FeatureCache) -> None:
         """One matrix a split, and one more a view for training."""
@@ -298,12 +298,12 @@ class ImageData(LightningDataModule):
         training = split == "train"
         # The order's seed is the run's, which `seed_everything` leaves in the environment.
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if training else None
-        order = EpochOrder(len(items), self.batch_size, seed, trainer.global_rank, trainer.world_size)
-        # Lightning sets the epoch too late for the first one of a resumed run (pytorch-lightning#21938).
-        order.set_epoch(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+        order = EpochOrder(
+            len(items), self.batch_size, seed, partial(_epoch, trainer), trainer.global_rank, trainer.world_size
+        )
         if self.cache:
             return FeatureLoader(self._views[split], self.labels(split), order)
-        return DataLoader(
+        return ImageLoader(
             self._pixels(items, self.augment if training else "none"),
             batch_sampler=order,
             num_workers=self.num_workers,
@@ -312,6 +312,11 @@ class ImageData(LightningDataModule):
             # Without a generator of its own each epoch draws from the global one, and a resumed run differs.
             generator=torch.Generator().manual_seed(0),
         )
+
+
+def _epoch(trainer: Trainer) -> int:
+    processed: int = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+    return processed
 
 
 def _view_row(item: Item, view: int) -> bytes:

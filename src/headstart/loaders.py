@@ -1,11 +1,12 @@
 """From splits to batches: the order of an epoch, images decoded as they are needed, features sliced from a matrix."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from headstart.backbone import Preprocessing
 from headstart.features import FeatureMatrix
@@ -27,19 +28,27 @@ class EpochOrder(Sampler[list[tuple[int, int]]]):
         size: the number of samples.
         batch_size: samples a batch, over all ranks.
         seed: of the shuffling; None: in order, for evaluation.
+        epoch: tells the epoch, when a loader asks for its first batch.
         rank: of this process.
         world_size: the number of processes.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int | None, rank: int = 0, world_size: int = 1) -> None:
-        self.size, self.batch_size, self.seed = size, batch_size, seed
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int | None,
+        epoch: Callable[[], int] = int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.size, self.batch_size, self.seed, self._epoch = size, batch_size, seed, epoch
         self.rank, self.world_size = rank, world_size
-        self.epoch = 0
-        self.sampler = self  # Lightning looks for `set_epoch` at `batch_sampler.sampler`
 
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning at each epoch's start."""
-        self.epoch = epoch
+    @property
+    def epoch(self) -> int:
+        """The current epoch, from 0."""
+        return self._epoch()
 
     def batches(self) -> list[Tensor]:
         """The indices of this rank's batches in the current epoch."""
@@ -53,8 +62,9 @@ class EpochOrder(Sampler[list[tuple[int, int]]]):
         return [share for share in shares if len(share)]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = self.epoch
         for batch in self.batches():
-            yield [(index, self.epoch) for index in batch.tolist()]
+            yield [(index, epoch) for index in batch.tolist()]
 
     def __len__(self) -> int:
         return len(self.batches()) if self.seed is None else -(-(self.size // self.world_size) // self._share)
@@ -101,6 +111,17 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
     def __len__(self) -> int:
         return len(self.items)
+
+
+class ImageLoader(DataLoader[tuple[Tensor, int]]):
+    """A ``DataLoader`` whose workers start when the first batch is asked for.
+
+    Lightning makes the iterator before it restores a resumed run's epoch, and workers fetch ahead: the first resumed
+    epoch would see the order of epoch 0 (pytorch-lightning#21938).
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        yield from super().__iter__()
 
 
 class FeatureLoader:

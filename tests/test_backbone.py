@@ -1,0 +1,172 @@
+"""The freeze, and where weights come from."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from torchvision import models
+
+from headstart import FrozenBackbone, TransferClassifier
+from headstart.backbone import check_frozen, combined, tensor_digests
+from headstart.errors import UserError
+
+
+@pytest.fixture
+def pixels():
+    return torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_it_stays_frozen_whatever_is_asked(pixels):
+    backbone = FrozenBackbone()
+    before = backbone.digest()
+    backbone.train()
+    assert not any(module.training for module in backbone.modules())
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+    backbone(pixels)
+    assert backbone.digest() == before
+
+
+def test_a_torchvision_model_without_gradients_alone_fails_the_check(pixels):
+    plain = models.resnet18(weights=None).requires_grad_(False)
+    before = tensor_digests(plain)
+    plain.train()
+    plain(pixels.float())
+    with pytest.raises(RuntimeError, match=r"bn1\.running_mean"):
+        check_frozen(plain, before)
+
+
+def test_a_changed_parameter_or_buffer_changes_the_digest():
+    backbone = FrozenBackbone(weights="random")
+    digests = {backbone.digest()}
+    backbone.net.layer4[1].bn2.running_var[7] += 1e-6
+    digests.add(backbone.digest())
+    backbone.net.conv1.weight.data[0, 0, 0, 0] += 1e-6
+    digests.add(backbone.digest())
+    assert len(digests) == 3
+
+
+def test_bundled_weights_are_the_default_and_not_random(pixels):
+    bundled, random = FrozenBackbone(), FrozenBackbone(weights="random")
+    assert (bundled.preprocessing.resize_size, bundled.preprocessing.crop_size) == (146, 128)
+    assert (random.preprocessing.resize_size, random.preprocessing.crop_size) == (256, 224)
+    assert bundled(pixels).shape == (4, 512)
+    assert bundled.digest() != random.digest()
+    assert random.digest() == FrozenBackbone(weights="random").digest()
+
+
+def test_the_image_size_keeps_the_proportions():
+    preprocessing = FrozenBackbone(weights="random", image_size=112).preprocessing
+    assert (preprocessing.resize_size, preprocessing.crop_size) == (128, 112)
+
+
+def test_the_copy_for_extraction_computes_the_same(pixels):
+    backbone = FrozenBackbone()
+    folded = backbone.for_extraction(torch.float32, torch.device("cpu"))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.net.modules())
+    torch.testing.assert_close(folded(pixels), backbone(pixels), rtol=1e-4, atol=1e-4)
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in backbone.net.modules()) == 20
+
+
+@pytest.mark.parametrize("name", ["resnet50", "efficientnet_b0", "vit_b_16", "mobilenet_v3_small", "densenet121"])
+def test_any_classification_model_of_torchvision(name):
+    backbone = FrozenBackbone(name, weights="random")
+    classifier = models.get_model(name)
+    width = [module for module in classifier.modules() if isinstance(module, nn.Linear)][-1].in_features
+    size = backbone.preprocessing.crop_size
+    assert backbone.num_features == width
+    assert backbone(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape == (1, width)
+
+
+@pytest.mark.parametrize("name", ["resnet19", "squeezenet1_1", "fasterrcnn_resnet50_fpn"])
+def test_what_has_no_linear_classifier_is_refused(name):
+    with pytest.raises(UserError, match=name):
+        FrozenBackbone(name, weights="random")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("with_fc", [True, False])
+def test_a_state_dict_of_torchvision_names(suffix, with_fc, tmp_path, pixels):
+    torch.manual_seed(3)
+    model = models.resnet18().eval()
+    state = {name: tensor for name, tensor in model.state_dict().items() if with_fc or not name.startswith("fc.")}
+    path = tmp_path / f"mine{suffix}"
+    if suffix == ".pth":
+        torch.save(state, path)
+    else:
+        safetensors.torch.save_file(state, path)
+    backbone = FrozenBackbone(weights=str(path))
+    model.fc = nn.Identity()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    expected = model((pixels / 255 - mean) / std)
+    torch.testing.assert_close(backbone(pixels), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_of_another_architecture_are_one_line(tmp_path):
+    torch.save(models.resnet34().state_dict(), tmp_path / "other.pth")
+    with pytest.raises(UserError, match="another architecture") as caught:
+        FrozenBackbone(weights=str(tmp_path / "other.pth"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("variable", ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None])
+def test_no_pickle_is_executed(variable, tmp_path, monkeypatch):
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    marker = tmp_path / "marker"
+
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (marker,)
+
+    torch.save({"conv1.weight": Evil()}, tmp_path / "evil.pth")
+    (tmp_path / "raw.pth").write_bytes(pickle.dumps(Evil()))
+    for name in ("evil.pth", "raw.pth"):
+        with pytest.raises(UserError):
+            FrozenBackbone(weights=str(tmp_path / name))
+        with pytest.raises(UserError):
+            TransferClassifier.load_from_checkpoint(tmp_path / name)
+    assert not marker.exists()
+
+
+def test_imagenet_weights_are_downloaded_once_and_checked_at_every_load(stand_in_for_imagenet, tmp_path):
+    digest = FrozenBackbone(weights="imagenet").digest()
+    kept = tmp_path / "torch/hub/checkpoints" / stand_in_for_imagenet.name
+    assert kept.exists()
+    stand_in_for_imagenet.unlink()
+    assert FrozenBackbone(weights="imagenet").digest() == digest
+    content = bytearray(kept.read_bytes())
+    content[len(content) // 2] ^= 1
+    kept.write_bytes(content)
+    with pytest.raises(UserError, match="sha256 differs"):
+        FrozenBackbone(weights="imagenet")
+
+
+def test_no_network_names_the_file_and_the_ways_out(stand_in_for_imagenet, refused, colours, tmp_path):
+    stand_in_for_imagenet.unlink()
+    line = refused("train", f"--data.root={colours}", "--model.weights=imagenet")
+    for said in (
+        stand_in_for_imagenet.name,
+        str(tmp_path / "torch/hub/checkpoints"),
+        "sha256",
+        "--model.weights=bundled",
+    ):
+        assert said in line
+
+
+def test_torchvisions_own_address_and_digest():
+    """The real file's name and hash, which cannot be downloaded in a test."""
+    from headstart.backbone import SHA256, _imagenet_weights
+
+    name = _imagenet_weights("resnet18").url.rsplit("/", 1)[-1]
+    assert name == "resnet18-f37072fd.pth"
+    assert SHA256[name].startswith("f37072fd")
+
+
+def test_the_digest_is_of_names_types_shapes_and_values():
+    a = nn.Linear(2, 3)
+    b = nn.Linear(3, 2)
+    b.weight.data, b.bias.data = a.weight.data.view(2, 3), a.bias.data
+    assert combined(tensor_digests(a)) != combined(tensor_digests(b))

@@ -1,0 +1,266 @@
+"""Splits, folders and datasets."""
+
+import csv
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pytorch_lightning import Trainer
+
+from conftest import COLOURS, draw, newest_run
+from headstart import DatasetData, ImageFolderData, TransferClassifier
+from headstart.errors import UserError
+from headstart.loaders import EpochOrder
+from headstart.splits import Item, assign, shared_between_splits
+
+
+def items(count: int, labels: int = 2, prefix: bytes = b"") -> list[Item]:
+    return [Item(f"{i}", i % labels, prefix + i.to_bytes(4, "big")) for i in range(count)]
+
+
+def splits_of(found: list[Item]) -> dict[bytes, str]:
+    return {item.digest: str(item.split) for item in found}
+
+
+def test_a_new_image_never_moves_an_old_one():
+    before = splits_of(assign(items(500), ["a", "b"], 0.15, 0.15, seed=0))
+    after = splits_of(assign(items(500) + items(300, prefix=b"new"), ["a", "b"], 0.15, 0.15, seed=0))
+    assert all(after[digest] == split for digest, split in before.items())
+    assert len(after) == 800
+
+
+def test_the_fractions_hold_and_another_seed_is_another_split():
+    counts = Counter(splits_of(assign(items(4000), ["a", "b"], 0.15, 0.15, seed=0)).values())
+    assert counts["test"] == pytest.approx(600, abs=70)
+    assert counts["val"] == pytest.approx(600, abs=70)
+    first, second = (splits_of(assign(items(100), ["a", "b"], 0.15, 0.15, seed)) for seed in (0, 1))
+    assert first != second
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_class_is_in_every_split(seed):
+    found = assign(items(9, labels=3), ["a", "b", "c"], 0.15, 0.15, seed)
+    assert Counter((item.label, item.split) for item in found) == {
+        (label, split): 1 for label in range(3) for split in ("train", "val", "test")
+    }
+
+
+def test_identical_images_share_a_split():
+    twins = [Item(f"{copy}{i}", copy, i.to_bytes(4, "big")) for i in range(40) for copy in range(2)]
+    for seed in range(20):
+        assert shared_between_splits(assign(twins, ["a", "b"], 0.15, 0.15, seed)) == 0
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    def order(seed, epoch):
+        return [index for batch in EpochOrder(100, 32, seed, lambda: epoch) for index, _ in batch]
+
+    assert order(0, 3) == order(0, 3)
+    assert order(0, 3) != order(0, 4)
+    assert order(0, 3) != order(1, 3)
+    assert sorted(order(5, 0)) == list(range(100))
+
+
+@pytest.mark.parametrize("size", [64, 65, 100, 101])
+def test_ranks_share_without_overlap(size):
+    evaluated = [EpochOrder(size, 32, None, int, rank, 2) for rank in range(2)]
+    seen = sorted(index for order in evaluated for batch in order for index, _ in batch)
+    assert seen == list(range(size))
+    trained = [EpochOrder(size, 32, 0, int, rank, 2) for rank in range(2)]
+    sizes = [[len(batch) for batch in order] for order in trained]
+    assert sizes[0] == sizes[1]
+    assert len(trained[0]) == len(sizes[0])
+    both = [index for order in trained for batch in order for index, _ in batch]
+    assert len(set(both)) == len(both) == size - size % 2
+
+
+def setup(data: ImageFolderData | DatasetData, weights: str = "random") -> ImageFolderData | DatasetData:
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", enable_progress_bar=False)
+    module = TransferClassifier(data.class_names, weights=weights, image_size=32)
+    trainer.strategy.connect(module)
+    trainer.strategy._lightning_module = module
+    data.trainer = trainer
+    data.setup("fit")
+    return data
+
+
+def test_folders_of_ready_splits_are_used_as_they_are(tmp_path, train):
+    for split, count, seed in (("train", 12, 0), ("valid", 4, 1), ("test", 5, 2)):
+        draw(tmp_path / "data" / split, images=count, seed=seed)
+    result = train(tmp_path / "data", "--trainer.max_epochs=8")
+    assert result["images"] == {"train": 36, "val": 12, "test": 15}
+    assert result["test/acc"] == 1.0
+
+
+def test_without_a_test_folder_validation_is_reported_as_such(tmp_path, train, capsys):
+    for split, count, seed in (("train", 12, 0), ("val", 4, 1)):
+        draw(tmp_path / "data" / split, images=count, seed=seed)
+    result = train(tmp_path / "data", "--trainer.max_epochs=3")
+    assert result["images"] == {"train": 36, "val": 12, "test": 0}
+    assert "test/acc" not in result
+    assert "val/acc" in result
+    assert "also chose the epoch" in capsys.readouterr().out
+
+
+def test_without_a_val_folder_train_is_split(tmp_path):
+    for split, count, seed in (("train", 20, 0), ("test", 5, 2)):
+        draw(tmp_path / "data" / split, images=count, seed=seed)
+    data = setup(ImageFolderData(str(tmp_path / "data")))
+    counts = Counter(item.split for item in data.items)
+    assert counts["test"] == 15
+    assert counts["train"] + counts["val"] == 60
+    assert all(item.path.startswith("test/") == (item.split == "test") for item in data.items)
+
+
+def test_an_image_in_two_splits_is_said(tmp_path, capsys):
+    for split, seed in (("train", 0), ("val", 1), ("test", 2)):
+        draw(tmp_path / "data" / split, images=5, seed=seed)
+    shutil.copy(tmp_path / "data/train/red/000.png", tmp_path / "data/test/red/copy.png")
+    setup(ImageFolderData(str(tmp_path / "data")))
+    assert "1 images are in more than one split" in capsys.readouterr().out
+
+
+def test_a_splits_file_freezes_the_split(colours, train, tmp_path):
+    train(colours, "--trainer.max_epochs=1", "--data.split_seed=5")
+    frozen = newest_run() / "splits.csv"
+    draw(colours, images=3, seed=9, colours={"red": COLOURS["red"]})  # three others under the old names
+    (colours / "green/000.png").rename(colours / "green/renamed.png")
+    train(colours, "--trainer.max_epochs=1", f"--data.splits={frozen}")
+    with frozen.open() as old, (newest_run() / "splits.csv").open() as new:
+        before = {row["sha256"]: row["split"] for row in csv.DictReader(old)}
+        after = {row["sha256"]: row["split"] for row in csv.DictReader(new)}
+    assert len(after) == 57
+    assert all(before[digest] == split for digest, split in after.items())
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_what_cannot_be_read_is_left_out_and_listed(cache, colours, train, capsys):
+    (colours / "red/000.png").write_bytes(b"")
+    (colours / "red/001.png").write_bytes((colours / "red/002.png").read_bytes()[:200])
+    (colours / "blue/a b\nü.png").write_text("<html>")
+    (colours / "green/link.png").symlink_to("nowhere.png")
+    (colours / "green/._x.jpg").write_text("hidden")
+    (colours / "green/notes.txt").write_text("mine")
+    (colours / ".ipynb_checkpoints").mkdir()
+    (colours / "green/Nested").mkdir()
+    shutil.move(colours / "green/003.png", colours / "green/Nested/003.PNG")
+    result = train(colours, "--trainer.max_epochs=1", f"--data.cache={str(cache).lower()}", "--data.num_workers=0")
+    assert result["skipped"] == 4
+    assert sum(result["images"].values()) == 58
+    with (newest_run() / "skipped.csv").open(newline="") as file:
+        reasons = {row["path"]: row["reason"] for row in csv.DictReader(file)}
+    assert reasons["red/000.png"] == "empty file"
+    assert reasons["red/001.png"].startswith("damaged")
+    assert reasons["blue/a b\nü.png"] == "not an image"
+    assert reasons["green/link.png"] == "broken symbolic link"
+    out = capsys.readouterr().out
+    assert "1 .txt" in out
+    assert "skipped.csv" in out
+
+
+def test_too_many_unreadable_images_stop_the_run(colours, refused):
+    for number in range(6):
+        (colours / f"red/00{number}.png").write_bytes(b"")
+    line = refused("train", f"--data.root={colours}", "--model.image_size=32")
+    assert "6 of 60 images cannot be read" in line
+    assert not Path("logs").exists()
+
+
+def break_(colours: Path, how: str) -> None:
+    if how == "one class":
+        shutil.rmtree(colours / "red")
+        shutil.rmtree(colours / "blue")
+    elif how == "images in the root":
+        for name in COLOURS:
+            (colours / name / "000.png").rename(colours / f"{name}.png")
+            shutil.rmtree(colours / name)
+    elif how == "empty class":
+        (colours / "empty").mkdir()
+    elif how == "two images":
+        for path in sorted((colours / "red").iterdir())[2:]:
+            path.unlink()
+    elif how == "classes differ":
+        for split in ("train", "val"):
+            draw(colours / split, images=4)
+        (colours / "val/extra").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("one class", "at least 2"),
+        ("images in the root", "/cat/1.jpg"),
+        ("empty class", "'empty'"),
+        ("two images", "'red': 2 different image(s)"),
+        ("classes differ", "extra"),
+    ],
+)
+def test_folders_that_cannot_be_trained_on(how, said, colours, refused):
+    break_(colours, how)
+    assert said in refused("train", f"--data.root={colours}", "--model.image_size=32")
+
+
+def test_a_limit_is_a_prefix_of_the_training_images(colours):
+    small, large = (setup(ImageFolderData(str(colours), limit=limit)) for limit in (3, 6))
+    assert small.counts("train").tolist() == [3, 3, 3]
+    assert {i.path for i in small.of("train")} < {i.path for i in large.of("train")}
+    assert small.of("test") == large.of("test")
+
+
+def test_a_file_that_changes_during_the_run_is_named(colours):
+    data = setup(ImageFolderData(str(colours), cache=False, num_workers=0))
+    victim = data.of("train")[0]
+    draw(colours, images=20, seed=4)
+    with pytest.raises(UserError, match=victim.path):
+        data.train_dataloader().dataset[0, 0]
+    (colours / victim.path).unlink()
+    with pytest.raises(UserError, match="vanished"):
+        data.train_dataloader().dataset[0, 0]
+
+
+class Squares(torch.utils.data.Dataset):
+    """What a user brings: pairs of a PIL image and a label."""
+
+    classes = ("dark", "light")
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.random, self.count = np.random.default_rng(seed), count
+        self.images = [
+            Image.fromarray(self.random.integers(0, 100, (40, 40, 3)).astype(np.uint8) + (i % 2) * np.uint8(150))
+            for i in range(count)
+        ]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.images[index], index % 2
+
+
+@pytest.mark.parametrize("ready", [True, False])
+@pytest.mark.parametrize("cache", [True, False])
+def test_any_dataset_of_images_and_labels(ready, cache):
+    options = {"val": Squares(10, 1), "test": Squares(10, 2)} if ready else {}
+    data = DatasetData(Squares(40, 0), **options, cache=cache, num_workers=0)
+    model = TransferClassifier(data.class_names, image_size=32, lr=0.02)
+    trainer = Trainer(
+        max_epochs=5,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+        log_every_n_steps=1,
+    )
+    trainer.fit(model, datamodule=data)
+    assert trainer.test(model, datamodule=data, verbose=False)[0]["test/acc"] == 1.0
+    assert len(data.items) == (60 if ready else 40)
+
+
+def test_data_without_a_trainer_says_what_it_needs(colours):
+    with pytest.raises(UserError, match="Trainer"):
+        ImageFolderData(str(colours)).setup("fit")

@@ -1,0 +1,105 @@
+"""Every kind of file that a folder of photos holds."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from headstart.backbone import Preprocessing
+from headstart.images import UnreadableImage, augment, decode, preprocess
+
+SMALL = Preprocessing(resize_size=36, crop_size=32)
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def gradient(mode: str = "RGB", size: tuple[int, int] = (64, 48)) -> Image.Image:
+    ramp = np.linspace(0, 255, size[0], dtype=np.uint8)[None].repeat(size[1], 0)
+    return Image.fromarray(np.stack([ramp, ramp[:, ::-1], np.full_like(ramp, 90)], 2)).convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_any_mode_becomes_rgb(mode, kind):
+    image = Image.fromarray(np.full((48, 64), 32896, np.uint16)) if mode == "I;16" else gradient(mode)
+    assert decode(encode(image, kind), 36).mode == "RGB"
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped():
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16)[None].repeat(48, 0)
+    pixels = np.asarray(decode(encode(Image.fromarray(ramp)), 36))
+    assert pixels[0, :, 0].tolist() == (ramp[0] // 257).tolist()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_transparency_is_laid_on_white(mode):
+    clear = Image.new("RGBA", (20, 20), (255, 0, 0, 0)).convert(mode if mode != "PA" else "RGBA")
+    if mode == "PA":
+        clear = clear.convert("P")
+        clear.info["transparency"] = clear.getpixel((0, 0))
+    assert np.asarray(decode(encode(clear), 36)).min() == 255
+
+
+def test_cmyk():
+    red = Image.new("CMYK", (20, 20), (0, 255, 255, 0))
+    assert decode(encode(red, "JPEG"), 36).getpixel((5, 5))[0] > 200
+
+
+def test_the_orientation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = decode(encode(gradient(), "JPEG", exif=exif), 36)
+    assert turned.size == (48, 64)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP"])
+def test_an_animation_gives_its_first_frame(kind):
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
+    image = decode(encode(frames[0], kind, save_all=True, append_images=frames[1:]), 36)
+    assert image.getpixel((5, 5))[0] > 200
+
+
+def test_a_large_jpeg_is_decoded_at_a_reduced_scale():
+    assert decode(encode(gradient(size=(1600, 1200)), "JPEG"), 146).size == (200, 150)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty file"),
+        (b"<html>not here</html>", "not an image"),
+        (encode(gradient(), "JPEG")[:-200], "damaged"),
+        (encode(gradient())[:-30], "damaged"),
+        (encode(gradient())[:60] + b"\xff" + encode(gradient())[61:], "damaged"),
+        (encode(gradient(size=(7, 30))), "smaller than 8 a side"),
+    ],
+)
+def test_what_cannot_be_read_says_why(data, reason):
+    with pytest.raises(UnreadableImage, match=reason):
+        decode(data, 36)
+
+
+def test_too_many_pixels_name_the_option():
+    with pytest.raises(UnreadableImage, match=r"--data\.max_pixels=1000"):
+        decode(encode(gradient()), 36, max_pixels=1000)
+
+
+def test_a_very_long_image_stays_small():
+    pixels = preprocess(decode(encode(gradient(size=(20_000, 10))), 36), SMALL)
+    assert pixels.shape == (3, 32, 32)
+
+
+def test_a_view_is_a_function_of_its_seed():
+    image, state = gradient(), torch.random.get_rng_state()
+    views = [augment(image, policy, SMALL, seed) for policy in ("light", "strong") for seed in (1, 2)]
+    again = [augment(image, policy, SMALL, seed) for policy in ("light", "strong") for seed in (1, 2)]
+    assert all(torch.equal(a, b) for a, b in zip(views, again, strict=True))
+    assert not torch.equal(views[0], views[1])
+    assert all(view.shape == (3, 32, 32) and view.dtype == torch.uint8 for view in views)
+    assert torch.equal(state, torch.random.get_rng_state())
