@@ -1,0 +1,400 @@
+"""The cache: what is computed again and what is not, and what survives."""
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from conftest import COLOURS, draw
+from headstart import TransferClassifier
+from headstart.backbone import FrozenBackbone
+from headstart.cli import main
+from headstart.content import write_atomically
+from headstart.features import FeatureCache, FeatureMatrix, Shard, cache_key, chunk_size, verify
+from headstart.loaders import EpochOrder, FeatureLoader
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Counts images through any backbone, by a forward hook on the class's own call."""
+    counts = [0]
+    forward = FrozenBackbone.forward
+
+    def counting(self, images):
+        # The last batch is padded with copies of its first image.
+        distinct = len(torch.unique(images.flatten(1), dim=0)) if len(images) == 32 else len(images)
+        counts[0] += distinct
+        return forward(self, images)
+
+    monkeypatch.setattr(FrozenBackbone, "forward", counting)
+
+    def since() -> int:
+        counted, counts[0] = counts[0], 0
+        return counted
+
+    return since
+
+
+def once(train, root, *options):
+    return train(root, "--trainer.max_epochs=1", "--data.num_workers=2", *options)
+
+
+def test_each_image_once_cold_and_never_warm(colours, train, seen, capsys):
+    once(train, colours)
+    assert seen() == 60
+    assert "MISS" in capsys.readouterr().out
+    once(train, colours, "--data.split_seed=4", "--model.lr=0.1")
+    assert seen() == 0
+    assert "HIT" in capsys.readouterr().out
+
+
+def test_added_and_changed_images_are_all_that_is_computed(colours, train, seen, capsys):
+    once(train, colours)
+    seen()
+    capsys.readouterr()
+    draw(colours / "more", images=10, seed=7, colours={"red": COLOURS["red"]})
+    for path in (colours / "more/red").iterdir():
+        path.rename(colours / "red" / f"new-{path.name}")
+    shutil.rmtree(colours / "more")
+    once(train, colours)
+    assert seen() == 10
+    assert "PARTIAL, 10 of 70" in capsys.readouterr().out
+    victim = colours / "blue/003.png"
+    changed = Image.open(victim)
+    changed.putpixel((5, 5), (1, 2, 3))
+    changed.save(victim)
+    once(train, colours)
+    assert seen() == 1
+
+
+def test_a_change_hidden_from_size_and_mtime_is_seen(colours, train, seen):
+    once(train, colours)
+    seen()
+    victim = colours / "green/001.bmp"
+    Image.open(colours / "green/001.png").save(victim)
+    (colours / "green/001.png").unlink()
+    once(train, colours)
+    assert seen() == 1
+    time.sleep(2.1)  # past the grain within which no stamp is trusted
+    once(train, colours)
+    before, content = victim.stat(), bytearray(victim.read_bytes())
+    content[-1] ^= 0xFF
+    victim.write_bytes(content)
+    os.utime(victim, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert victim.stat().st_size == before.st_size
+    assert victim.stat().st_mtime_ns == before.st_mtime_ns
+    once(train, colours)
+    assert seen() == 1
+
+
+def test_relabelling_and_renaming_compute_nothing(colours, train, seen):
+    once(train, colours)
+    seen()
+    (colours / "red").rename(colours / "crimson")
+    (colours / "blue/000.png").rename(colours / "green/moved.png")
+    once(train, colours)
+    assert seen() == 0
+
+
+@pytest.mark.parametrize("option", ["--model.image_size=64", "--model.weights=random", "--data.max_pixels=1000000"])
+def test_what_the_features_depend_on_is_in_the_key(option, colours, train, seen, capsys):
+    once(train, colours)
+    seen()
+    capsys.readouterr()
+    once(train, colours, option)
+    assert seen() == 60
+    assert "MISS" in (out := capsys.readouterr().out)
+    assert "new: " in out
+    once(train, colours)
+    assert seen() == 0
+
+
+def test_one_batch_norm_buffer_is_in_the_key(tmp_path):
+    backbone = FrozenBackbone(weights="random")
+    arguments = torch.device("cpu"), torch.float32, 1000, {"policy": "none"}
+    first = FeatureCache(tmp_path, cache_key(backbone, *arguments)).folder
+    assert FeatureCache(tmp_path, cache_key(backbone, *arguments)).folder == first
+    backbone.net.layer2[0].bn1.running_mean[3] += 1e-6
+    assert FeatureCache(tmp_path, cache_key(backbone, *arguments)).folder != first
+
+
+def test_views_are_kept_and_more_views_cost_only_themselves(colours, train, seen):
+    trained = once(train, colours)["images"]["train"]
+    seen()
+    once(train, colours, "--data.views=3", "--data.augment=light")
+    assert seen() == 2 * trained
+    once(train, colours, "--data.views=4", "--data.augment=light")
+    assert seen() == trained
+    once(train, colours, "--data.views=4", "--data.augment=light")
+    assert seen() == 0
+    once(train, colours, "--data.views=2", "--data.augment=strong")
+    assert seen() == trained
+    once(train, colours, "--data.views=2", "--data.augment=light", "--data.view_seed=1")
+    assert seen() == trained
+
+
+def test_an_epoch_takes_its_view():
+    matrices = [FeatureMatrix([shard(5, start=100 * view)], rows(5)) for view in range(3)]
+    for epoch in range(7):
+        loader = FeatureLoader(matrices, torch.arange(5), EpochOrder(5, 2, 0, lambda epoch=epoch: epoch))
+        for features, labels in loader:
+            assert torch.equal(features[:, 0], labels + 100.0 * (epoch % 3))
+
+
+def rows(count: int) -> list[bytes]:
+    return [number.to_bytes(32, "big") for number in range(count)]
+
+
+def shard(count: int, start: int = 0) -> Shard:
+    return Shard(rows(count), torch.arange(start, start + count, dtype=torch.float32)[:, None].repeat(1, 4))
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_matrix_gives_its_rows_in_order_whether_mapped_or_not(in_memory, monkeypatch):
+    if not in_memory:
+        monkeypatch.setattr("headstart.features.IN_MEMORY", 0)
+    names = rows(20)
+    numbers = torch.arange(20, dtype=torch.float32)[:, None].repeat(1, 4)
+    shards = [Shard(names[:7], numbers[:7]), Shard([], torch.empty(0, 4)), Shard(names[7:], numbers[7:])]
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0)).tolist()
+    matrix = FeatureMatrix(shards, [names[i] for i in order])
+    index = torch.tensor([3, 3, 19, 0, 11])
+    assert matrix.gather(index)[:, 0].tolist() == [order[i] for i in index]
+    assert (matrix._whole is None) != in_memory
+
+
+def test_mapped_and_in_memory_training_end_at_the_same_head(colours, train, monkeypatch):
+    results = []
+    for limit in (2**30, 0):
+        monkeypatch.setattr("headstart.features.IN_MEMORY", limit)
+        results.append(once(train, colours))
+    assert results[0]["val/loss"] == results[1]["val/loss"]
+
+
+def test_a_shard_is_whole_in_its_file(tmp_path):
+    made = Shard(rows(3), torch.rand(3, 4), {b"\x07" * 32: "damaged: ü"}, 1.5)
+    (tmp_path / "a.safetensors").write_bytes(made.to_bytes())
+    read = Shard.open(tmp_path / "a.safetensors")
+    assert (read.rows, read.failures, read.seconds) == (made.rows, made.failures, 1.5)
+    assert torch.equal(read.features, made.features)
+
+
+def test_a_chunk_is_small_for_a_folder_and_large_for_a_million():
+    assert [chunk_size(n) for n in (10, 2048, 60_000, 10**6)] == [64, 64, 1024, 4096]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("features/*/*.safetensors")}
+
+
+def features(cache: Path) -> dict[bytes, bytes]:
+    """Every row and its features, to compare caches whose pieces were cut elsewhere."""
+    shards = [Shard.open(path) for path in cache.glob("features/*/*.safetensors")]
+    return {row: line.numpy().tobytes() for each in shards for row, line in zip(each.rows, each.features, strict=True)}
+
+
+def flip(path: Path, generator: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+    path.write_bytes(data)
+
+
+def sound(cache: Path) -> bool:
+    """Whether every file of the cache is what its checksum says."""
+    for path in cache.glob("features/*/*.safetensors"):
+        verify(path)
+    for path in cache.glob("features/*/key.json"):
+        assert hashlib.sha256(path.read_bytes()).hexdigest().startswith(path.parent.name)
+    for path in cache.glob("index/*.json"):
+        checksum, body = path.read_bytes().split(b"\n", 1)
+        assert hashlib.sha256(body).hexdigest() == checksum.decode()
+    return True
+
+
+def flips(folder: Path, cache: Path, train, count: int) -> int:
+    """Flips one random bit of the cache at a time; how often the next run saw it, and mended the cache."""
+    once(train, folder)
+    before, generator, found = features(cache), random.Random(0), 0
+    for _ in range(count):
+        files = sorted(path for path in cache.rglob("*") if path.suffix in (".safetensors", ".json"))
+        flip(generator.choice(files), generator)
+        once(train, folder)
+        found += sound(cache) and features(cache) == before
+    return found
+
+
+def test_a_flipped_bit_is_found_and_refilled(colours, train, own_cache):
+    assert flips(colours, own_cache, train, 12) == 12
+
+
+@pytest.mark.slow
+def test_a_thousand_flipped_bits(colours, train, own_cache, capsys):
+    found = flips(colours, own_cache, train, 1000)
+    with capsys.disabled():
+        print(f"\nbit flips: 1000 tried, {found} found and refilled")
+    assert found == 1000
+
+
+def start(root: Path, cache: Path, name: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "headstart", "train", f"--data.root={root}", "--model.image_size=32"]
+    command += ["--trainer.max_epochs=1", f"--name={name}"]
+    environment = os.environ | {"HEADSTART_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def together(root: Path, cache: Path, processes: int) -> int:
+    """Rows that so many processes wrote, started together on one cold cache."""
+    started = [start(root, cache, f"run{number}") for number in range(processes)]
+    for process in started:
+        _, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err.decode()[-2000:]
+    return sum(len(Shard.open(path).rows) for path in cache.glob("features/*/*.safetensors"))
+
+
+def test_processes_share_the_work_and_compute_each_image_once(tmp_path):
+    root = draw(tmp_path / "many", images=100)
+    assert together(root, tmp_path / "shared", 2) == 300
+    assert together(root, tmp_path / "alone", 1) == 300
+    assert features(tmp_path / "shared") == features(tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_eight_processes_share_one_cold_cache(tmp_path):
+    root = draw(tmp_path / "many", images=200)
+    assert together(root, tmp_path / "shared", 8) == 600
+    assert together(root, tmp_path / "alone", 1) == 600
+    assert features(tmp_path / "shared") == features(tmp_path / "alone")
+
+
+def killed(tmp_path: Path, kills: int) -> int:
+    """Kills an extraction so often at random moments, resumes it each time; how often the end was identical."""
+    root = draw(tmp_path / "many", images=400)
+    whole = tmp_path / "whole"
+    began = time.perf_counter()
+    together(root, whole, 1)
+    lasted, generator, same = time.perf_counter() - began, random.Random(0), 0
+    for number in range(kills):
+        cache = tmp_path / f"cache{number}"
+        process = start(root, cache, f"killed{number}")
+        time.sleep(generator.uniform(0.45, 1.0) * lasted)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        together(root, cache, 1)
+        same += features(cache) == features(whole)
+        shutil.rmtree(cache)
+    return same
+
+
+def test_a_killed_extraction_goes_on(tmp_path):
+    assert killed(tmp_path, 2) == 2
+
+
+@pytest.mark.slow
+def test_fifty_killed_extractions(tmp_path, capsys):
+    same = killed(tmp_path, 50)
+    with capsys.disabled():
+        print(f"\nkills in extraction: 50 tried, {same} resumed to the identical matrix")
+    assert same == 50
+
+
+def test_a_lock_left_by_the_dead_is_taken_over(colours, train, own_cache):
+    once(train, colours)
+    expected = features(own_cache)
+    for path in own_cache.glob("features/*/*.safetensors"):
+        path.unlink()
+    assert list(own_cache.glob("features/*/locks/*.lock"))
+    once(train, colours)
+    assert features(own_cache) == expected
+
+
+def test_a_cache_that_cannot_be_written_is_said_once_and_does_without(colours, train, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way, also for root")
+    result = once(train, colours, f"--data.cache_dir={tmp_path / 'file'}", "--trainer.max_epochs=8")
+    out = capsys.readouterr().out
+    assert out.count("cannot be written") == 1
+    assert result["test/acc"] == 1.0
+
+
+def test_a_disk_that_fills_up_is_said_once_and_does_without(colours, train, capsys, monkeypatch):
+    def full(path, data):
+        if path.suffix == ".json":
+            return write_atomically(path, data)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(
+        "headstart.features.write_atomically", lambda path, data: path.suffix == ".json" or full(path, data)
+    )
+    monkeypatch.setattr("os.utime", lambda *args, **kwargs: None)
+    result = once(train, colours, "--trainer.max_epochs=8")
+    out = capsys.readouterr().out
+    assert out.count("No space left on device") == 1
+    assert "bytes" in out
+    assert result["test/acc"] == 1.0
+
+
+def test_features_that_are_not_finite_are_refused_by_name(colours, refused, monkeypatch, own_cache):
+    forward = FrozenBackbone.forward
+    monkeypatch.setattr(FrozenBackbone, "forward", lambda self, images: forward(self, images) * float("nan"))
+    line = refused("train", f"--data.root={colours}", "--model.image_size=32")
+    assert "not finite" in line
+    assert ".png" in line
+    assert not content(own_cache)
+
+
+def test_bf16_and_fp32_features_are_close_and_kept_apart(colours, train, seen):
+    bf16 = once(train, colours, "--data.feature_precision=bf16")
+    assert seen() == 60
+    fp32 = once(train, colours, "--data.feature_precision=fp32")
+    assert seen() == 60
+    assert bf16["val/loss"] == pytest.approx(fp32["val/loss"], rel=0.05)
+
+
+def test_the_rows_do_not_depend_on_their_neighbours(colours, train, own_cache):
+    once(train, colours)
+    all_at_once = features(own_cache)
+    shutil.rmtree(own_cache)
+    hidden = colours.parent / "hidden"
+    hidden.mkdir()
+    for path in sorted((colours / "red").iterdir())[:13]:
+        path.rename(hidden / path.name)
+    once(train, colours)
+    for path in hidden.iterdir():
+        path.rename(colours / "red" / path.name)
+    once(train, colours)
+    assert features(own_cache) == all_at_once
+
+
+def test_the_command_lists_verifies_and_prunes(colours, train, own_cache, capsys, refused):
+    once(train, colours)
+    capsys.readouterr()
+    assert main(["cache"])["keys"] == 1
+    assert "resnet18" in capsys.readouterr().out
+    assert main(["cache", "verify"]) == {"pieces": 1, "damaged": 0}
+    flip(next(own_cache.glob("features/*/*.safetensors")), random.Random(1))
+    assert main(["cache", "verify"])["damaged"] == 1
+    assert main(["cache", "prune"])["pruned"] == 0
+    assert main(["cache", "prune", "--days=0"])["pruned"] == 1
+    assert not list(own_cache.glob("features/*"))
+    assert "--day" in refused("cache", "prune", "--day=0")
+
+
+def test_predictions_of_a_checkpoint_agree_with_its_cached_features(colours, train):
+    result = once(train, colours, "--data.feature_precision=fp32", "--trainer.max_epochs=4")
+    from conftest import newest_run
+
+    model = TransferClassifier.load_from_checkpoint(newest_run() / "checkpoints/best.ckpt")
+    lines = [line.split(",") for line in (newest_run() / "splits.csv").read_text().splitlines()]
+    tested = [(name, path) for split, name, path, _ in lines if split == "test"]
+    right = sum(
+        model.class_names[int(model.predict(Image.open(colours / path)).argmax())] == name for name, path in tested
+    )
+    assert right / len(tested) == pytest.approx(result["test/acc"])
