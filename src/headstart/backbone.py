@@ -257,6 +257,6 @@ def _fold_batch_norm(net: nn.Module) -> nn.Module:
     from torch.fx.experimental.optimization import fuse
 
     try:
-        return fuse(net)
+        return fuse(net, inplace=True)
     except Exception:  # fx's tracer raises many kinds at data-dependent Python; unfolded is only slower
         return net

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -238,7 +239,7 @@ class FeatureCache:
         self._say_what_is_there(found, len(wanted), len(missing))
         if missing:
             dtype = getattr(torch, json.loads(self._key)["arithmetic"]["dtype"])
-            extractor = Extractor(read, backbone.for_extraction(dtype, device), device, workers)
+            extractor = Extractor(read, partial(backbone.for_extraction, dtype, device), device, workers)
             self._compute(missing, chunk_size(len(wanted)), extractor)
             found = self.read()
         return {row: reason for shard in found for row, reason in shard.failures.items() if row in wanted}
@@ -398,13 +399,19 @@ class Extractor:
 
     Args:
         read: gives the pixels of a row, [3, H, W] uint8.
-        backbone: the copy that computes.
-        device: where it is.
+        make_backbone: makes the copy that computes; called while the first images are decoded.
+        device: where the copy is.
         workers: the number of threads.
     """
 
-    def __init__(self, read: Read, backbone: FrozenBackbone, device: torch.device, workers: int) -> None:
-        self._read, self._backbone, self._device, self._workers = read, backbone, device, workers
+    def __init__(
+        self, read: Read, make_backbone: Callable[[], FrozenBackbone], device: torch.device, workers: int
+    ) -> None:
+        self._read, self._make_backbone, self._device, self._workers = read, make_backbone, device, workers
+
+    @cached_property
+    def _backbone(self) -> FrozenBackbone:
+        return self._make_backbone()
 
     def __call__(self, batches: Iterable[tuple[Chunk, tuple[Row, ...]]]) -> Iterator[tuple[Chunk, Computed]]:
         """Gives the batches in order, each when it is computed."""

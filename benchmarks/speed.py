@@ -1,0 +1,176 @@
+"""How long a head takes on photographs, five ways, on the machine it runs on; alone, please.
+
+usage: python benchmarks/speed.py DATA [--epochs=25] [--only=limit,cold,warm,lightning,plain]
+
+DATA holds train/ and val/, such as the PyTorch transfer-learning tutorial's hymenoptera. Everything is at 224 pixels
+on random weights, since the time does not depend on them. Each way runs in a process of its own; imports are left out
+of all of them.
+
+  plain      the article's loop: plain PyTorch, fp32, batch 32, 2 workers; images decoded and the frozen ResNet18 run
+             in every epoch, over train and val
+  lightning  the same through headstart without its cache
+  cold       headstart, with an empty cache
+  warm       headstart, once more
+  limit      decoding each image once (a thread a core), then one forward pass of each in the cache's arithmetic
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+WAYS = ("limit", "cold", "warm", "lightning", "plain")
+SIZE, RESIZE, BATCH = 224, 256, 32
+
+
+def plain(data: Path, epochs: int) -> dict[str, Any]:
+    import torch
+    from torch import nn
+    from torchvision import datasets, models, transforms
+
+    started, images = time.perf_counter(), 0
+    steps = [transforms.Resize(RESIZE), transforms.CenterCrop(SIZE), transforms.ToTensor()]
+    steps.append(transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    folders = {name: datasets.ImageFolder(str(data / name), transforms.Compose(steps)) for name in ("train", "val")}
+    loaders = {
+        name: torch.utils.data.DataLoader(folder, BATCH, shuffle=name == "train", num_workers=2)
+        for name, folder in folders.items()
+    }
+    model = models.resnet18(weights=None)
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    model.fc = nn.Linear(512, len(folders["train"].classes))
+    optimizer = torch.optim.SGD(model.fc.parameters(), lr=0.001, momentum=0.9)
+    for _ in range(epochs):
+        for name, loader in loaders.items():
+            model.train(name == "train")
+            right = 0
+            for inputs, labels in loader:
+                with torch.set_grad_enabled(name == "train"):
+                    logits = model(inputs)
+                    loss = nn.functional.cross_entropy(logits, labels)
+                if name == "train":
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                right += int((logits.argmax(1) == labels).sum())
+                images += len(labels)
+    return {"seconds": time.perf_counter() - started, "images through the backbone": images}
+
+
+def headstart(data: Path, epochs: int, *options: str) -> dict[str, Any]:
+    import matplotlib.pyplot  # noqa: F401  # imports are left out
+    import torch.fx.experimental.optimization
+    from torch.utils import tensorboard  # noqa: F401
+
+    import headstart.training  # noqa: F401
+    from headstart.backbone import FrozenBackbone
+    from headstart.cli import main
+
+    images = [0]
+
+    def count(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(module, FrozenBackbone):
+            images[0] += len(inputs[0])
+
+    torch.nn.modules.module.register_module_forward_hook(count)
+    fixed = [f"--data.root={data}", "--model.weights=random", f"--model.image_size={SIZE}"]
+    fixed += [f"--trainer.max_epochs={epochs}", "--data.num_workers=2"]
+    started = time.perf_counter()
+    result = main(["train", *fixed, *options])
+    seconds = time.perf_counter() - started
+    parts = {name: result["seconds"][name] for name in ("scan", "features", "fit", "test")}
+    return {"seconds": seconds, "images through the backbone": images[0]} | parts
+
+
+def limit(data: Path, epochs: int) -> dict[str, Any]:
+    from concurrent.futures import ThreadPoolExecutor
+
+    import torch
+    import torch.fx.experimental.optimization  # noqa: F401
+
+    from headstart.backbone import FrozenBackbone
+    from headstart.features import feature_dtype
+    from headstart.images import decode, preprocess
+
+    cpu = torch.device("cpu")
+    dtype = feature_dtype("auto", cpu)
+    backbone = FrozenBackbone(weights="random", image_size=SIZE)
+    fast = backbone.for_extraction(dtype, cpu)
+    paths = sorted(path for path in data.rglob("*") if path.is_file())
+
+    def pixels(path: Path) -> torch.Tensor:
+        return preprocess(decode(path.read_bytes(), RESIZE), backbone.preprocessing)
+
+    with torch.no_grad():
+        fast(torch.stack([pixels(path) for path in paths[:BATCH]]))
+        started = time.perf_counter()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            images = list(pool.map(pixels, paths))
+        decoded = time.perf_counter()
+        for i in range(0, len(images), BATCH):
+            fast(torch.stack(images[i : i + BATCH]))
+        ended = time.perf_counter()
+    return {
+        "seconds": ended - started,
+        "images through the backbone": len(images),
+        "decoding": decoded - started,
+        "forward": ended - decoded,
+        "arithmetic": str(dtype),
+    }
+
+
+def child(way: str, data: Path, epochs: int) -> dict[str, Any]:
+    if way == "plain":
+        return plain(data, epochs)
+    if way == "limit":
+        return limit(data, epochs)
+    return headstart(data, epochs, *(["--data.cache=false"] if way == "lightning" else []))
+
+
+def machine() -> str:
+    import torch
+
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    amx = "with" if getattr(torch.cpu, "_is_amx_tile_supported", bool)() else "without"
+    return f"{model}, {os.cpu_count()} cores, {amx} bf16 matrix units; torch {torch.__version__}"
+
+
+def run(data: Path, epochs: int, ways: list[str]) -> None:
+    print(machine())
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"HEADSTART_CACHE": folder + "/cache"}
+        for way in ways:
+            command = [sys.executable, str(Path(__file__).resolve()), "--child", way, str(data), str(epochs)]
+            done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            found[way] = json.loads(done.stdout.splitlines()[-1])
+            said = ", ".join(
+                f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in found[way].items()
+            )
+            print(f"{way:10}{said}", flush=True)
+    if "plain" in found:
+        for way in set(found) - {"plain", "limit"}:
+            print(f"{way} is {found['plain']['seconds'] / found[way]['seconds']:.1f} times faster than plain")
+    if "cold" in found and "limit" in found:
+        print(f"extraction runs at {found['limit']['seconds'] / found['cold']['features']:.0%} of the limit")
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    if arguments[0] == "--child":
+        print("\n" + json.dumps(child(arguments[1], Path(arguments[2]), int(arguments[3]))))
+    else:
+        options = dict(argument.removeprefix("--").split("=") for argument in arguments[1:])
+        chosen = options.get("only", ",".join(WAYS)).split(",")
+        run(Path(arguments[0]).resolve(), int(options.get("epochs", 25)), chosen)
