@@ -68,7 +68,7 @@ def headstart(data: Path, epochs: int, *options: str) -> dict[str, Any]:
     import torch.fx.experimental.optimization
     from torch.utils import tensorboard  # noqa: F401
 
-    import headstart.training  # noqa: F401
+    import headstart.training
     from headstart.backbone import FrozenBackbone
     from headstart.cli import main
 
