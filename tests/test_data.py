@@ -12,7 +12,7 @@ from PIL import Image
 from pytorch_lightning import Trainer
 
 from conftest import COLOURS, draw, newest_run
-from headstart import DatasetData, ImageFolderData, TransferClassifier
+from headstart import DatasetData, FrozenBackbone, ImageFolderData, TransferClassifier
 from headstart.errors import UserError
 from headstart.loaders import EpochOrder
 from headstart.splits import Item, assign, shared_between_splits
@@ -78,13 +78,8 @@ def test_ranks_share_without_overlap(size):
     assert len(set(both)) == len(both) == size - size % 2
 
 
-def setup(data: ImageFolderData | DatasetData, weights: str = "random") -> ImageFolderData | DatasetData:
-    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", enable_progress_bar=False)
-    module = TransferClassifier(data.class_names, weights=weights, image_size=32)
-    trainer.strategy.connect(module)
-    trainer.strategy._lightning_module = module
-    data.trainer = trainer
-    data.setup("fit")
+def setup(data: ImageFolderData) -> ImageFolderData:
+    data.load(FrozenBackbone(weights="random", image_size=32), torch.device("cpu"))
     return data
 
 
@@ -214,12 +209,21 @@ def test_a_limit_is_a_prefix_of_the_training_images(colours):
 def test_a_file_that_changes_during_the_run_is_named(colours):
     data = setup(ImageFolderData(str(colours), cache=False, num_workers=0))
     victim = data.of("train")[0]
+    read = data.reader(36)
     draw(colours, images=20, seed=4)
     with pytest.raises(UserError, match=victim.path):
-        data.train_dataloader().dataset[0, 0]
+        read(victim)
     (colours / victim.path).unlink()
     with pytest.raises(UserError, match="vanished"):
-        data.train_dataloader().dataset[0, 0]
+        read(victim)
+
+
+def test_another_backbone_never_gets_the_features_of_the_one_before(colours):
+    data = setup(ImageFolderData(str(colours)))
+    index = torch.arange(len(data.of("train")))
+    before = data.features("train").gather(index)
+    data.load(FrozenBackbone(weights="bundled", image_size=32), torch.device("cpu"))
+    assert not torch.allclose(before, data.features("train").gather(index), atol=0.1)
 
 
 class Squares(torch.utils.data.Dataset):

@@ -10,6 +10,7 @@ from headstart.errors import UserError
 USAGE = """usage: headstart VERB [options]
 
   train     train a head on a folder of images, test it, and say where the run is
+  tune      train a grid of heads at once, then one with the winner's settings
   cache     list, verify or prune the features that are kept between runs
 
 headstart VERB --help lists the options of a verb."""
@@ -32,6 +33,10 @@ def main(args: Sequence[str] | None = None, root: Path | None = None) -> Any:
             from headstart.training import train
 
             return train(options, root)
+        if verb == "tune":
+            from headstart.tune import tune
+
+            return tune(options, root)
         if verb == "cache":
             from headstart.cache_command import cache
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from headstart import folders, splits
-from headstart.backbone import FrozenBackbone
+from headstart.backbone import FrozenBackbone, Preprocessing, combined, tensor_digests
 from headstart.content import ContentIndex
 from headstart.errors import UserError
 from headstart.features import (
@@ -102,6 +102,10 @@ class ImageData(LightningDataModule):
         self.items: list[Item] = []
         self.skipped: dict[str, str] = {}
         self.seconds = {"scan": 0.0, "features": 0.0}
+        self._backbone: FrozenBackbone
+        self._device: torch.device
+        self._clean: FeatureCache
+        self._loaded: tuple[str, Preprocessing] | None = None
         self._views: dict[Split, list[FeatureMatrix]] = {}
         self._check_options()
 
@@ -114,29 +118,36 @@ class ImageData(LightningDataModule):
         """A function, for threads and processes, that decodes an image to RGB or raises ``UnreadableImage``."""
 
     def setup(self, stage: str) -> None:
-        """Scans, splits, and computes or reads the features; once."""
-        if self.items:
-            return
+        """Called by Lightning: loads for the module's backbone, on the trainer's device."""
         trainer = self._attached()
         if self.batch_size % trainer.world_size:
             raise UserError(
                 f"--data.batch_size={self.batch_size} is over all devices: give a multiple of {trainer.world_size}"
             )
+        self.load(cast(FrozenBackbone, trainer.lightning_module.backbone), trainer.strategy.root_device)
+
+    def load(self, backbone: FrozenBackbone, device: torch.device) -> None:
+        """Scans, splits, and computes or reads the features; again only for another backbone."""
+        identity = combined(tensor_digests(backbone)), backbone.preprocessing
+        if identity == self._loaded:
+            return
+        self._backbone, self._device, self.skipped = backbone, device, {}
         with self._timed("scan"):
             items = self.scan()
             if not self.cache:
                 self._skip_unreadable(items)
-        clean = self._cache(view=False) if self.cache else None
         with self._timed("features"):
-            if clean:
-                failures = self._fill(clean, {item.digest: (item, 0) for item in items})
+            if self.cache:
+                self._clean = self._cache(view=False)
+                failures = self._fill(self._clean, {item.digest: (item, 0) for item in items})
                 self.skipped |= {item.path: failures[item.digest] for item in items if item.digest in failures}
         self._check_skips(items)
         self.items = self._split([item for item in items if item.path not in self.skipped])
         self._say_counts()
         with self._timed("features"):
-            if clean:
-                self._arrange(clean)
+            if self.cache:
+                self._arrange()
+        self._loaded = identity
 
     def counts(self, split: Split) -> Tensor:
         """Images a class in a split -> [num_classes]."""
@@ -154,6 +165,14 @@ class ImageData(LightningDataModule):
         """The cached features of a split's images, unaugmented."""
         return self._views[split][0]
 
+    def views_of(self, split: Split) -> list[FeatureMatrix]:
+        """The cached features of a split's images, a matrix a view."""
+        return self._views[split]
+
+    def features_of(self, items: Sequence[Item]) -> FeatureMatrix:
+        """The cached features of any of the images, unaugmented."""
+        return self._clean.matrix([item.digest for item in items])
+
     def train_dataloader(self) -> Any:
         return self._loader("train")
 
@@ -169,10 +188,6 @@ class ImageData(LightningDataModule):
                 "the data takes its preprocessing from the model: give both to a Trainer, as the README does"
             )
         return self.trainer
-
-    @property
-    def _backbone(self) -> FrozenBackbone:
-        return cast(FrozenBackbone, self._attached().lightning_module.backbone)
 
     def _check_options(self) -> None:
         if self.cache and self.augment != "none" and self.views == 1:
@@ -251,11 +266,10 @@ class ImageData(LightningDataModule):
             say("data: the classes are uneven; watch the balanced accuracy, try --model.class_weights=balanced")
 
     def _cache(self, view: bool) -> FeatureCache:
-        device = self._attached().strategy.root_device
         key = cache_key(
             self._backbone,
-            device,
-            feature_dtype(self.feature_precision, device),
+            self._device,
+            feature_dtype(self.feature_precision, self._device),
             self.max_pixels,
             {"policy": self.augment, "seed": self.view_seed} if view else {"policy": "none"},
         )
@@ -264,32 +278,25 @@ class ImageData(LightningDataModule):
     def _fill(self, cache: FeatureCache, rows: Mapping[bytes, tuple[Item, int]]) -> dict[bytes, str]:
         """Computes what the cache lacks of the rows, each an image and the number of its view -> why some have none."""
         pixels = self._pixels([], self.augment)
-        device = self._attached().strategy.root_device
 
         def read(row: bytes) -> Tensor:
             return pixels.view(*rows[row])
 
         try:
-            return cache.fill(list(rows), read, self._backbone, device, self.num_workers)
+            return cache.fill(list(rows), read, self._backbone, self._device, self.num_workers)
         except NonFiniteFeatures as error:
             raise UserError(f"{rows[error.row][0].path}: its features are not finite; remove it") from error
 
-    def _arrange(self, clean: FeatureCache) -> None:
+    def _arrange(self) -> None:
         """One matrix a split, and one more a view for training."""
-        device = self._attached().strategy.root_device
         for split in SPLITS:
-            self._views[split] = [clean.matrix([item.digest for item in self.of(split)]).to(device)]
+            self._views[split] = [self.features_of(self.of(split)).to(self._device)]
         if self.views > 1:
-            trained = self.of("train")
-            names = [[_view_row(item, view) for item in trained] for view in range(1, self.views)]
-            rows = {
-                name: (item, view)
-                for view, of_view in enumerate(names, 1)
-                for name, item in zip(of_view, trained, strict=True)
-            }
-            augmented = self._cache(view=True)
-            self._fill(augmented, rows)
-            self._views["train"] += [augmented.matrix(of_view).to(device) for of_view in names]
+            trained, views, augmented = self.of("train"), range(1, self.views), self._cache(view=True)
+            self._fill(augmented, {_view_row(item, view): (item, view) for view in views for item in trained})
+            for view in views:
+                matrix = augmented.matrix([_view_row(item, view) for item in trained])
+                self._views["train"].append(matrix.to(self._device))
 
     def _loader(self, split: Split) -> Any:
         items, trainer = self.of(split), self._attached()
@@ -308,7 +315,7 @@ class ImageData(LightningDataModule):
             batch_sampler=order,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=trainer.strategy.root_device.type == "cuda",
+            pin_memory=self._device.type == "cuda",
             # Without a generator of its own each epoch draws from the global one, and a resumed run differs.
             generator=torch.Generator().manual_seed(0),
         )

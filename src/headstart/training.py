@@ -29,6 +29,8 @@ from headstart.terminal import say
 
 # The trainer's options that the short help shows.
 SHORT_HELP = ("max_epochs", "accelerator", "devices", "precision", "default_root_dir")
+OWN_PHOTOS = "--data.root=path/to/your/photos    (one folder of images a class)"
+STRONGER = "--data.root={} --model.weights=imagenet    (better features for photographs, 45 MB once)"
 TRAINER_DEFAULTS = {
     "max_epochs": 25,
     "default_root_dir": "logs",
@@ -150,7 +152,7 @@ class TrainCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.run_folder = RunFolder(
-            self.logs, self.name, self._resolved_config(), self._settings(), command_line(), self.resumed
+            self.logs, self.name, self.resolved_config(), self._settings(), command_line(), self.resumed
         )
         # "best" by the loss: with few validation images accuracy moves in steps and picks an early epoch by luck.
         self.best = ModelCheckpoint(filename="best", monitor="val/loss", enable_version_counter=False)
@@ -171,7 +173,7 @@ class TrainCLI(LightningCLI):
         if self.config.ckpt_path:
             read_checkpoint(Path(self.config.ckpt_path), self.logs)
 
-    def _resolved_config(self) -> str:
+    def resolved_config(self) -> str:
         """The configuration as YAML, which means the same in every working directory."""
         config = self.config.clone()
         config.data.root = str(self.datamodule.root)
@@ -184,7 +186,7 @@ class TrainCLI(LightningCLI):
         return str(self.parser.dump(config, skip_none=False))
 
     def _settings(self) -> dict[str, Any]:
-        values = yaml.safe_load(self._resolved_config())
+        values = yaml.safe_load(self.resolved_config())
         groups = {"model": values["model"], "data": values["data"]}
         return {f"{group}.{name}": value for group, options in groups.items() for name, value in options.items()} | {
             "seed_everything": values["seed_everything"],
@@ -206,7 +208,7 @@ def train(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
         UserError: a mistake in the options or the data.
     """
     started = time.perf_counter()
-    _be_calm()
+    be_calm()
     cli = TrainCLI(options, root)
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     fit_started = time.perf_counter()
@@ -222,7 +224,11 @@ def train(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
         "total": ended - started,
     }
     result = cli.run_folder.finish(trainer, scores, seconds)
-    _say_result(result, cli.run_folder.folder, cli.logs)
+    on_demo = root is not None and Path(data.root) == root
+    hint = (
+        "--data.root=path/to/your/photos    (one folder of images a class)" if on_demo else STRONGER.format(data.root)
+    )
+    _say_result(result, cli.run_folder.folder, cli.logs, hint)
     return result
 
 
@@ -244,7 +250,12 @@ def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _say_result(result: dict[str, Any], folder: Path | None, logs: Path) -> None:
+def program() -> str:
+    """How this command was called, so that what it suggests can be typed."""
+    return "python train.py" if Path(sys.argv[0]).name == "train.py" else "headstart train"
+
+
+def _say_result(result: dict[str, Any], folder: Path | None, logs: Path, hint: str) -> None:
     splits = [split for split in ("val", "test") if f"{split}/acc" in result]
     table = Table("", *splits, title="the best checkpoint's scores")
     names = [name.removeprefix("val/") for name in result if name.startswith("val/")]
@@ -254,7 +265,7 @@ def _say_result(result: dict[str, Any], folder: Path | None, logs: Path) -> None
     if folder:
         say(f"run:      {folder}")
         say(f"inspect:  tensorboard --logdir {logs}")
-    say("next:     python train.py --data.root=path/to/your/photos    (one folder of images a class)")
+    say(f"next:     {program()} {hint}")
 
 
 def command_line() -> str:
@@ -262,7 +273,7 @@ def command_line() -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def _be_calm() -> None:
+def be_calm() -> None:
     """Hides what Lightning and its libraries say that a user can do nothing about."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

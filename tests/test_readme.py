@@ -1,0 +1,94 @@
+"""Every command and every piece of Python in the README runs.
+
+A block is tagged with how: `fast` runs here, `slow` under `-m slow`, `install` is what `.ci/run` and the packaging test
+do, `benchmark` is a script whose figures the README holds: its parts run in a small form.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import REPOSITORY, draw
+
+BLOCKS = re.findall(r"^```(\w+) ?(\w*)\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+TAGS = {"fast", "slow", "install", "benchmark", "output"}
+
+
+def tagged(language: str, tag: str) -> list[str]:
+    return [text for found, given, text in BLOCKS if found == language and given == tag]
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The repository, beside a folder of photos, with `python` and `headstart` those of this environment."""
+    folder = tmp_path / "headstart"
+    subprocess.run(["git", "-C", str(REPOSITORY), "checkout-index", "-a", f"--prefix={folder}/"], check=True)
+    draw(folder / "path/to/photos")
+    return folder
+
+
+def run(command: list[str], copy: Path) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(copy / "src")}
+    return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_every_block_is_tagged():
+    assert BLOCKS
+    assert {tag for _, tag, _ in BLOCKS} <= TAGS
+    assert {language for language, _, _ in BLOCKS} <= {"bash", "python", "text"}
+
+
+@pytest.mark.parametrize("block", tagged("bash", "fast"))
+def test_commands(block, copy):
+    done = run(["bash", "-euo", "pipefail", "-c", block], copy)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", tagged("bash", "slow"))
+def test_slow_commands(block, copy):
+    assert run(["bash", "-euo", "pipefail", "-c", block], copy).returncode == 0
+
+
+@pytest.mark.parametrize("block", tagged("python", "fast"))
+def test_python(block, copy):
+    done = run([sys.executable, "-c", block], copy)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_test_command_is_what_ci_runs():
+    install = "\n".join(tagged("bash", "install"))
+    line = "pip install -e '.[dev]' && pytest"
+    assert line in install
+    assert line in (REPOSITORY / ".ci/run").read_text()
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (REPOSITORY / "benchmarks").glob("*.py")))
+def test_every_benchmark_is_in_the_readme(script):
+    assert any(f"benchmarks/{script}" in block for block in tagged("bash", "benchmark"))
+
+
+def test_the_accuracy_benchmark_in_a_small_form(copy):
+    for folder in (copy / "data/clipart").iterdir():
+        for path in sorted(folder.iterdir())[12:]:
+            path.unlink()
+    small = ["--splits=1", "--model.image_size=32", "--trainer.max_epochs=1"]
+    done = run([sys.executable, "benchmarks/accuracy.py", *small], copy)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "| bundled | 0." in done.stdout
+
+
+def test_the_speed_benchmark_in_a_small_form(copy, tmp_path):
+    for split in ("train", "val"):
+        draw(tmp_path / "photos" / split, images=4)
+    done = run([sys.executable, "benchmarks/speed.py", str(tmp_path / "photos"), "--epochs=1"], copy)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "times faster than plain" in done.stdout
+    shutil.rmtree(tmp_path / "photos")

@@ -1,0 +1,159 @@
+"""The bank of heads, the exact optimum, and the search that uses them."""
+
+import csv
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn import functional
+
+from conftest import COLOURS, draw
+from headstart.cli import main
+from headstart.features import FeatureMatrix, Shard
+from headstart.heads import Bank, Setting, fit_exact, score, train_bank
+from headstart.loaders import EpochOrder, FeatureLoader
+from headstart.tune import T95, interval
+
+
+def matrix(features: torch.Tensor) -> FeatureMatrix:
+    rows = [number.to_bytes(32, "big") for number in range(len(features))]
+    return FeatureMatrix([Shard(rows, features)], rows)
+
+
+@pytest.fixture
+def problem():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 4, (200,), generator=generator)
+    centres = torch.randn(4, 16, generator=generator)
+    return centres[labels] + 1.5 * torch.randn(200, 16, generator=generator), labels
+
+
+SETTINGS = [Setting(0.01, 0.0, 0.0), Setting(0.003, 0.5, 0.1), Setting(0.1, 0.01, 0.2)]
+
+
+def test_every_head_of_a_bank_is_what_adamw_makes_of_it_alone(problem):
+    features, labels = problem
+    bank = Bank(SETTINGS, 4, 16, seed=3, device=torch.device("cpu"))
+    order = EpochOrder(200, 32, seed=1)
+    batches = list(FeatureLoader([matrix(features)], labels, order)) * 4
+    alone = []
+    for setting in SETTINGS:
+        torch.manual_seed(3)
+        head = torch.nn.Linear(16, 4)
+        optimizer = torch.optim.AdamW(head.parameters(), lr=setting.lr, weight_decay=setting.weight_decay)
+        for x, y in batches:
+            optimizer.zero_grad()
+            functional.cross_entropy(head(x), y, label_smoothing=setting.label_smoothing).backward()
+            optimizer.step()
+        alone.append(head)
+    for x, y in batches:
+        bank.step(x, y, 1.0)
+    for number, head in enumerate(alone):
+        torch.testing.assert_close(bank.head(number).weight, head.weight.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(bank.head(number).bias, head.bias.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_bank_scores_like_cross_entropy(problem):
+    features, labels = problem
+    bank = Bank(SETTINGS, 4, 16, seed=3, device=torch.device("cpu"))
+    acc, loss = bank.scores(matrix(features), labels)
+    logits = functional.linear(features, bank.weight[1], bank.bias[1])
+    assert loss[1].item() == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert acc[1].item() == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+
+
+def test_the_exact_optimum_has_no_gradient_and_nothing_below_it(problem):
+    features, labels = problem
+    head = fit_exact(matrix(features), labels, 4, strength=0.01)
+    weight, bias = head.weight.double().requires_grad_(), head.bias.double().requires_grad_()
+
+    def objective(weight, bias):
+        logits = functional.linear(features.double(), weight, bias)
+        return functional.cross_entropy(logits, labels) + 0.005 * weight.square().sum()
+
+    least = objective(weight, bias)
+    gradients = torch.autograd.grad(least, (weight, bias))
+    assert max(gradient.abs().max() for gradient in gradients) < 1e-4
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        moved = weight + 0.01 * torch.randn(weight.shape, generator=generator)
+        assert objective(moved, bias) > least
+    again = fit_exact(matrix(features), labels, 4, strength=0.01, start=fit_exact(matrix(features), labels, 4, 1.0))
+    torch.testing.assert_close(again.weight, head.weight, rtol=1e-2, atol=1e-3)
+
+
+def test_the_best_epoch_is_kept_or_the_last(problem):
+    features, labels = problem
+    train, val = (matrix(features[:120]), labels[:120]), (matrix(features[120:]), labels[120:])
+    arguments = [train[0]], train[1], val, 4, 12, 32, 0.1, 0
+    best = train_bank([Setting(0.3, 0.0, 0.0)], *arguments)[0]
+    last = train_bank([Setting(0.3, 0.0, 0.0)], *arguments, keep_last=True)[0]
+    assert best.epoch < last.epoch == 11
+    assert best.loss < last.loss
+    assert score(best.head, *val) == pytest.approx((best.acc, best.loss), rel=1e-5)
+
+
+def test_the_interval_is_students():
+    values = [0.5, 0.6, 0.55, 0.65, 0.58]
+    assert interval(values) == pytest.approx(2.776 * statistics.stdev(values) / math.sqrt(5))
+    assert sorted(T95) == list(range(1, 10))
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """A problem that is not learnt to the end: half of a class looks like another."""
+    root = draw(tmp_path / "mixed", images=40)
+    draw(root, images=20, seed=1, colours={"red": COLOURS["green"]})
+    return root
+
+
+def test_the_search_ends_with_a_run_of_the_winner(mixed, capsys):
+    options = [f"--data.root={mixed}", "--model.image_size=32", "--trainer.max_epochs=6", "--folds=3"]
+    grid = ["--tune.lr=[0.001,0.01]", "--tune.weight_decay=[0.0,0.1]", "--tune.label_smoothing=[0.0]"]
+    found = main(["tune", *options, *grid])
+    assert len(found["settings"]) == 4
+    assert len(found["folds"]) == 3
+    accuracies = [each["val/acc"] for each in found["settings"]]
+    assert accuracies == sorted(accuracies, reverse=True)
+    winner = found["settings"][0]
+    assert found["result"]["val/acc"] == pytest.approx(winner["val/acc"])
+    assert found["result"]["val/loss"] == pytest.approx(winner["val/loss"], rel=1e-4)
+    recipe = yaml.safe_load(Path(found["recipe"]).read_text())
+    assert recipe == {"model": {name: winner[name] for name in ("lr", "weight_decay", "label_smoothing")}}
+    folder = Path(found["recipe"]).parent
+    with (folder / "heads.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 4
+    events = EventAccumulator(str(folder / "head000"))
+    events.Reload()
+    assert events.Scalars("hp/val_acc")[0].value == pytest.approx(winner["val/acc"])
+    assert "test/acc" in found["exact"]
+    out = capsys.readouterr().out
+    assert "L-BFGS" in out
+    assert "+-" in out
+
+
+def test_draws_lie_between_the_ends_of_the_grid(mixed):
+    options = [f"--data.root={mixed}", "--model.image_size=32", "--trainer.max_epochs=1", "--tune.draws=7"]
+    found = main(["tune", *options, "--tune.lr=[0.001,0.1]"])
+    assert len(found["settings"]) == 7
+    assert len({each["lr"] for each in found["settings"]}) == 7
+    assert all(0.001 <= each["lr"] <= 0.1 for each in found["settings"])
+    assert all(0 <= each["weight_decay"] <= 1 for each in found["settings"])
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--tune.lr=[-1]", "--tune.lr"),
+        ("--folds=1", "give 2 to 10"),
+        ("--folds=11", "give 2 to 10"),
+        ("--data.cache=false", "leave the cache on"),
+        ("--tune.lrs=[1]", "did you mean --tune.lr?"),
+    ],
+)
+def test_a_mistake_in_the_search_is_one_line(option, said, colours, refused):
+    assert said in refused("tune", f"--data.root={colours}", "--model.image_size=32", option)
