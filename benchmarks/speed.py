@@ -71,6 +71,7 @@ def headstart(data: Path, epochs: int, *options: str) -> dict[str, Any]:
     from headstart import training
     from headstart.backbone import FrozenBackbone
     from headstart.cli import main
+    from headstart.features import Shard
 
     assert training  # imported before the clock starts
     images = [0]
@@ -86,6 +87,9 @@ def headstart(data: Path, epochs: int, *options: str) -> dict[str, Any]:
     result = main(["train", *fixed, *options])
     seconds = time.perf_counter() - started
     parts = {name: result["seconds"][name] for name in ("scan", "features", "fit", "test")}
+    cache = Path(os.environ["HEADSTART_CACHE"])
+    # What decoding and the backbone took, by the cache's own record; `features` holds reading, folding and writing too.
+    parts["extraction"] = sum(Shard.open(path).seconds for path in cache.glob("features/*/*.safetensors"))
     return {"seconds": seconds, "images through the backbone": images[0]} | parts
 
 
@@ -109,7 +113,6 @@ def limit(data: Path, epochs: int) -> dict[str, Any]:
         return preprocess(decode(path.read_bytes(), RESIZE), backbone.preprocessing)
 
     with torch.no_grad():
-        fast(torch.stack([pixels(path) for path in paths[:BATCH]]))
         started = time.perf_counter()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             images = list(pool.map(pixels, paths))
@@ -164,7 +167,7 @@ def run(data: Path, epochs: int, ways: list[str]) -> None:
         for way in set(found) - {"plain", "limit"}:
             print(f"{way} is {found['plain']['seconds'] / found[way]['seconds']:.1f} times faster than plain")
     if "cold" in found and "limit" in found:
-        print(f"extraction runs at {found['limit']['seconds'] / found['cold']['features']:.0%} of the limit")
+        print(f"extraction runs at {found['limit']['seconds'] / found['cold']['extraction']:.0%} of the limit")
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ class FrozenBackbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] uint8, resized and cropped as ``preprocessing`` says -> features [B, num_features]."""
         dtype = next(self.net.parameters()).dtype
-        normalised = (images.float() - self.mean) / self.std
+        normalised = images.to(torch.float32, copy=True).sub_(self.mean).div_(self.std)
         features: Tensor = self.net(normalised.to(dtype, memory_format=torch.channels_last))
         return features.float()
 

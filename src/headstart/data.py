@@ -133,16 +133,16 @@ class ImageData(LightningDataModule):
             return
         self._backbone, self._device, self.skipped = backbone, device, {}
         with self._timed("scan"):
-            items = self.scan()
+            self.items = self.scan()
             if not self.cache:
-                self._skip_unreadable(items)
+                self._skip_unreadable(self.items)
         with self._timed("features"):
             if self.cache:
                 self._clean = self._cache(view=False)
-                failures = self._fill(self._clean, {item.digest: (item, 0) for item in items})
-                self.skipped |= {item.path: failures[item.digest] for item in items if item.digest in failures}
-        self._check_skips(items)
-        self.items = self._split([item for item in items if item.path not in self.skipped])
+                failures = self._fill(self._clean, {item.digest: item for item in self.items}, view=0)
+                self.skipped |= {item.path: failures[item.digest] for item in self.items if item.digest in failures}
+        self._check_skips(self.items)
+        self.items = self._split([item for item in self.items if item.path not in self.skipped])
         self._say_counts()
         with self._timed("features"):
             if self.cache:
@@ -275,28 +275,28 @@ class ImageData(LightningDataModule):
         )
         return FeatureCache(self.cache_dir, key)
 
-    def _fill(self, cache: FeatureCache, rows: Mapping[bytes, tuple[Item, int]]) -> dict[bytes, str]:
-        """Computes what the cache lacks of the rows, each an image and the number of its view -> why some have none."""
+    def _fill(self, cache: FeatureCache, rows: Mapping[bytes, Item], view: int) -> dict[bytes, str]:
+        """Computes what the cache lacks of one view of the images, by row -> why some have none."""
         pixels = self._pixels([], self.augment)
 
         def read(row: bytes) -> Tensor:
-            return pixels.view(*rows[row])
+            return pixels.view(rows[row], view)
 
         try:
             return cache.fill(list(rows), read, self._backbone, self._device, self.num_workers)
         except NonFiniteFeatures as error:
-            raise UserError(f"{rows[error.row][0].path}: its features are not finite; remove it") from error
+            raise UserError(f"{rows[error.row].path}: its features are not finite; remove it") from error
 
     def _arrange(self) -> None:
         """One matrix a split, and one more a view for training."""
         for split in SPLITS:
             self._views[split] = [self.features_of(self.of(split)).to(self._device)]
-        if self.views > 1:
-            trained, views, augmented = self.of("train"), range(1, self.views), self._cache(view=True)
-            self._fill(augmented, {_view_row(item, view): (item, view) for view in views for item in trained})
-            for view in views:
-                matrix = augmented.matrix([_view_row(item, view) for item in trained])
-                self._views["train"].append(matrix.to(self._device))
+        augmented = self._cache(view=True)
+        for view in range(1, self.views):
+            rows = {_view_row(item, view): item for item in self.of("train")}
+            self._fill(augmented, rows, view)
+            matrix = augmented.matrix([_view_row(item, view) for item in self.of("train")])
+            self._views["train"].append(matrix.to(self._device))
 
     def _loader(self, split: Split) -> Any:
         items, trainer = self.of(split), self._attached()

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,7 +138,7 @@ class Shard:
 
 
 class FeatureMatrix:
-    """Rows of features in the order that was asked for; in memory while they are few, else mapped from the shards.
+    """Rows of features in the order that was asked for; in memory if the shards are small, else mapped from them.
 
     Args:
         shards: that hold the rows.
@@ -147,14 +146,15 @@ class FeatureMatrix:
     """
 
     def __init__(self, shards: Sequence[Shard], rows: Sequence[Row]) -> None:
-        place = {row: (s, r) for s, shard in enumerate(shards) for r, row in enumerate(shard.rows)}
-        where = torch.tensor([place[row] for row in rows], dtype=torch.long).view(-1, 2)
-        self._shard, self._row = where[:, 0].clone(), where[:, 1].clone()
+        place = {row: number for number, row in enumerate(row for shard in shards for row in shard.rows)}
+        number = torch.tensor([place[row] for row in rows], dtype=torch.long)
+        ends = torch.tensor([len(shard.rows) for shard in shards]).cumsum(0)
         self._parts = [shard.features for shard in shards]
+        self._shard = torch.bucketize(number, ends, right=True)
+        self._row = number - torch.cat([torch.zeros(1, dtype=torch.long), ends])[self._shard]
         self._whole: Tensor | None = None
-        width = next((part.shape[1] for part in self._parts if part.numel()), 0)
-        if len(rows) * width * 4 <= IN_MEMORY:
-            self._whole = self._collect(torch.arange(len(rows)), width)
+        if sum(part.nbytes for part in self._parts) <= IN_MEMORY:
+            self._whole = self._collect(torch.arange(len(rows)))
             self._parts = []
 
     def __len__(self) -> int:
@@ -172,10 +172,10 @@ class FeatureMatrix:
         """[B] row numbers -> features [B, D]."""
         if self._whole is not None:
             return self._whole[index.to(self._whole.device)]
-        return self._collect(index, self._parts[0].shape[1])
+        return self._collect(index)
 
-    def _collect(self, index: Tensor, width: int) -> Tensor:
-        features = torch.empty(len(index), width)
+    def _collect(self, index: Tensor) -> Tensor:
+        features = torch.empty(len(index), self._parts[0].shape[1] if self._parts else 0)
         shard, row = self._shard[index], self._row[index]
         order = shard.argsort(stable=True)
         present, counts = torch.unique_consecutive(shard[order], return_counts=True)
@@ -234,15 +234,18 @@ class FeatureCache:
         """
         found = self.read()
         self._writable = self._prepare()
-        wanted = set(rows)
-        missing = sorted(wanted - _known(found))
-        self._say_what_is_there(found, len(wanted), len(missing))
+        missing = set(rows)
+        wanted = len(missing)
+        for shard in found:
+            missing.difference_update(shard.rows, shard.failures)
+        self._say_what_is_there(found, wanted, len(missing))
         if missing:
             dtype = getattr(torch, json.loads(self._key)["arithmetic"]["dtype"])
-            extractor = Extractor(read, partial(backbone.for_extraction, dtype, device), device, workers)
-            self._compute(missing, chunk_size(len(wanted)), extractor)
+            extractor = Extractor(read, backbone.for_extraction(dtype, device), device, workers)
+            self._compute(sorted(missing), chunk_size(wanted), extractor)
             found = self.read()
-        return {row: reason for shard in found for row, reason in shard.failures.items() if row in wanted}
+        failures = {row: reason for shard in found for row, reason in shard.failures.items()}
+        return {row: failures[row] for row in rows if row in failures} if failures else {}
 
     def matrix(self, rows: Sequence[Row]) -> FeatureMatrix:
         """The features of rows that are there."""
@@ -374,10 +377,6 @@ def verify(path: Path) -> None:
         raise ValueError("checksum differs")
 
 
-def _known(shards: Iterable[Shard]) -> set[Row]:
-    return {row for shard in shards for row in (*shard.rows, *shard.failures)}
-
-
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
@@ -399,19 +398,15 @@ class Extractor:
 
     Args:
         read: gives the pixels of a row, [3, H, W] uint8.
-        make_backbone: makes the copy that computes; called while the first images are decoded.
-        device: where the copy is.
+        backbone: the copy that computes. It is made before the threads start: torch.fx, which folds it, replaces
+            ``nn.Module.__call__`` for every thread while it traces.
+        device: where it is.
         workers: the number of threads.
     """
 
-    def __init__(
-        self, read: Read, make_backbone: Callable[[], FrozenBackbone], device: torch.device, workers: int
-    ) -> None:
-        self._read, self._make_backbone, self._device, self._workers = read, make_backbone, device, workers
-
-    @cached_property
-    def _backbone(self) -> FrozenBackbone:
-        return self._make_backbone()
+    def __init__(self, read: Read, backbone: FrozenBackbone, device: torch.device, workers: int) -> None:
+        self._read, self._backbone, self._device, self._workers = read, backbone, device, workers
+        self._batch: Tensor | None = None
 
     def __call__(self, batches: Iterable[tuple[Chunk, tuple[Row, ...]]]) -> Iterator[tuple[Chunk, Computed]]:
         """Gives the batches in order, each when it is computed."""
@@ -438,16 +433,19 @@ class Extractor:
                 failures[row] = str(error)
         if not images:
             return Computed([], torch.empty(0, self._backbone.num_features), failures)
-        features = self.features(torch.stack(images))
+        features = self.features(images)
         if not features.isfinite().all():
             raise NonFiniteFeatures(readable[int(features.isfinite().all(dim=1).int().argmin())])
         return Computed(readable, features, failures)
 
     @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        """Up to ``BATCH`` images, [B, 3, H, W] uint8 -> features [B, D] float32 on the CPU."""
-        padding = images[:1].expand(BATCH - len(images), -1, -1, -1)
-        computed: Tensor = self._backbone(torch.cat([images, padding]).to(self._device))
+    def features(self, images: Sequence[Tensor]) -> Tensor:
+        """Up to ``BATCH`` images, each [3, H, W] uint8 -> features [B, D] float32 on the CPU."""
+        if self._batch is None:
+            self._batch = images[0].new_empty(BATCH, *images[0].shape)
+        padded = [*images, *[images[0]] * (BATCH - len(images))]
+        torch.stack(padded, out=self._batch)  # into the same memory each time: new pages cost more than the copy
+        computed: Tensor = self._backbone(self._batch.to(self._device))
         return computed[: len(images)].cpu()
 
 

@@ -4,7 +4,7 @@ import csv
 import hashlib
 import io
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 COLUMNS = ["split", "class", "path", "sha256"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """An image: where it is, what it shows, what it holds, where it belongs.
 
@@ -56,10 +56,9 @@ def assign(items: Sequence[Item], class_names: Sequence[str], val: float, test: 
     for item in items:
         if item.split is None:
             digests[item.label].add(item.digest)
-    hashes = {digest: _unit_hash(seed, digest) for of_class in digests.values() for digest in of_class}
-    places = {digest: _place(value, val, test) for digest, value in hashes.items()}
+    places = {digest: _place(seed, digest, val, test) for of_class in digests.values() for digest in of_class}
     for label, of_class in sorted(digests.items()):
-        _fill(sorted(of_class, key=hashes.__getitem__), places, needed, class_names[label])
+        _fill(of_class, places, needed, class_names[label], seed)
     return [item if item.split else replace(item, split=places[item.digest]) for item in items]
 
 
@@ -68,23 +67,25 @@ def _unit_hash(seed: int, digest: bytes) -> float:
     return int.from_bytes(hashlib.sha256(b"split %d " % seed + digest).digest()[:6], "big") / 2**48
 
 
-def _place(value: float, val: float, test: float) -> Split:
+def _place(seed: int, digest: bytes, val: float, test: float) -> Split:
+    value = _unit_hash(seed, digest)
     if value < test:
         return "test"
     return "val" if value < test + val else "train"
 
 
-def _fill(ranked: Sequence[bytes], places: dict[bytes, Split], needed: Sequence[Split], name: str) -> None:
+def _fill(of_class: Set[bytes], places: dict[bytes, Split], needed: Sequence[Split], name: str, seed: int) -> None:
     """Moves the lowest-hashed image that its split can spare into each split that the class is missing from."""
-    if len(ranked) < len(needed):
+    if len(of_class) < len(needed):
         raise UserError(
-            f"class {name!r}: {len(ranked)} different image(s), and {len(needed)} are needed to be in every split "
+            f"class {name!r}: {len(of_class)} different image(s), and {len(needed)} are needed to be in every split "
             f"({', '.join(needed)}); add images or remove its folder"
         )
     for split in needed:
-        sizes = Counter(places[digest] for digest in ranked)
+        sizes = Counter(places[digest] for digest in of_class)
         if not sizes[split]:
-            places[next(digest for digest in ranked if sizes[places[digest]] > 1)] = split
+            spare = (digest for digest in of_class if sizes[places[digest]] > 1)
+            places[min(spare, key=lambda digest: _unit_hash(seed, digest))] = split
             say(f"data: class {name!r} would be missing from {split}; its lowest-hashed image went there")
 
 

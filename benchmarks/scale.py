@@ -1,0 +1,182 @@
+"""Sixty thousand images, and a million rows.
+
+usage: python benchmarks/scale.py cifar FOLDER [OPTION ...]
+       python benchmarks/scale.py rows [1000000]
+
+cifar: FOLDER holds train/ and test/ with CIFAR-10's images. Computes all features with the bundled backbone, then
+       compares AdamW, the winner of `tune`, L-BFGS, and scikit-learn's LogisticRegression on the same matrix
+       (`pip install scikit-learn`).
+rows:  writes so many random rows of 512 features as a cache, and trains a 10-epoch head on them through the data
+       module; time, and peak anonymous memory (Linux).
+"""
+
+import hashlib
+import os
+import random
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from pytorch_lightning import Trainer
+
+from headstart import FrozenBackbone, ImageFolderData, TransferClassifier
+from headstart.cli import main
+from headstart.data import ImageData
+from headstart.features import BATCH, FeatureCache, Shard, cache_key, feature_dtype
+from headstart.heads import fit_exact, score
+from headstart.images import decode, preprocess
+from headstart.splits import Item
+from headstart.tune import STRENGTHS
+
+
+class Memory:
+    """The peak of this process's anonymous memory, sampled."""
+
+    def __init__(self) -> None:
+        self.peak, self._running = 0, True
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while self._running:
+            self.peak = max(self.peak, self.now())
+            time.sleep(0.05)
+
+    @staticmethod
+    def now() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+
+
+class Rows(ImageData):
+    """Images that exist only as rows of the cache."""
+
+    classes = 20
+
+    def __init__(self, count: int, **options: Any) -> None:
+        self.count = count
+        super().__init__([str(label) for label in range(self.classes)], **options)
+
+    def scan(self) -> list[Item]:
+        return [Item(str(number), number % self.classes, row(number)) for number in range(self.count)]
+
+    def reader(self, shorter_side: int) -> Any:
+        def read(item: Item) -> Image.Image:
+            raise AssertionError(f"{item}: every row is in the cache")
+
+        return read
+
+
+def row(number: int) -> bytes:
+    return hashlib.sha256(number.to_bytes(8, "big")).digest()
+
+
+def cache_of(data: ImageData, backbone: FrozenBackbone) -> FeatureCache:
+    cpu = torch.device("cpu")
+    key = cache_key(backbone, cpu, feature_dtype(data.feature_precision, cpu), data.max_pixels, {"policy": "none"})
+    return FeatureCache(data.cache_dir, key)
+
+
+def write_rows(cache: FeatureCache, count: int, piece: int = 4096) -> None:
+    centres = torch.randn(Rows.classes, 512, generator=torch.Generator().manual_seed(0))
+    (cache.folder / "locks").mkdir(parents=True)
+    for start in range(0, count, piece):
+        numbers = range(start, min(count, start + piece))
+        generator = torch.Generator().manual_seed(start + 1)
+        noise = torch.randn(len(numbers), 512, generator=generator)
+        features = centres[[number % Rows.classes for number in numbers]] + 4 * noise
+        data = Shard([row(number) for number in numbers], features, {}, 0.0).to_bytes()
+        name = f"{start:024x}-{hashlib.sha256(data).hexdigest()}.safetensors"
+        (cache.folder / name).write_bytes(data)
+
+
+def rows(count: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        data = Rows(count, cache_dir=folder, batch_size=1024)
+        model = TransferClassifier(data.class_names)
+        write_rows(cache_of(data, model.backbone), count)
+        before, memory, started = Memory.now(), Memory(), time.perf_counter()
+        trainer = Trainer(
+            max_epochs=10,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        trainer.fit(model, datamodule=data)
+        seconds = time.perf_counter() - started
+        acc = trainer.test(model, datamodule=data, verbose=False)[0]["test/acc"]
+    print(
+        f"{count:,} rows of {Rows.classes} classes: {seconds:.1f} s for 10 epochs with scan and split ({data.seconds}), test/acc {acc:.3f}"
+    )
+    print(f"peak anonymous memory {memory.peak / 1e9:.2f} GB ({before / 1e9:.2f} GB of it before the data)")
+
+
+def cifar(root: str, options: list[str]) -> None:
+    os.environ.setdefault("HEADSTART_CACHE", tempfile.mkdtemp())
+    common = [f"--data.root={root}", "--data.batch_size=256", *options]
+    result = main(["train", *common])
+    data = ImageFolderData(root, batch_size=256)
+    backbone = FrozenBackbone()
+    data.load(backbone, torch.device("cpu"))
+    shards = [Shard.open(path) for path in cache_of(data, backbone).folder.glob("*.safetensors")]
+    images = sum(len(shard.rows) for shard in shards)
+    extraction = sum(shard.seconds for shard in shards)
+    print(f"extraction: {images:,} images at {images / extraction:.0f} images/s, limit {limit(data, backbone):.0f}")
+    print(f"AdamW: test/acc {result['test/acc']:.4f}, fit {result['seconds']['fit']:.1f} s")
+    started = time.perf_counter()
+    tuned = main(["tune", *common])
+    print(f"tune: test/acc {tuned['result']['test/acc']:.4f}, {len(tuned['settings'])} heads and the optimum")
+    seconds, last = time.perf_counter() - started, tuned["result"]["seconds"]["fit"]
+    print(f"tune took {seconds:.1f} s in all, its last run {last:.1f} s")
+    compare(data, tuned["exact"]["l2"])
+
+
+def limit(data: ImageFolderData, backbone: FrozenBackbone, count: int = 3200) -> float:
+    """Images a second, of decoding by a thread a core and then one forward pass, on so many of the images."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    cpu = torch.device("cpu")
+    fast = backbone.for_extraction(feature_dtype("auto", cpu), cpu)
+    paths = [data.root / item.path for item in random.Random(0).sample(data.items, count)]
+
+    def pixels(path: Path) -> torch.Tensor:
+        return preprocess(decode(path.read_bytes(), backbone.preprocessing.resize_size), backbone.preprocessing)
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(os.cpu_count()) as pool, torch.no_grad():
+        images = list(pool.map(pixels, paths))
+        for start in range(0, count, BATCH):
+            fast(torch.stack(images[start : start + BATCH]))
+    return count / (time.perf_counter() - started)
+
+
+def compare(data: ImageFolderData, strength: float) -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    features, labels = data.features("train"), data.labels("train")
+    test = data.features("test"), data.labels("test")
+    started = time.perf_counter()
+    head = None
+    for each in STRENGTHS[: STRENGTHS.index(strength) + 1]:
+        head = fit_exact(features, labels, len(data.class_names), each, head)
+    assert head
+    print(f"L-BFGS: test/acc {score(head, *test)[0]:.4f}, {time.perf_counter() - started:.1f} s, L2 {strength:g}")
+    whole = [matrix.gather(torch.arange(len(matrix))).numpy() for matrix in (features, test[0])]
+    started = time.perf_counter()
+    model = LogisticRegression(C=1 / (strength * len(labels)), max_iter=2000).fit(whole[0], labels.numpy())
+    acc = model.score(whole[1], test[1].numpy())
+    print(f"scikit-learn: test/acc {acc:.4f}, {time.perf_counter() - started:.1f} s, the same L2")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "rows":
+        rows(int(sys.argv[2]) if len(sys.argv) > 2 else 1_000_000)
+    else:
+        cifar(str(Path(sys.argv[2]).resolve()), sys.argv[3:])
