@@ -92,3 +92,15 @@ def test_the_speed_benchmark_in_a_small_form(copy, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "times faster than plain" in done.stdout
     shutil.rmtree(tmp_path / "photos")
+
+
+def test_the_scale_benchmarks_in_a_small_form(copy, tmp_path):
+    done = run([sys.executable, "benchmarks/scale.py", "rows", "6000"], copy)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "peak anonymous memory" in done.stdout
+    for folder in (copy / "data/clipart").iterdir():
+        for path in sorted(folder.iterdir())[12:]:
+            path.unlink()
+    done = run([sys.executable, "benchmarks/scale.py", "heads"], copy)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "64 heads take" in done.stdout

@@ -174,6 +174,13 @@ class FeatureMatrix:
             return self._whole[index.to(self._whole.device)]
         return self._collect(index)
 
+    def blocks(self, size: int) -> Iterator[Tensor]:
+        """All rows in order, up to ``size`` at a time; slices, not copies, while they are in memory."""
+        if self._whole is not None:
+            yield from torch.split(self._whole, size)
+        else:
+            yield from map(self._collect, torch.split(torch.arange(len(self)), size))
+
     def _collect(self, index: Tensor) -> Tensor:
         features = torch.empty(len(index), self._parts[0].shape[1] if self._parts else 0)
         shard, row = self._shard[index], self._row[index]
