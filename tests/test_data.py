@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from pytorch_lightning import Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from conftest import COLOURS, draw, newest_run
 from headstart import DatasetData, FrozenBackbone, ImageFolderData, TransferClassifier
@@ -99,6 +100,10 @@ def test_without_a_test_folder_validation_is_reported_as_such(tmp_path, train, c
     assert "test/acc" not in result
     assert "val/acc" in result
     assert "also chose the epoch" in capsys.readouterr().out
+    events = EventAccumulator(str(newest_run()))
+    events.Reload()
+    assert len(events.Scalars("val/acc")) == 3
+    assert "val/confusion_matrix" in events.Tags()["images"]
 
 
 def test_without_a_val_folder_train_is_split(tmp_path):

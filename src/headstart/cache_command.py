@@ -94,6 +94,9 @@ def _prune(keys: Sequence[Path], days: float) -> dict[str, Any]:
     freed = sum(_size(key) for key in old)
     for key in old:
         shutil.rmtree(key)
+    for leftover in (path for key in keys for path in key.glob(".*.tmp")):  # of writers that were killed
+        if leftover.stat().st_mtime <= time.time() - 86_400:
+            leftover.unlink()
     say(
         f"cache: {len(old)} of {len(keys)} sets of features were not used for {days:g} days; freed {freed / 1e6:.1f} MB"
     )

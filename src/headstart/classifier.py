@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from pytorch_lightning import LightningModule
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics import MeanMetric, MetricCollection
@@ -121,8 +122,9 @@ class TransferClassifier(LightningModule):
         loss.update(functional.cross_entropy(logits.float(), labels, reduction="none"))
         scores.update(probabilities, labels)
         self.confusion.update(probabilities, labels)
-        self.log(f"{split}/loss", loss, on_epoch=True)
-        self.log_dict(scores, on_epoch=True)
+        in_fit = self.trainer.state.fn != TrainerFn.VALIDATING  # a validation afterwards would add a double point
+        self.log(f"{split}/loss", loss, on_epoch=True, logger=in_fit)
+        self.log_dict(scores, on_epoch=True, logger=in_fit)
 
     def configure_optimizers(self) -> Any:
         """AdamW on the head; the learning rate rises linearly, then falls as half a cosine, step by step."""
