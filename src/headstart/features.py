@@ -35,6 +35,8 @@ Read = Callable[[Row], Tensor]
 
 # Features of an image change in their last bits with the batch size, so it is fixed, and the last batch is padded.
 BATCH = 32
+# Batches that are decoded ahead, while an accelerator computes. On a processor both need the same cores: there a batch
+# is decoded by all threads, then computed by all threads, which is faster than letting them get in each other's way.
 BATCHES_AHEAD = 3
 # Up to this size a matrix is read whole, checksums compared; above, it is memory-mapped (`headstart cache verify`).
 IN_MEMORY = 2**30
@@ -401,7 +403,7 @@ class Computed:
 
 
 class Extractor:
-    """Decodes in threads while the backbone works on the batch before.
+    """Decodes in threads; while an accelerator computes, those of the next batches.
 
     Args:
         read: gives the pixels of a row, [3, H, W] uint8.
@@ -421,7 +423,7 @@ class Extractor:
         with ThreadPoolExecutor(max(1, self._workers)) as pool:
             for chunk, rows in batches:
                 ahead.append((chunk, rows, [pool.submit(self._read, row) for row in rows]))
-                if len(ahead) > BATCHES_AHEAD:
+                if len(ahead) > (0 if self._device.type == "cpu" else BATCHES_AHEAD):
                     chunk, rows, pixels = ahead.popleft()
                     yield chunk, self._finish(rows, pixels)
             while ahead:
