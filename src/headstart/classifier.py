@@ -122,9 +122,10 @@ class TransferClassifier(LightningModule):
         loss.update(functional.cross_entropy(logits.float(), labels, reduction="none"))
         scores.update(probabilities, labels)
         self.confusion.update(probabilities, labels)
-        in_fit = self.trainer.state.fn != TrainerFn.VALIDATING  # a validation afterwards would add a double point
-        self.log(f"{split}/loss", loss, on_epoch=True, logger=in_fit)
-        self.log_dict(scores, on_epoch=True, logger=in_fit)
+        # None: as usual. A validation after the fit would add a double point to the curve.
+        logger = False if self.trainer.state.fn == TrainerFn.VALIDATING else None
+        self.log(f"{split}/loss", loss, on_epoch=True, logger=logger)
+        self.log_dict(scores, on_epoch=True, logger=logger)
 
     def configure_optimizers(self) -> Any:
         """AdamW on the head; the learning rate rises linearly, then falls as half a cosine, step by step."""
