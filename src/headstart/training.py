@@ -225,9 +225,7 @@ def train(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
     }
     result = cli.run_folder.finish(trainer, scores, seconds)
     on_demo = root is not None and Path(data.root) == root
-    hint = (
-        "--data.root=path/to/your/photos    (one folder of images a class)" if on_demo else STRONGER.format(data.root)
-    )
+    hint = OWN_PHOTOS if on_demo else STRONGER.format(data.root)
     _say_result(result, cli.run_folder.folder, cli.logs, hint)
     return result
 
