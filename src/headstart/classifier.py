@@ -18,18 +18,18 @@ from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassAUROC,
     MulticlassCalibrationError,
-    MulticlassConfusionMatrix,
     MulticlassF1Score,
 )
 from typing_extensions import Self
 
 from headstart import __version__
 from headstart.backbone import NAMED_WEIGHTS, FrozenBackbone, check_frozen, combined, tensor_digests
+from headstart.calibration import Temperature
 from headstart.errors import UserError
 from headstart.images import preprocess, to_rgb
 from headstart.options import Fraction, ImageSize, NonNegative, Rate
 
-CHECKPOINT_LAYOUT = 1
+CHECKPOINT_LAYOUT = 2  # 2: with the temperature
 HEAD_KEYS = {"head.weight", "head.bias"}
 
 
@@ -90,16 +90,24 @@ class TransferClassifier(LightningModule):
         self.val_metrics = metrics(len(class_names), "val")
         self.test_metrics = metrics(len(class_names), "test")
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
-        self.confusion = MulticlassConfusionMatrix(len(class_names))
+        self.scaled_calibration = MulticlassCalibrationError(len(class_names), n_bins=15)
+        self.val_temperature = Temperature()
+        self.temperature = 1.0
         self.loss_weights: Tensor | None = None
-        self.confusion_counts: Tensor | None = None
+        self.example_input_array = torch.zeros(1, 3, *[self.backbone.preprocessing.crop_size] * 2, dtype=torch.uint8)
         self._digests = tensor_digests(self.backbone)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Images [B, 3, H, W] uint8, or ready features [B, D] -> logits [B, num_classes]."""
-        features = inputs if inputs.ndim == 2 else self.backbone(inputs)
-        logits: Tensor = self.head(features)
+        logits: Tensor = self.head(self.features(inputs))
         return logits
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """Images [B, 3, H, W] uint8, or ready features [B, D] -> features [B, D]."""
+        if inputs.ndim == 2:
+            return inputs
+        features: Tensor = self.backbone(inputs)
+        return features
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         inputs, labels = batch
@@ -109,23 +117,38 @@ class TransferClassifier(LightningModule):
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
-        self._evaluate(batch, "val", self.val_metrics, self.val_loss)
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        outputs = self._evaluate(batch, "val", self.val_metrics, self.val_loss)
+        self.val_temperature.update(outputs["logits"], batch[1])
+        return outputs
 
-    def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
-        self._evaluate(batch, "test", self.test_metrics, self.test_loss)
+    def test_step(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        outputs = self._evaluate(batch, "test", self.test_metrics, self.test_loss)
+        self.scaled_calibration.update((outputs["logits"] / self.temperature).softmax(dim=1), batch[1])
+        self.log("test/calibration_error_scaled", self.scaled_calibration, on_epoch=True)
+        return outputs
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], split: str, scores: MetricCollection, loss: MeanMetric) -> None:
+    def _evaluate(
+        self, batch: tuple[Tensor, Tensor], split: str, scores: MetricCollection, loss: MeanMetric
+    ) -> dict[str, Tensor]:
+        """Updates and logs the split's metrics; gives the features and the logits to whoever shows them."""
         inputs, labels = batch
-        logits = self(inputs)
-        probabilities = logits.float().softmax(dim=1)
-        loss.update(functional.cross_entropy(logits.float(), labels, reduction="none"))
-        scores.update(probabilities, labels)
-        self.confusion.update(probabilities, labels)
-        # None: as usual. A validation after the fit would add a double point to the curve.
-        logger = False if self.trainer.state.fn == TrainerFn.VALIDATING else None
+        features = self.features(inputs)
+        logits = self.head(features).float()
+        loss.update(functional.cross_entropy(logits, labels, reduction="none"))
+        scores.update(logits.softmax(dim=1), labels)
+        logger = self._logger_of_curves()
         self.log(f"{split}/loss", loss, on_epoch=True, logger=logger)
         self.log_dict(scores, on_epoch=True, logger=logger)
+        return {"features": features, "logits": logits}
+
+    def _logger_of_curves(self) -> bool | None:
+        """None: as usual. A validation after the fit would add a double point to the curve."""
+        return False if self.trainer.state.fn == TrainerFn.VALIDATING else None
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [parameter.grad for parameter in self.head.parameters() if parameter.grad is not None]
+        self.log("train/grad_norm", nn.utils.get_total_norm(gradients), on_step=False, on_epoch=True)
 
     def configure_optimizers(self) -> Any:
         """AdamW on the head; the learning rate rises linearly, then falls as half a cosine, step by step."""
@@ -138,15 +161,10 @@ class TransferClassifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_validation_epoch_end(self) -> None:
-        self._count_confusion()
-
-    def on_test_epoch_end(self) -> None:
-        self._count_confusion()
-
-    def _count_confusion(self) -> None:
-        """Keeps the last evaluation's confusion matrix: [true, predicted] counts, over all ranks."""
-        self.confusion_counts = self.confusion.compute().cpu()
-        self.confusion.reset()
+        """Fits the temperature; it is in each checkpoint that is saved after this."""
+        self.temperature = float(self.val_temperature.compute())
+        self.val_temperature.reset()
+        self.log("val/temperature", self.temperature, logger=self._logger_of_curves())
 
     def on_fit_start(self) -> None:
         check_frozen(self.backbone, self._digests)
@@ -169,6 +187,7 @@ class TransferClassifier(LightningModule):
             "backbone": self.backbone.name,
             "weights": self.backbone.weights,
             "digest": combined(self._digests),
+            "temperature": self.temperature,
             "scores": {
                 name: float(value) for name, value in self.trainer.callback_metrics.items() if name.startswith("val/")
             },
@@ -196,6 +215,7 @@ class TransferClassifier(LightningModule):
                 f"({made['digest'][:12]}), not to {self.backbone.name}, {self.backbone.weights} ({mine[:12]}); "
                 "give the weights it was trained on"
             )
+        self.temperature = float(made["temperature"])
         # The backbone is not in the file; with its own tensors in place Lightning's strict loading checks the head.
         backbone = {f"backbone.{name}": tensor for name, tensor in self.backbone.state_dict().items()}
         checkpoint["state_dict"] = backbone | checkpoint["state_dict"]
@@ -212,13 +232,13 @@ class TransferClassifier(LightningModule):
 
     @torch.no_grad()
     def predict(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
-        """Class probabilities of one PIL image -> [num_classes], or of several -> [B, num_classes]."""
+        """Calibrated class probabilities of one PIL image -> [num_classes], or of several -> [B, num_classes]."""
         if isinstance(images, Image.Image):
             return self.predict([images])[0]
         pixels = torch.stack([preprocess(to_rgb(image), self.backbone.preprocessing) for image in images])
         self.eval()
         logits: Tensor = self(pixels.to(self.device))
-        return logits.softmax(dim=1).cpu()
+        return (logits / self.temperature).softmax(dim=1).cpu()
 
 
 def read_checkpoint(path: Path, logs: Path = Path("logs")) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,24 @@ USAGE = """usage: headstart VERB [options]
 
   train     train a head on a folder of images, test it, and say where the run is
   tune      train a grid of heads at once, then one with the winner's settings
+  evaluate  score a trained head on its test split, or on another folder
+  predict   the class of each of your files
+  export    a trained head as one ONNX file, or as weights for torchvision
+  check     duplicates, likely wrong labels, outliers and damaged files of a folder
   cache     list, verify or prune the features that are kept between runs
 
 headstart VERB --help lists the options of a verb."""
+
+# Verb -> module and function.
+VERBS = {
+    "train": ("training", "train"),
+    "tune": ("tune", "tune"),
+    "evaluate": ("evaluate", "evaluate"),
+    "predict": ("predict", "predict"),
+    "export": ("export", "export"),
+    "check": ("check", "check"),
+    "cache": ("cache_command", "cache"),
+}
 
 
 def main(args: Sequence[str] | None = None, root: Path | None = None) -> Any:
@@ -29,18 +45,10 @@ def main(args: Sequence[str] | None = None, root: Path | None = None) -> Any:
     verb, *options = list(sys.argv[1:] if args is None else args) or ["--help"]
     # torch takes seconds to import, so a verb's module is imported when it is used.
     try:
-        if verb == "train":
-            from headstart.training import train
-
-            return train(options, root)
-        if verb == "tune":
-            from headstart.tune import tune
-
-            return tune(options, root)
-        if verb == "cache":
-            from headstart.cache_command import cache
-
-            return cache(options)
+        if verb in VERBS:
+            module, function = VERBS[verb]
+            run = getattr(import_module(f"headstart.{module}"), function)
+            return run(options, root) if verb in ("train", "tune") else run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -5,6 +5,7 @@ the numbers depend on, and holds rows under the hash of the image's content. Lab
 relabelling, re-splitting and adding images cost only what is new.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -169,6 +170,14 @@ class FeatureMatrix:
             if self._whole.nbytes <= free / 4:
                 self._whole = self._whole.to(device)
         return self
+
+    def take(self, index: Tensor) -> "FeatureMatrix":
+        """The matrix of those rows alone."""
+        taken = copy.copy(self)
+        taken._shard, taken._row = self._shard[index], self._row[index]
+        if self._whole is not None:
+            taken._whole = self.gather(index)
+        return taken
 
     def gather(self, index: Tensor) -> Tensor:
         """[B] row numbers -> features [B, D]."""
@@ -442,10 +451,7 @@ class Extractor:
                 failures[row] = str(error)
         if not images:
             return Computed([], torch.empty(0, self._backbone.num_features), failures)
-        features = self.features(images)
-        if not features.isfinite().all():
-            raise NonFiniteFeatures(readable[int(features.isfinite().all(dim=1).int().argmin())])
-        return Computed(readable, features, failures)
+        return Computed(readable, self.features(images), failures)
 
     @torch.no_grad()
     def features(self, images: Sequence[Tensor]) -> Tensor:
@@ -465,6 +471,8 @@ def _whole_chunks(
     parts: list[Computed] = []
     done, started = 0, time.perf_counter()
     for chunk, part in computed:
+        if not part.features.isfinite().all():
+            raise NonFiniteFeatures(part.rows[int(part.features.isfinite().all(dim=1).int().argmin())])
         parts.append(part)
         size = len(part.rows) + len(part.failures)
         done += size

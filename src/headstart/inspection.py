@@ -1,65 +1,113 @@
-"""Figures of a trained head; each is built here once, for whoever shows it."""
+"""What TensorBoard shows of an evaluation, beyond the curves."""
 
-from typing import cast
+import io
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.trainer.states import TrainerFn
-from torch import Tensor
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from pytorch_lightning import LightningModule
+from torchvision.transforms.v2 import functional
 
-MAX_CELLS_WITH_NUMBERS = 25
+from headstart.data import ImageData
+from headstart.errors import UserError
+from headstart.evaluation import Evaluation
+from headstart.figures import TILES, png, tiles_figure
+from headstart.images import UnreadableImage
+
+SPRITE_SIDE, TILE_SIDE = 32, 128
 MAX_CLASSES_IN_TEXT = 100
 
 
-def confusion_figure(counts: Tensor, class_names: list[str]) -> Figure:
-    """The confusion matrix, [true, predicted] counts; coloured by the share of the true class, in [0, 1]."""
-    size = len(class_names)
-    side = min(3 + 0.45 * size, 24)
-    figure = Figure(figsize=(side + 1, side), layout="tight")
-    axes = figure.add_subplot()
-    shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-    image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, label="share of the true class", fraction=0.046)
-    step = max(1, size // 50)
-    axes.set_xticks(range(0, size, step), class_names[::step], rotation=90)
-    axes.set_yticks(range(0, size, step), class_names[::step])
-    axes.set(xlabel="predicted", ylabel="true")
-    if size <= MAX_CELLS_WITH_NUMBERS:
-        for true, row in enumerate(counts.tolist()):
-            for predicted, count in enumerate(row):
-                colour = "white" if shares[true, predicted] > 0.5 else "black"
-                axes.text(predicted, true, str(count), ha="center", va="center", color=colour)
-    return figure
+def thumbnails(data: ImageData, evaluation: Evaluation) -> Callable[[int], Image.Image]:
+    """A function that gives the picture at a position of the evaluation, on a square of 128 pixels."""
+    read = data.reader(TILE_SIDE)
+
+    def thumbnail(position: int) -> Image.Image:
+        try:
+            image = read(evaluation.items[position])
+        except (UnreadableImage, UserError):  # it went after it was evaluated; its result still stands
+            image = Image.new("RGB", (TILE_SIDE, TILE_SIDE), "grey")
+        return ImageOps.pad(image, (TILE_SIDE, TILE_SIDE), color="white")
+
+    return thumbnail
 
 
-def confusion_table(counts: Tensor, class_names: list[str]) -> str:
+def show(
+    experiment: Any, evaluation: Evaluation, figures: Mapping[str, bytes], data: ImageData, module: LightningModule
+) -> None:
+    """Puts the figures, the tiles, the projector, the graph and the confusion table into TensorBoard.
+
+    Args:
+        experiment: the logger's ``SummaryWriter``.
+        evaluation: what is shown.
+        figures: drawn already, as PNG by name.
+        data: that the images are read from.
+        module: whose graph is shown.
+    """
+    thumbnail, split = thumbnails(data, evaluation), evaluation.split
+    tiles = {
+        name: png(tiles_figure(evaluation, evaluation.surest(right, TILES), thumbnail))
+        for name, right in (("worst_mistakes", False), ("surest_right", True))
+        if evaluation.surest(right, 1)
+    }
+    for name, drawn in {**figures, **tiles}.items():
+        pixels = np.asarray(Image.open(io.BytesIO(drawn)).convert("RGB"))
+        experiment.add_image(f"{split}/{name}", pixels, dataformats="HWC")
+    if len(evaluation.class_names) <= MAX_CLASSES_IN_TEXT:
+        experiment.add_text(f"{split}/confusion_counts", confusion_table(evaluation))
+    _project(experiment, evaluation, thumbnail, data.num_workers)
+    with warnings.catch_warnings():
+        # `add_graph` traces; torch would rather have it otherwise, and TensorBoard reads nothing else.
+        warnings.simplefilter("ignore")
+        images = torch.as_tensor(module.example_input_array, device=module.device)
+        experiment.add_graph(module, images)
+
+
+def confusion_table(evaluation: Evaluation) -> str:
     """The confusion matrix's counts as a Markdown table."""
-    lines = ["| true \\ predicted | " + " | ".join(class_names) + " |", "|---" * (len(class_names) + 1) + "|"]
-    lines += [
-        f"| {name} | {' | '.join(map(str, row))} |" for name, row in zip(class_names, counts.tolist(), strict=True)
-    ]
+    names = evaluation.class_names
+    lines = ["| true \\ predicted | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    rows = zip(names, evaluation.confusion.tolist(), strict=True)
+    lines += [f"| {name} | {' | '.join(map(str, row))} |" for name, row in rows]
     return "\n".join(lines)
 
 
-class Inspection(Callback):
-    """Puts the figures of an evaluation outside the fit into TensorBoard."""
+def _project(
+    experiment: Any, evaluation: Evaluation, thumbnail: Callable[[int], Image.Image], num_workers: int
+) -> None:
+    """The embedding projector: features, with the picture, its class, the prediction and whether that is right."""
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._show(trainer, pl_module, "test")
+    def sprite(position: int) -> torch.Tensor:
+        small = thumbnail(position).resize((SPRITE_SIDE, SPRITE_SIDE))
+        pixels: torch.Tensor = functional.to_dtype(functional.pil_to_tensor(small), torch.float32, scale=True)
+        return pixels
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._show(trainer, pl_module, "val")
+    positions = evaluation.projected.tolist()
+    names = evaluation.class_names
+    metadata = [
+        [
+            _one_cell(names[int(evaluation.labels[position])]),
+            _one_cell(names[int(evaluation.predicted[position])]),
+            "right" if evaluation.right[position] else "wrong",
+            _one_cell(evaluation.items[position].path),
+        ]
+        for position in positions
+    ]
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        sprites = list(pool.map(sprite, positions))
+    experiment.add_embedding(
+        evaluation.features,
+        metadata=metadata,
+        label_img=torch.stack(sprites),
+        tag=f"{evaluation.split}_features",
+        metadata_header=["class", "prediction", "correct", "path"],
+    )
 
-    def _show(self, trainer: Trainer, module: LightningModule, split: str) -> None:
-        logger = trainer.logger
-        if not trainer.is_global_zero or not isinstance(logger, TensorBoardLogger):
-            return
-        counts, names = cast(Tensor, module.confusion_counts), cast("list[str]", module.class_names)
-        matplotlib.use("agg")  # TensorBoard imports pyplot, which would look for a screen
-        logger.experiment.add_figure(f"{split}/confusion_matrix", confusion_figure(counts, names), trainer.global_step)
-        if len(names) <= MAX_CLASSES_IN_TEXT:
-            table = confusion_table(counts, names)
-            logger.experiment.add_text(f"{split}/confusion_counts", table, trainer.global_step)
+
+def _one_cell(text: str) -> str:
+    """Text for a table of tabs and lines."""
+    return " ".join(text.split())

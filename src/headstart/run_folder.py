@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import platform
+import shlex
+import sys
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -138,24 +140,12 @@ class RunFolder(Callback):
         """Writes ``result.json`` and the score by which the HParams tab compares runs."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         backbone = cast(FrozenBackbone, trainer.lightning_module.backbone)
-        made: dict[str, Any] = {
-            "scores": scores,
-            "seconds": {name: round(value, 3) for name, value in seconds.items()},
-            "images": {split: len(data.of(split)) for split in splits.SPLITS},
-            "classes": len(data.class_names),
-            "skipped": len(data.skipped),
-            "backbone": backbone.name,
-            "weights": backbone.weights,
-            "digest": backbone.digest(),
-            "command": self.command,
-            "versions": versions(),
-        }
-        result = scores | {name: value for name, value in made.items() if name != "scores"}
+        result = result_of(backbone, data, scores, seconds, self.command)
         if self.folder and trainer.is_global_zero:
             if isinstance(trainer.logger, RunLogger):
                 trainer.logger.log_metrics({"hp/val_acc": scores["val/acc"]}, trainer.global_step)
                 trainer.logger.save()
-            write_atomically(self.folder / RESULT, json.dumps(result, indent=2).encode())
+            write_result(self.folder, result)
         return result
 
     def _write_inputs(self, data: Any) -> None:
@@ -173,6 +163,34 @@ class RunFolder(Callback):
             f"{len(data.class_names)} classes, {len(data.skipped)} images left out\n\n"
             f"```yaml\n{self.config}```"
         )
+
+
+def result_of(
+    backbone: FrozenBackbone, data: Any, scores: dict[str, float], seconds: dict[str, float], command: str
+) -> dict[str, Any]:
+    """The content of ``result.json``: scores by name, and what they depend on."""
+    about: dict[str, Any] = {
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "images": {split: len(data.of(split)) for split in splits.SPLITS},
+        "classes": len(data.class_names),
+        "skipped": len(data.skipped),
+        "backbone": backbone.name,
+        "weights": backbone.weights,
+        "digest": backbone.digest(),
+        "command": command,
+        "versions": versions(),
+    }
+    return scores | about
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """Writes ``result.json``, the sign that a run is finished."""
+    write_atomically(folder / RESULT, json.dumps(result, indent=2).encode())
+
+
+def command_line() -> str:
+    """What started this process, as one would type it."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:

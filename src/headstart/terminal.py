@@ -1,8 +1,12 @@
 """What the user reads while a command runs: plain lines, tables and a progress bar, from rank zero alone."""
 
+import logging
+import os
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import rich
 from pytorch_lightning.utilities import rank_zero_only
@@ -17,7 +21,7 @@ def say(message: str | Table) -> None:
 
 
 @contextmanager
-def images_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+def images_bar(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A progress bar with images a second and the time left; what it gives is called with the images newly done."""
     rank = getattr(rank_zero_only, "rank", 0)  # set by Lightning at run time
     hidden = rank != 0 or not rich.get_console().is_terminal
@@ -32,3 +36,33 @@ def images_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
             progress.update(task, completed=done, rate=done / (time.perf_counter() - started))
 
         yield advance
+
+
+def say_scores(result: Mapping[str, Any], title: str) -> None:
+    """A table of the scores in a run's result, a column a split."""
+    splits = [split for split in ("val", "test") if f"{split}/acc" in result]
+    table = Table("", *splits, title=title)
+    for name in dict.fromkeys(name.split("/")[1] for name in result if name.startswith(("val/", "test/"))):
+        scores = (result.get(f"{split}/{name}") for split in splits)
+        table.add_row(name, *("" if score is None else f"{score:.3f}" for score in scores))
+    say(table)
+
+
+def be_calm() -> None:
+    """Hides what Lightning and its libraries say that a user can do nothing about."""
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Lightning 2.6 makes calls that jsonargparse 5 drops; the floor and the ceiling in pyproject.toml see to it.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    for message in (
+        ".*in eval mode at the start of training.*",  # the backbone is, on purpose
+        ".*does not have many workers.*",  # features need none
+        ".*No positive samples in targets.*",  # AUROC of a class that a small split lacks
+        ".*No negative samples in targets.*",
+        ".*exists and is not empty.*",  # the folder of a run that goes on
+        ".*The dirpath has changed.*",  # a new run that goes on from an old one's checkpoint keeps its own best
+        ".*smaller than the logging interval.*",  # the loss is logged once an epoch
+        ".*AMP with fp16 is not supported.*",  # refused in our own words
+        ".*LeafSpec.*",  # a call of Lightning's that torch will drop
+    ):
+        warnings.filterwarnings("ignore", message)

@@ -1,16 +1,10 @@
 """The verb `train`: the options, and what is wired to what."""
 
-import difflib
-import logging
-import os
-import re
-import shlex
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import yaml
@@ -18,17 +12,15 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from rich.table import Table
 
 from headstart.classifier import TransferClassifier, read_checkpoint
 from headstart.data import ImageFolderData
 from headstart.errors import UserError
-from headstart.inspection import Inspection
-from headstart.run_folder import RunFolder, RunLogger, newest_unfinished
-from headstart.terminal import say
+from headstart.evaluation import EvaluationCollector
+from headstart.parser import OptionParser
+from headstart.run_folder import RunFolder, RunLogger, command_line, newest_unfinished
+from headstart.terminal import be_calm, say, say_scores
 
-# The trainer's options that the short help shows.
-SHORT_HELP = ("max_epochs", "accelerator", "devices", "precision", "default_root_dir")
 OWN_PHOTOS = "--data.root=path/to/your/photos    (one folder of images a class)"
 STRONGER = "--data.root={} --model.weights=imagenet    (better features for photographs, 45 MB once)"
 TRAINER_DEFAULTS = {
@@ -41,51 +33,11 @@ TRAINER_DEFAULTS = {
 }
 
 
-class TrainParser(LightningArgumentParser):
-    """Short help, and errors of one line with the nearest valid name."""
+class TrainParser(OptionParser):
+    """Shows the options of the model, the data and the run."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(self._one_line(message)) from ex
-
-    def format_help(self, formatter: Any = None) -> str:
-        """The options of the model, the data and the run; `--help_all` shows every option of the Trainer too."""
-        lines = ["usage: python train.py [options]    or    headstart train [options]", ""]
-        for action in self._actions:
-            name = next((option for option in action.option_strings if option.startswith("--")), "")
-            group, _, key = name.removeprefix("--").partition(".")
-            hidden = action.help in (None, "==SUPPRESS==", "Path to a configuration file.") or key == "help"
-            if not name or hidden or (group == "trainer" and key not in SHORT_HELP):
-                continue
-            described = " ".join(str(action.help).replace("%%", "%").split())
-            described = re.sub(r"\s*\((type|default|required).*", "", described).split(". ")[0].rstrip(".")
-            default = "" if action.default in (None, "==SUPPRESS==") else f" [{action.default}]"
-            lines.append(f"  {name:28}{described}{default}")
-        lines += ["", "  --help_all                  every option, with those of Lightning's Trainer"]
-        return "\n".join(lines) + "\n"
-
-    def _one_line(self, message: str) -> str:
-        """jsonargparse's message, which lists every type that was tried, as: option, value, what is wrong."""
-        message = " ".join(message.split())
-        if unknown := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
-            return self._unknown(unknown[1].split("=")[0])
-        if unknown := re.search(r"Key '?\"?([\w.]+)'?\"? is not expected", message, re.IGNORECASE):
-            return self._unknown("--" + unknown[1])
-        message = re.sub(r'Parser key "(.+?)": ?', r"--\1: ", message)
-        value = re.search(r"Given value: (\S+)|: (\S+) does not conform|with base 10: (\S+)|to float: (\S+)", message)
-        given = f"{next(filter(None, value.groups()))}: " if value else ""
-        option = message.split(": ")[0]
-        if restriction := re.search(r"does not conform to restriction (.*?)(?: - |$)", message):
-            return f"{option}: {given}must be a number {restriction[1].replace('v', '').strip()}"
-        if number := re.search(r"invalid literal for int|could not convert string to float", message):
-            return f"{option}: {given}is not {'a whole' if 'int' in number[0] else 'a'} number"
-        if union := re.search(r"Union subtypes Subtypes: \[(.*)\] Errors", message):
-            message = f"{option}: {given}is none of {union[1]}"
-        return re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.(?=\w)", r"\1", message)
-
-    def _unknown(self, given: str) -> str:
-        names = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
-        near = difflib.get_close_matches(given, names, n=1)
-        return f"{given}: no such option; {f'did you mean {near[0]}?' if near else '--help lists them'}"
+    usage_line = "python train.py [options]    or    headstart train [options]"
+    last_line = "  --help_all                  every option, with those of Lightning's Trainer"
 
 
 class FullHelpParser(TrainParser):
@@ -130,6 +82,7 @@ class TrainCLI(LightningCLI):
             help="go on from a checkpoint in a new run, or from `last`: the newest unfinished run, in its own folder",
         )
         parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
+        parser.add_argument("--report", type=bool, default=True, help="draw the figures and write report.html")
         if self.root:
             parser.set_defaults({"data.root": str(self.root)})
 
@@ -157,7 +110,8 @@ class TrainCLI(LightningCLI):
         # "best" by the loss: with few validation images accuracy moves in steps and picks an early epoch by luck.
         self.best = ModelCheckpoint(filename="best", monitor="val/loss", enable_version_counter=False)
         last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
-        callbacks: list[Callback] = [self.run_folder, LearningRateMonitor("epoch"), Inspection(), self.best, last]
+        self.collector = EvaluationCollector()
+        callbacks: list[Callback] = [self.run_folder, LearningRateMonitor("epoch"), self.collector, self.best, last]
         self.trainer_defaults = {"callbacks": callbacks}
         given = self.config_init.trainer
         logger = RunLogger() if given.logger in (None, True) else given.logger
@@ -217,10 +171,14 @@ def train(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
     if trainer.interrupted:
         raise KeyboardInterrupt
     scores = _evaluate(trainer, module, data, cli.best.best_model_path or None)
+    tested = time.perf_counter()
+    if cli.config.report:
+        _report(cli, scores)
     ended = time.perf_counter()
     seconds = data.seconds | {
         "fit": fitted - fit_started - sum(data.seconds.values()),
-        "test": ended - fitted,
+        "test": tested - fitted,
+        "report": ended - tested,
         "total": ended - started,
     }
     result = cli.run_folder.finish(trainer, scores, seconds)
@@ -244,6 +202,20 @@ def _evaluate(
     return scores
 
 
+def _report(cli: TrainCLI, scores: dict[str, float]) -> None:
+    """The figures, in TensorBoard and in the report; a dry run has no folder for them, and other ranks no data."""
+    folder, evaluation = cli.run_folder.folder, cli.collector.evaluation
+    if folder is None or evaluation is None:
+        return
+    from headstart.heads import Setting
+    from headstart.report import About, inspect
+
+    module = cli.model
+    setting = Setting(*(float(module.hparams[name]) for name in ("lr", "weight_decay", "label_smoothing")))
+    about = About(f"{folder.parent.name}, {folder.name}", cli.run_folder.command, cli.run_folder.config, scores)
+    inspect(cli.trainer, module, cli.datamodule, evaluation, about, folder, setting)
+
+
 def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
@@ -254,38 +226,10 @@ def program() -> str:
 
 
 def _say_result(result: dict[str, Any], folder: Path | None, logs: Path, hint: str) -> None:
-    splits = [split for split in ("val", "test") if f"{split}/acc" in result]
-    table = Table("", *splits, title="the best checkpoint's scores")
-    names = [name.removeprefix("val/") for name in result if name.startswith("val/")]
-    for name in names:
-        table.add_row(name, *(f"{result[f'{split}/{name}']:.3f}" for split in splits))
-    say(table)
+    say_scores(result, "the best checkpoint's scores")
     if folder:
         say(f"run:      {folder}")
+        if (folder / "report.html").exists():
+            say(f"report:   {folder / 'report.html'}")
         say(f"inspect:  tensorboard --logdir {logs}")
     say(f"next:     {program()} {hint}")
-
-
-def command_line() -> str:
-    """What started this process, as one would type it."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-
-
-def be_calm() -> None:
-    """Hides what Lightning and its libraries say that a user can do nothing about."""
-    for name in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # Lightning 2.6 makes calls that jsonargparse 5 drops; the floor and the ceiling in pyproject.toml see to it.
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    for message in (
-        ".*in eval mode at the start of training.*",  # the backbone is, on purpose
-        ".*does not have many workers.*",  # features need none
-        ".*No positive samples in targets.*",  # AUROC of a class that a small split lacks
-        ".*No negative samples in targets.*",
-        ".*exists and is not empty.*",  # the folder of a run that goes on
-        ".*The dirpath has changed.*",  # a new run that goes on from an old one's checkpoint keeps its own best
-        ".*smaller than the logging interval.*",  # the loss is logged once an epoch
-        ".*AMP with fp16 is not supported.*",  # refused in our own words
-        ".*LeafSpec.*",  # a call of Lightning's that torch will drop
-    ):
-        warnings.filterwarnings("ignore", message)

@@ -23,8 +23,8 @@ from headstart.heads import Head, Scored, Setting, fit_exact, score, train_bank
 from headstart.options import Fraction, NonNegative, Positive, Rate
 from headstart.run_folder import claim
 from headstart.splits import Item
-from headstart.terminal import images_bar, say
-from headstart.training import TrainCLI, be_calm, program, train
+from headstart.terminal import be_calm, images_bar, say
+from headstart.training import TrainCLI, program, train
 
 LRS = [0.0003, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03]
 WEIGHT_DECAYS = [0.0, 0.01, 0.1, 1.0]

@@ -1,0 +1,93 @@
+"""What every verb's options have in common: short help, errors of one line, ranges checked before any work."""
+
+import difflib
+import inspect
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from pytorch_lightning.cli import LightningArgumentParser
+
+from headstart.errors import UserError
+
+# The trainer's options that the short help shows.
+SHORT_HELP = ("max_epochs", "accelerator", "devices", "precision", "default_root_dir")
+
+
+class OptionParser(LightningArgumentParser):
+    """Short help, and errors of one line with the nearest valid name."""
+
+    usage_line = "headstart VERB [options]"
+    last_line = ""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises ``UserError``."""
+        raise UserError(self._one_line(message)) from ex
+
+    def format_help(self, formatter: Any = None) -> str:
+        """A line an option; of the Trainer's, those that are often used."""
+        lines = [f"usage: {self.usage_line}", ""]
+        for action in self._actions:
+            name = next((option for option in action.option_strings if option.startswith("--")), "")
+            group, _, key = name.removeprefix("--").partition(".")
+            hidden = action.help in (None, "==SUPPRESS==", "Path to a configuration file.") or key == "help"
+            if not name or hidden or (group == "trainer" and key not in SHORT_HELP):
+                continue
+            described = " ".join(str(action.help).replace("%%", "%").split())
+            described = re.sub(r"\s*\((type|default|required).*", "", described).split(". ")[0].rstrip(".")
+            default = "" if action.default in (None, "==SUPPRESS==") else f" [{action.default}]"
+            lines.append(f"  {name:28}{described}{default}")
+        return "\n".join([*lines, *filter(None, ["", self.last_line])]) + "\n"
+
+    def _one_line(self, message: str) -> str:
+        """jsonargparse's message, which lists every type that was tried, as: option, value, what is wrong."""
+        message = " ".join(message.split())
+        if unknown := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
+            return self._unknown(unknown[1].split("=")[0])
+        if unknown := re.search(r"Key '?\"?([\w.]+)'?\"? is not expected", message, re.IGNORECASE):
+            return self._unknown("--" + unknown[1])
+        message = re.sub(r'Parser key "(.+?)": ?', r"--\1: ", message)
+        value = re.search(r"Given value: (\S+)|: (\S+) does not conform|with base 10: (\S+)|to float: (\S+)", message)
+        given = f"{next(filter(None, value.groups()))}: " if value else ""
+        option = message.split(": ")[0]
+        if restriction := re.search(r"does not conform to restriction (.*?)(?: - |$)", message):
+            return f"{option}: {given}must be a number {restriction[1].replace('v', '').strip()}"
+        if number := re.search(r"invalid literal for int|could not convert string to float", message):
+            return f"{option}: {given}is not {'a whole' if 'int' in number[0] else 'a'} number"
+        if union := re.search(r"Union subtypes Subtypes: \[(.*)\] Errors", message):
+            message = f"{option}: {given}is none of {union[1]}"
+        return re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.(?=\w)", r"\1", message)
+
+    def _unknown(self, given: str) -> str:
+        names = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+        near = difflib.get_close_matches(given, names, n=1)
+        return f"{given}: no such option; {f'did you mean {near[0]}?' if near else '--help lists them'}"
+
+
+def parser_of(verb: str, arguments: str = "") -> OptionParser:
+    """An empty parser for a verb.
+
+    Args:
+        verb: its name.
+        arguments: what the usage line shows after it, beside the options.
+    """
+    parser = OptionParser(allow_abbrev=False)
+    parser.usage_line = f"headstart {verb} [options]{f' {arguments}' if arguments else ''}"
+    return parser
+
+
+def add_options(parser: OptionParser, of: type, group: str, names: Sequence[str]) -> None:
+    """Adds some of a class's arguments, as ``--group.name``, with their types, defaults and descriptions."""
+    others = set(inspect.signature(of.__init__).parameters) - {"self", *names}  # type: ignore[misc]
+    parser.add_class_arguments(of, group, skip=set(others), as_group=False)
+
+
+def required(given: Any, *options: str) -> None:
+    """Stops where an option without which the verb cannot work is missing.
+
+    Raises:
+        UserError: names it.
+    """
+    for option in options:
+        if given[option.removeprefix("--")] is None:
+            raise UserError(f"{option} is missing; --help lists the options")
