@@ -69,7 +69,7 @@ class FrozenBackbone(nn.Module):
     def __init__(self, name: str = "resnet18", weights: str = "bundled", image_size: int | None = None) -> None:
         super().__init__()
         self.name, self.weights = name, weights
-        self.net, self.num_features = _headless(name)
+        self.net, self.num_features, self.classifier_path = _headless(name)
         self.preprocessing = _load(self.net, name, weights)
         if image_size is not None:
             self.preprocessing = self.preprocessing.resized(image_size)
@@ -135,8 +135,8 @@ def check_frozen(module: nn.Module, before: dict[str, str]) -> None:
         )
 
 
-def _headless(name: str) -> tuple[nn.Module, int]:
-    """The torchvision model with the identity for its last linear layer, and the width of its features."""
+def _headless(name: str) -> tuple[nn.Module, int, str]:
+    """The torchvision model with the identity for its last linear layer, the width of its features, and its name."""
     names = models.list_models(module=models)
     if name not in names:
         raise UserError(f"--model.backbone={name}: no such torchvision classification model; known: {', '.join(names)}")
@@ -150,7 +150,7 @@ def _headless(name: str) -> tuple[nn.Module, int]:
         raise UserError(f"--model.backbone={name}: has no linear classifier to replace; resnet18 has one")
     path, linear = linears[-1]
     net.set_submodule(path, nn.Identity())
-    return net, linear.in_features
+    return net, linear.in_features, path
 
 
 def _load(net: nn.Module, name: str, weights: str) -> Preprocessing:

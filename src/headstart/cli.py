@@ -1,5 +1,6 @@
 """The command `headstart`: which verb does what, and how it ends."""
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -49,6 +50,9 @@ def main(args: Sequence[str] | None = None, root: Path | None = None) -> Any:
             module, function = VERBS[verb]
             run = getattr(import_module(f"headstart.{module}"), function)
             return run(options, root) if verb in ("train", "tune") else run(options)
+    except BrokenPipeError:  # who read our output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

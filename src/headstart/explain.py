@@ -51,7 +51,7 @@ class ClassActivation:
 
 
 def overlay(pixels: Tensor, heat: Tensor) -> Image.Image:
-    """The picture [3, H, W] uint8 under its map [h, w]; yellow speaks for the class, dark blue against or not at all."""
+    """The picture [3, H, W] uint8 under its map [h, w]; yellow speaks for the class, dark blue does not."""
     positive = heat.clamp(min=0) / heat.max().clamp(min=1e-12)
     sized = functional.resize(positive[None], list(pixels.shape[1:]), antialias=True)[0]
     colour = torch.from_numpy(colormaps["cividis"](sized.numpy())[..., :3]).permute(2, 0, 1)

@@ -160,6 +160,12 @@ class FeatureMatrix:
             self._whole = self._collect(torch.arange(len(rows)))
             self._parts = []
 
+    @classmethod
+    def of(cls, features: Tensor) -> "FeatureMatrix":
+        """The rows of a tensor, [N, D]."""
+        rows = [number.to_bytes(32, "big") for number in range(len(features))]
+        return cls([Shard(rows, features)], rows)
+
     def __len__(self) -> int:
         return len(self._row)
 

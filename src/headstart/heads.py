@@ -12,6 +12,7 @@ from headstart.features import FeatureMatrix
 from headstart.loaders import EpochOrder, FeatureLoader
 
 ROWS_AT_ONCE = 65_536
+TOLERANCE = 5e-5  # scikit-learn's own is 1e-4
 BETAS, EPS = (0.9, 0.999), 1e-8  # torch.optim.AdamW's own
 
 
@@ -182,7 +183,12 @@ def train_bank(
 
 
 def fit_exact(
-    features: FeatureMatrix, labels: Tensor, num_classes: int, strength: float, start: Head | None = None
+    features: FeatureMatrix,
+    labels: Tensor,
+    num_classes: int,
+    strength: float,
+    start: Head | None = None,
+    tolerance: float = TOLERANCE,
 ) -> Head:
     """The minimum of mean cross entropy + strength / 2 * |weight|^2, by full-batch L-BFGS.
 
@@ -194,6 +200,7 @@ def fit_exact(
         num_classes: of the labels.
         strength: of the L2 penalty, above 0; the bias is not penalised.
         start: where to start; None: at zero.
+        tolerance: the largest gradient, of the mean loss, at which it is the minimum.
     """
     sample = features.gather(torch.arange(1))
     weight = start.weight.clone() if start else sample.new_zeros(num_classes, sample.shape[1])
@@ -203,7 +210,7 @@ def fit_exact(
         parameters,
         max_iter=1000,
         history_size=20,
-        tolerance_grad=5e-5,  # of the mean loss; scikit-learn's own is 1e-4
+        tolerance_grad=tolerance,
         tolerance_change=0,
         line_search_fn="strong_wolfe",
     )

@@ -61,18 +61,18 @@ def predict(options: Sequence[str]) -> dict[str, int]:
     parser = _parser()
     given = parser.parse_args(list(options))
     required(given, "--ckpt_path")
-    module = load_head(Path(given.ckpt_path).expanduser())
-    device = _device(given.accelerator)
-    paths, total = _inputs(given.paths)
-    maps = _empty_folder(given.explain) if given.explain else None
-    counts = {"predicted": 0, "errors": 0}
-    with _open(given.output) as file, contextlib.ExitStack() as stack:
-        # With rows on the standard output, everything else goes beside it.
-        if given.output is None:
+    rows, counts = sys.stdout, {"predicted": 0, "errors": 0}
+    with contextlib.ExitStack() as stack:
+        if given.output is None:  # with the rows on the standard output, everything else goes beside it
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        write = _writer(file, given.output, given.format, min(given.top_k, len(module.class_names)))
+        module = load_head(Path(given.ckpt_path).expanduser())
+        device = device_of(given.accelerator)
+        paths, total = _inputs(given.paths)
+        maps = _empty_folder(given.explain) if given.explain else None
         workers = min(8, os.cpu_count() or 1) if given.num_workers is None else given.num_workers
         predictor = Predictor(module, device, given.feature_precision, workers, given.top_k, given.max_pixels, maps)
+        file = stack.enter_context(_open(given.output)) if given.output else rows
+        write = _writer(file, given.output, given.format, predictor.top_k)
         with images_bar("predicting", total) as advance:
             for prediction in predictor(paths):
                 write(prediction)
@@ -178,7 +178,12 @@ def _parser() -> OptionParser:
     return parser
 
 
-def _device(accelerator: str) -> torch.device:
+def device_of(accelerator: str) -> torch.device:
+    """The device of that name, or what the machine has.
+
+    Raises:
+        UserError: it has none such.
+    """
     if accelerator == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
@@ -212,11 +217,8 @@ def _empty_folder(path: str) -> Path:
 
 
 @contextlib.contextmanager
-def _open(output: str | None) -> Iterator[TextIO]:
-    """The new output file, or the standard output; a file that is there is never written over."""
-    if output is None:
-        yield sys.stdout
-        return
+def _open(output: str) -> Iterator[TextIO]:
+    """The new output file; one that is there is never written over."""
     if Path(output).suffix not in FORMATS:
         raise UserError(f"--output={output}: name it {' or '.join(f'*{suffix}' for suffix in FORMATS)}")
     try:

@@ -1,0 +1,67 @@
+"""How many of 20 labels, changed at random, are among the first that `headstart check` doubts.
+
+    python benchmarks/labels.py [path/to/folder]
+
+Five seeds. Beside it: a ranking by the loss of one round of five folds on the plain features, and chance.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from headstart import FrozenBackbone, ImageFolderData
+from headstart.check import FOLDS, losses, neighbours, out_of_fold, rooted
+from headstart.heads import fit_exact
+from headstart.terminal import be_calm
+
+CHANGED, SEEDS, FIRST = 20, 5, (20, 40, 60)
+DEMO = Path(__file__).parent.parent / "data" / "clipart"
+
+
+def plain_losses(matrix, labels, classes):
+    """Of heads on five folds, each fitted once, at scikit-learn's own strength (C = 1)."""
+    folds = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)) % FOLDS
+    found = torch.zeros(len(labels), classes)
+    for fold in range(FOLDS):
+        inside, outside = (folds != fold).nonzero()[:, 0], (folds == fold).nonzero()[:, 0]
+        head = fit_exact(matrix.take(inside), labels[inside], classes, 1 / len(inside))
+        found[outside] = functional.linear(matrix.gather(outside), head.weight, head.bias).log_softmax(dim=1)
+    return losses(found, labels)
+
+
+def main():
+    be_calm()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("root", nargs="?", default=str(DEMO))
+    data = ImageFolderData(parser.parse_args().root)
+    data.load(FrozenBackbone(), torch.device("cpu"))
+    matrix, classes = data.features_of(data.items), len(data.class_names)
+    features = rooted(matrix.gather(torch.arange(len(matrix))))
+    truth = torch.tensor([item.label for item in data.items])
+    near, _, _ = neighbours(features, [item.digest for item in data.items])
+    groups = torch.arange(len(truth))
+    for group in near:
+        groups[group] = min(group)
+    shares = {"headstart check": [], "loss of five folds": []}
+    for seed in range(SEEDS):
+        generator = torch.Generator().manual_seed(seed)
+        changed = torch.randperm(len(truth), generator=generator)[:CHANGED]
+        labels = truth.clone()
+        labels[changed] = (labels[changed] + torch.randint(1, classes, (CHANGED,), generator=generator)) % classes
+        rankings = {
+            "headstart check": losses(out_of_fold(features, labels, classes, groups), labels),
+            "loss of five folds": plain_losses(matrix, labels, classes),
+        }
+        for name, doubt in rankings.items():
+            order = doubt.argsort(descending=True)
+            shares[name].append([float(torch.isin(changed, order[:first]).float().mean()) for first in FIRST])
+    print(f"| ranking | {' | '.join(f'first {first}' for first in FIRST)} |\n|---|---|---|---|")
+    for name, found in shares.items():
+        print(f"| {name} | {' | '.join(f'{share:.2f}' for share in torch.tensor(found).mean(dim=0).tolist())} |")
+    print(f"| chance | {' | '.join(f'{first / len(truth):.2f}' for first in FIRST)} |")
+
+
+if __name__ == "__main__":
+    main()
