@@ -40,11 +40,12 @@ def colours(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def train(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Trains through the command line, on 32 pixels, and gives the content of `result.json`."""
+    """Trains through the command line, on 32 pixels and without a report, and gives the content of `result.json`."""
     from headstart.cli import main
 
     def run(root: Path, *options: str) -> dict[str, Any]:
-        result: dict[str, Any] = main(["train", f"--data.root={root}", "--model.image_size=32", *options])
+        defaults = [f"--data.root={root}", "--model.image_size=32", "--report=false"]
+        result: dict[str, Any] = main(["train", *defaults, *options])
         return result
 
     return run

@@ -95,7 +95,7 @@ def test_folders_of_ready_splits_are_used_as_they_are(tmp_path, train):
 def test_without_a_test_folder_validation_is_reported_as_such(tmp_path, train, capsys):
     for split, count, seed in (("train", 12, 0), ("val", 4, 1)):
         draw(tmp_path / "data" / split, images=count, seed=seed)
-    result = train(tmp_path / "data", "--trainer.max_epochs=3")
+    result = train(tmp_path / "data", "--trainer.max_epochs=3", "--report=true")
     assert result["images"] == {"train": 36, "val": 12, "test": 0}
     assert "test/acc" not in result
     assert "val/acc" in result

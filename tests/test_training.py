@@ -44,22 +44,23 @@ def test_the_run_folder_holds_all_that_was_promised(colours, train):
     run = newest_run()
     assert run.parent == Path("logs/colours").resolve() or run.parent == Path("logs/colours")
     assert json.loads((run / "result.json").read_text()) == result
-    assert set(result["seconds"]) == {"scan", "features", "fit", "test", "total"}
+    assert set(result["seconds"]) == {"scan", "features", "fit", "test", "report", "total"}
     assert {"torch", "pytorch-lightning", "headstart"} <= set(result["versions"])
     rows = (run / "splits.csv").read_text().splitlines()
     assert len(rows) == 61
     assert {row.split(",")[0] for row in rows[1:]} == {"train", "val", "test"}
     assert (run / "checkpoints/best.ckpt").stat().st_size < 100_000
     assert (run / "checkpoints/last.ckpt").exists()
+    assert not (run / "report.html").exists()
 
 
 def test_the_events_hold_the_right_values(colours, train):
-    result = train(colours, "--trainer.max_epochs=3")
+    result = train(colours, "--trainer.max_epochs=3", "--report=true")
     events = EventAccumulator(str(newest_run()), size_guidance={"tensors": 0, "images": 0})
     events.Reload()
     scalars = set(events.Tags()["scalars"])
     assert {"train/loss", "val/acc", "val/auroc", "val/balanced_acc", "val/f1", "val/calibration_error"} <= scalars
-    assert {"test/acc", "hp/val_acc", "lr-AdamW"} <= scalars
+    assert {"test/acc", "hp/val_acc", "lr-AdamW", "train/grad_norm", "val/temperature"} <= scalars
     assert len(events.Scalars("val/acc")) == 3
     assert events.Scalars("test/acc")[-1].value == pytest.approx(result["test/acc"])
     assert events.Scalars("hp/val_acc")[-1].value == pytest.approx(result["val/acc"])

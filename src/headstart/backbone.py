@@ -135,16 +135,22 @@ def check_frozen(module: nn.Module, before: dict[str, str]) -> None:
         )
 
 
+def torchvision_model(name: str) -> nn.Module:
+    """torchvision's own model, at random weights."""
+    # These two scale their input anew when torchvision gives them ImageNet weights.
+    options = {"init_weights": False, "transform_input": True} if name in ("googlenet", "inception_v3") else {}
+    net: nn.Module = models.get_model(name, weights=None, **options)
+    return net
+
+
 def _headless(name: str) -> tuple[nn.Module, int, str]:
     """The torchvision model with the identity for its last linear layer, the width of its features, and its name."""
     names = models.list_models(module=models)
     if name not in names:
         raise UserError(f"--model.backbone={name}: no such torchvision classification model; known: {', '.join(names)}")
-    # These two scale their input anew when torchvision gives them ImageNet weights.
-    options = {"init_weights": False, "transform_input": True} if name in ("googlenet", "inception_v3") else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what `random` means
-        net: nn.Module = models.get_model(name, weights=None, **options)
+        net = torchvision_model(name)
     linears = [(path, module) for path, module in net.named_modules() if isinstance(module, nn.Linear)]
     if not linears or linears[-1][1].out_features != NUM_IMAGENET_CLASSES:
         raise UserError(f"--model.backbone={name}: has no linear classifier to replace; resnet18 has one")

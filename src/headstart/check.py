@@ -33,7 +33,7 @@ NEIGHBOURS = 5
 # Robust standard deviations below the median similarity to the neighbours.
 OUTLYING = 3.5
 FEW_IMAGES = 20
-FOLDS, REPEATS = 5, 3
+FOLDS, REPEATS, LARGEST_GROUP = 5, 3, 10
 STRENGTHS = (0.1, 0.03, 0.01, 0.003)
 # Above so many images out-of-fold probabilities come from one round at one strength.
 MAX_IMAGES_REPEATED, DEFAULT_STRENGTH = 10_000, 0.01
@@ -308,10 +308,13 @@ def _groups(digests: Sequence[bytes]) -> list[list[int]]:
 
 
 def _membership(near: Sequence[list[int]], identical: Sequence[list[int]], size: int) -> list[list[int]]:
-    """The group of each position: near-duplicates (which hold their identical copies too), identical ones, itself."""
+    """The group of each position: near-duplicates (which hold their identical copies too), identical ones, itself.
+
+    A large group is no longer held together: a class in one fold could not be learnt by the others.
+    """
     member = [[position] for position in range(size)]
     for group in [*identical, *near]:
-        for position in group:
+        for position in group if len(group) <= LARGEST_GROUP else []:
             member[position] = group
     return member
 

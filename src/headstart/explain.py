@@ -35,7 +35,7 @@ class ClassActivation:
             pools[-1].register_forward_pre_hook(self._keep)
             with torch.no_grad():
                 features = backbone(images)
-        if not pools or self._map.ndim != 4 or not torch.allclose(self._pooled(), features, rtol=0.05, atol=0.05):
+        if not pools or not _close(self._map, features):
             raise UserError(f"--explain: the features of {backbone.name} are no mean over places; a resnet's are")
 
     def __call__(self, labels: Tensor) -> Tensor:
@@ -46,8 +46,12 @@ class ClassActivation:
     def _keep(self, module: nn.Module, inputs: tuple[Tensor]) -> None:
         self._map = inputs[0].detach()
 
-    def _pooled(self) -> Tensor:
-        return self._map.float().mean(dim=(2, 3))
+
+def _close(feature_map: Tensor, features: Tensor) -> bool:
+    """Whether the features are the mean of the map over its places, as far as bf16 can tell."""
+    if feature_map.ndim != 4 or feature_map.shape[:2] != features.shape:
+        return False
+    return torch.allclose(feature_map.float().mean(dim=(2, 3)), features, rtol=0.05, atol=0.05)
 
 
 def overlay(pixels: Tensor, heat: Tensor) -> Image.Image:

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision import models
 
 from headstart import __version__, folders
+from headstart.backbone import torchvision_model
 from headstart.classifier import TransferClassifier
 from headstart.content import write_atomically
 from headstart.errors import UserError
 from headstart.evaluate import load_head, run_config
+from headstart.evaluation import spread
 from headstart.images import UnreadableImage, decode, preprocess
 from headstart.parser import parser_of, required
 from headstart.terminal import be_calm, say
@@ -137,7 +138,7 @@ def to_torchvision(module: TransferClassifier) -> bytes:
 def run_torchvision(data: bytes, module: TransferClassifier, images: Tensor) -> Tensor:
     """The probabilities of torchvision's own model; normalisation is its caller's."""
     backbone = module.backbone
-    net = models.get_model(backbone.name, weights=None)
+    net = torchvision_model(backbone.name)
     net.set_submodule(backbone.classifier_path, nn.Linear(backbone.num_features, len(module.class_names)))
     net.load_state_dict(torch.load(io.BytesIO(data), weights_only=True))
     logits: Tensor = net.eval()((images.float() - backbone.mean) / backbone.std)
@@ -147,7 +148,7 @@ def run_torchvision(data: bytes, module: TransferClassifier, images: Tensor) -> 
 def _real_images(module: TransferClassifier, root: str | None) -> Tensor:
     """Up to 32 readable images of a folder, evenly spread, as the backbone takes them: [B, 3, H, W] uint8."""
     found = folders.images(Path(root).expanduser()) if root else []
-    wanted = found[:: max(1, len(found) // MAX_COMPARED)][:MAX_COMPARED]
+    wanted = [found[position] for position in spread(len(found), MAX_COMPARED).tolist()]
     preprocessing, images = module.backbone.preprocessing, []
     for path in wanted:
         try:

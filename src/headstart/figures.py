@@ -223,7 +223,7 @@ def _curves_figure(
         mean = np.mean([np.interp(grid, x.numpy(), y.numpy()) for x, y in curves.values()], axis=0)
         average = sum(areas.values()) / len(areas)
         axes.plot(grid, mean, color=BLUE, linewidth=2.5, label=f"mean of {len(curves)} classes {average:.3f}")
-        axes.legend(title=f"{area}; the lowest are named", frameon=False, loc="lower left")
+        axes.legend(title=f"{area}; the lowest are named", loc="lower left", framealpha=0.85)
     axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel=axes_names[0], ylabel=axes_names[1])
     return figure
 

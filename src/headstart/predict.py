@@ -232,7 +232,7 @@ def _open(output: str) -> Iterator[TextIO]:
 
 
 def _writer(file: TextIO, output: str | None, form: str | None, top_k: int) -> Callable[[Prediction], None]:
-    form = form or Path(output or FORMATS[0]).suffix.removeprefix(".")
+    form = form or (Path(output).suffix.removeprefix(".") if output else "csv")
     if f".{form}" not in FORMATS:
         raise UserError(f"--format={form}: give csv or jsonl")
 

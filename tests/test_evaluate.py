@@ -1,0 +1,52 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from conftest import COLOURS, draw, newest_run
+from headstart.cli import main
+
+
+@pytest.fixture
+def checkpoint(colours, train) -> Path:
+    train(colours, "--trainer.max_epochs=3")
+    return newest_run() / "checkpoints/best.ckpt"
+
+
+def test_the_own_test_split_gives_the_runs_own_scores(checkpoint, tmp_path):
+    trained = json.loads((checkpoint.parent.parent / "result.json").read_text())
+    result = main(["evaluate", f"--ckpt_path={checkpoint}"])
+    assert {name: result[name] for name in result if name.startswith("test/")} == {
+        name: trained[name] for name in trained if name.startswith("test/")
+    }
+    folder = newest_run()
+    assert folder.parent.name == "colours-evaluate"
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert (folder / "report.html").is_file()
+    rows = (folder / "predictions.csv").read_text().splitlines()
+    assert len(rows) == 1 + trained["images"]["test"]
+
+
+def test_another_folder_is_evaluated_whole(checkpoint, tmp_path):
+    other = draw(tmp_path / "other", images=5, seed=3)
+    result = main(["evaluate", f"--ckpt_path={checkpoint}", f"--data.root={other}", "--report=false"])
+    assert result["images"] == {"train": 0, "val": 0, "test": 15}
+    assert result["test/acc"] == 1.0
+    assert not (newest_run() / "report.html").exists()
+
+
+def test_other_classes_are_refused_with_the_difference(checkpoint, tmp_path, refused):
+    other = draw(tmp_path / "other", images=5, colours={"red": COLOURS["red"], "pink": COLOURS["blue"]})
+    line = refused("evaluate", f"--ckpt_path={checkpoint}", f"--data.root={other}")
+    assert "missing: blue, green" in line
+    assert "unknown to the head: pink" in line
+
+
+def test_a_lone_checkpoint_asks_for_a_folder(checkpoint, tmp_path, refused):
+    lone = tmp_path / "lone" / "head.ckpt"
+    lone.parent.mkdir()
+    lone.write_bytes(checkpoint.read_bytes())
+    assert "--data.root is missing" in refused("evaluate", f"--ckpt_path={lone}")
+    assert "--ckpt_path is missing" in refused("evaluate")
+    assert "did you mean --ckpt_path" in refused("evaluate", "--ckpt_pat=x")
+    assert "auto takes what" in refused("evaluate", f"--ckpt_path={checkpoint}", "--accelerator=abacus")

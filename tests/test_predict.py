@@ -1,0 +1,144 @@
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import COLOURS, draw, newest_run
+from headstart.cli import main
+from headstart.evaluate import load_head
+from headstart.explain import ClassActivation
+from headstart.predict import Predictor
+
+
+@pytest.fixture
+def mixed(tmp_path) -> Path:
+    folder = draw(tmp_path / "mixed", images=24)
+    draw(folder, images=8, seed=1, colours={"red": COLOURS["green"]})
+    return folder
+
+
+@pytest.fixture
+def checkpoint(mixed, train) -> Path:
+    train(mixed, "--trainer.max_epochs=3")
+    return newest_run() / "checkpoints/best.ckpt"
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_test_files_give_the_runs_accuracy(mixed, train, precision, monkeypatch, capsys):
+    result = train(mixed, "--trainer.max_epochs=3", f"--data.feature_precision={precision}")
+    run = newest_run()
+    with (run / "splits.csv").open(newline="") as file:
+        tested = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(str(mixed / row["path"]) for row in tested)))
+    checkpoint = run / "checkpoints/best.ckpt"
+    counts = main(["predict", f"--ckpt_path={checkpoint}", "--output=p.csv", f"--feature_precision={precision}"])
+    assert counts == {"predicted": len(tested), "errors": 0}
+    found = rows_of(Path("p.csv"))
+    assert [row["path"] for row in found] == [str(mixed / row["path"]) for row in tested]
+    right = [row["label"] == truth["class"] for row, truth in zip(found, tested, strict=True)]
+    assert 0 < sum(right) < len(right)
+    assert sum(right) / len(right) == pytest.approx(result["test/acc"], abs=1e-7)
+
+
+def test_damaged_files_are_rows_with_their_error(checkpoint, mixed):
+    good = (mixed / "red/000.png").read_bytes()
+    folder = mixed.parent / "mine"
+    (folder / "deep").mkdir(parents=True)
+    for number in range(40):
+        (folder / "deep" / f"{number:02}.png").write_bytes(good)
+    damaged = {"a.png": b"", "b.jpg": b"<html>", "c.png": good[:200], "d.png": good[:60] + b"\xff" * 30 + good[90:]}
+    for name, content in damaged.items():
+        (folder / name).write_bytes(content)
+    Image.new("RGB", (4, 4)).save(folder / "e.png")
+    counts = main(["predict", f"--ckpt_path={checkpoint}", str(folder), "--output=p.jsonl", "--top_k=2"])
+    assert counts == {"predicted": 40, "errors": 5}
+    rows = [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()]
+    errors = {Path(row["path"]).name: row["error"] for row in rows if "error" in row}
+    assert set(errors) == {*damaged, "e.png"}
+    assert errors["a.png"] == "empty file"
+    assert errors["b.jpg"] == "not an image"
+    assert "smaller than" in errors["e.png"]
+    first = next(row for row in rows if "label" in row)
+    assert next(iter(first["top"])) == first["label"]
+    assert len(first["top"]) == 2
+
+
+def test_rows_go_to_the_standard_output_and_nothing_else_does(checkpoint, mixed, capsys):
+    main(["predict", f"--ckpt_path={checkpoint}", str(mixed / "red/000.png"), "nothing.png"])
+    out, err = capsys.readouterr()
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [row["path"] for row in rows] == [str(mixed / "red/000.png"), "nothing.png"]
+    assert rows[1]["error"] == "no such file or directory"
+    shares = [float(rows[0][name]) for name in ("probability", "probability_2", "probability_3")]
+    assert sum(shares) == pytest.approx(1, abs=1e-5)
+    assert shares == sorted(shares, reverse=True)
+    assert "1 files, and 1 that could not be read" in err
+
+
+def test_what_cannot_be_done_is_refused(checkpoint, mixed, refused, capsys):
+    image = str(mixed / "red/000.png")
+    Path("there.csv").write_text("mine")
+    assert "is there already" in refused("predict", f"--ckpt_path={checkpoint}", image, "--output=there.csv")
+    assert Path("there.csv").read_text() == "mine"
+    assert "name it" in refused("predict", f"--ckpt_path={checkpoint}", image, "--output=p.xls")
+    Path("maps").mkdir()
+    Path("maps/mine").touch()
+    assert "not empty" in refused("predict", f"--ckpt_path={checkpoint}", image, "--explain=maps")
+    Path("empty").mkdir()
+    assert "no images" in refused("predict", f"--ckpt_path={checkpoint}", "empty")
+    assert "none of the 1 files" in refused("predict", f"--ckpt_path={checkpoint}", "x.png", "--output=p.csv")
+
+
+def test_the_input_is_read_as_it_is_needed(checkpoint, mixed):
+    """100,000 files need no more memory than 100: paths are taken a batch at a time."""
+    predictor = Predictor(load_head(checkpoint), torch.device("cpu"))
+    taken = 0
+
+    def paths():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield str(mixed / "red/000.png")
+
+    stream = predictor(paths())
+    for number in range(100):
+        next(stream)
+        assert taken <= number + 1 + 2 * 32
+
+
+def test_maps_are_exact(checkpoint, mixed):
+    module = load_head(checkpoint)
+    backbone = module.backbone.for_extraction(torch.float32, torch.device("cpu"))
+    activation = ClassActivation(backbone, module.head.weight.detach())
+    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        logits = module.head(backbone(images))
+    for label in range(3):
+        maps = activation(torch.full((3,), label))
+        torch.testing.assert_close(maps.mean(dim=(1, 2)) + module.head.bias[label].detach(), logits[:, label])
+
+
+def test_explained_files_get_a_picture(checkpoint, mixed):
+    main(["predict", f"--ckpt_path={checkpoint}", str(mixed / "red"), "--explain=maps", "--output=p.csv"])
+    assert len(list(Path("maps").glob("*.png"))) == len(list((mixed / "red").iterdir()))
+    with Image.open(min(Path("maps").iterdir())) as image:
+        assert image.size == (32, 32)
+        assert np.asarray(image).std() > 1
+
+
+def test_a_backbone_without_places_has_no_maps(colours, train, refused):
+    train(colours, "--trainer.max_epochs=1", "--model.backbone=vgg11", "--model.weights=random")
+    checkpoint = newest_run() / "checkpoints/last.ckpt"
+    image = str(colours / "red/000.png")
+    assert "no mean over places" in refused("predict", f"--ckpt_path={checkpoint}", image, "--explain=maps")
