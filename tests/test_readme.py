@@ -16,7 +16,7 @@ import pytest
 from conftest import REPOSITORY, draw
 
 BLOCKS = re.findall(r"^```(\w+) ?(\w*)\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-TAGS = {"fast", "slow", "install", "benchmark", "output"}
+TAGS = {"export", "torchvision", "fast", "slow", "install", "benchmark", "output"}
 
 
 def tagged(language: str, tag: str) -> list[str]:
@@ -63,6 +63,55 @@ def test_python(block, copy):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_exported_models_give_the_labels_of_the_head(copy):
+    """On all of the demo's test images: the ONNX file by the script above, the weights by torchvision alone."""
+    import csv
+
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from headstart.evaluate import load_head
+    from headstart.images import preprocess, to_rgb
+
+    done = run(["bash", "-c", "python train.py --report=false && ls logs/clipart/*/checkpoints/best.ckpt"], copy)
+    checkpoint = copy / done.stdout.splitlines()[-1]
+    for output in ("model.onnx", "resnet18.pth"):
+        done = run(["headstart", "export", f"--ckpt_path={checkpoint}", f"--output={output}"], copy)
+        assert done.returncode == 0, done.stderr[-3000:]
+    with (checkpoint.parent.parent / "splits.csv").open(newline="") as file:
+        paths = [copy / "data/clipart" / row["path"] for row in csv.DictReader(file) if row["split"] == "test"]
+    module = load_head(checkpoint)
+    pixels = []
+    for path in paths:
+        with Image.open(path) as image:
+            pixels.append(preprocess(to_rgb(image), module.backbone.preprocessing))
+    images = torch.stack(pixels)
+    with torch.no_grad():
+        wanted = (module(images) / module.temperature).softmax(dim=1)
+    best = wanted.topk(2).values
+    clear = best[:, 0] - best[:, 1] > 1e-3
+    assert len(paths) == 94
+
+    (script,) = tagged("python", "export")
+    done = run([sys.executable, "-c", script, *map(str, paths)], copy)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [line.split(" ", 2) for line in done.stdout.splitlines()]
+    labels = torch.tensor([module.class_names.index(name) for name, _, _ in rows])
+    flips = int((labels != wanted.argmax(dim=1)).sum())
+    print(f"onnx: {flips} of {len(paths)} labels differ")
+    assert (labels == wanted.argmax(dim=1))[clear].all()
+    assert np.allclose([float(row[1]) for row in rows], best[:, 0], atol=1e-4)
+
+    (script,) = tagged("python", "torchvision")
+    values = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    torch.save((images / 255 - values[0]) / values[1], copy / "images.pt")
+    script += "torch.save(model.eval()(torch.load('images.pt')).argmax(dim=1), 'labels.pt')"
+    done = run([sys.executable, "-c", script], copy)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (torch.load(copy / "labels.pt") == wanted.argmax(dim=1))[clear].all()
+
+
 def test_the_test_command_is_what_ci_runs():
     install = "\n".join(tagged("bash", "install"))
     line = "pip install -e '.[dev]' && pytest"
@@ -92,6 +141,12 @@ def test_the_speed_benchmark_in_a_small_form(copy, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "times faster than plain" in done.stdout
     shutil.rmtree(tmp_path / "photos")
+
+
+def test_the_label_benchmark_in_a_small_form(copy):
+    done = run([sys.executable, "benchmarks/labels.py", str(draw(copy / "photos", images=12))], copy)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "| headstart check | " in done.stdout
 
 
 def test_the_scale_benchmarks_in_a_small_form(copy, tmp_path):
