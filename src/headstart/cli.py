@@ -17,6 +17,7 @@ USAGE = """usage: headstart VERB [options]
   predict   the class of each of your files
   export    a trained head as one ONNX file, or as weights for torchvision
   check     duplicates, likely wrong labels, outliers and damaged files of a folder
+  fewshot   learn new classes from a few examples each; meta-train, compare, save
   cache     list, verify or prune the features that are kept between runs
 
 headstart VERB --help lists the options of a verb."""
@@ -29,6 +30,7 @@ VERBS = {
     "predict": ("predict", "predict"),
     "export": ("export", "export"),
     "check": ("check", "check"),
+    "fewshot": ("fewshot.command", "fewshot"),
     "cache": ("cache_command", "cache"),
 }
 

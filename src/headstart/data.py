@@ -306,7 +306,7 @@ class ImageData(LightningDataModule):
         # The order's seed is the run's, which `seed_everything` leaves in the environment.
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if training else None
         order = EpochOrder(
-            len(items), self.batch_size, seed, partial(_epoch, trainer), trainer.global_rank, trainer.world_size
+            len(items), self.batch_size, seed, partial(trained_epochs, trainer), trainer.global_rank, trainer.world_size
         )
         if self.cache:
             return FeatureLoader(self._views[split], self.labels(split), order)
@@ -321,7 +321,8 @@ class ImageData(LightningDataModule):
         )
 
 
-def _epoch(trainer: Trainer) -> int:
+def trained_epochs(trainer: Trainer) -> int:
+    """How many epochs were trained; unlike ``current_epoch`` right when a resumed run makes its first batch."""
     processed: int = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
     return processed
 

@@ -317,6 +317,8 @@ class FeatureCache:
 
     def _reason(self) -> str:
         """How the nearest key that has features differs from this one."""
+        if any(self.folder.glob("*.safetensors")):
+            return "other images so far"
         mine = _flat(json.loads(self._key))
         differences = []
         for path in sorted(self.folder.parent.glob("*/key.json")):
@@ -326,7 +328,7 @@ class FeatureCache:
                 if changed and any(path.parent.glob("*.safetensors")):
                     differences.append(sorted(changed))
         if not differences:
-            return "the cache is empty" if not any(self.folder.glob("*.safetensors")) else "other images so far"
+            return "the cache is empty"
         return f"new: {', '.join(min(differences, key=len)[:4])}"
 
     def _compute(self, missing: Sequence[Row], size: int, extractor: "Extractor") -> None:

@@ -73,7 +73,8 @@ def _ignored(name: str) -> bool:
     return name.startswith(".") or name in IGNORED_FOLDERS
 
 
-def _subfolders(folder: Path) -> list[str]:
+def subfolders(folder: Path) -> list[str]:
+    """The names of the folders in a folder, without hidden ones."""
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _ignored(entry.name))
 
 
@@ -88,7 +89,7 @@ def of_splits(root: Path) -> dict[Path, Split | None]:
     Raises:
         UserError: two folders claim one split.
     """
-    named = {root / name: SPLIT_FOLDERS[name.lower()] for name in _subfolders(root) if name.lower() in SPLIT_FOLDERS}
+    named = {root / name: SPLIT_FOLDERS[name.lower()] for name in subfolders(root) if name.lower() in SPLIT_FOLDERS}
     if "train" not in named.values() or len(named) < 2:
         return {root: None}
     if len(set(named.values())) < len(named):
@@ -102,7 +103,7 @@ def class_names(folders: Mapping[Path, Split | None]) -> list[str]:
     Raises:
         UserError: they differ, or are fewer than two.
     """
-    names = {folder: _subfolders(folder) for folder in folders}
+    names = {folder: subfolders(folder) for folder in folders}
     first, expected = next(iter(names.items()))
     for folder, found in names.items():
         if different := set(found) ^ set(expected):

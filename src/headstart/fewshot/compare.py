@@ -1,0 +1,95 @@
+"""An honest comparison: all heads on the same episodes, with intervals and paired differences."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from headstart.fewshot.episodes import EpisodeSampler
+from headstart.fewshot.heads import HeadName
+from headstart.fewshot.intervals import mean_and_half_width
+from headstart.figures import BLUE, GREEN, GREY, ORANGE
+
+BASELINE: HeadName = "prototype"
+EPISODES_AT_ONCE = 50
+COLOURS = (BLUE, ORANGE, GREEN, GREY, "#CC79A7", "#56B4E9", "#E69F00")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A head at a number of shots.
+
+    Attributes:
+        head: its name; "(trained)" after it: meta-trained.
+        k_shot: examples a class.
+        acc: mean accuracy of the episodes.
+        ci95: half the width of its 95 % interval.
+        gain: mean difference to the baseline on the same episodes.
+        gain_ci95: half the width of that one's.
+    """
+
+    head: str
+    k_shot: int
+    acc: float
+    ci95: float
+    gain: float
+    gain_ci95: float
+
+
+@torch.no_grad()
+def accuracies(head: nn.Module, sampler: EpisodeSampler, episodes: int) -> Tensor:
+    """The accuracy of the head on each of the first episodes, [E]."""
+    found = []
+    for start in range(0, episodes, EPISODES_AT_ONCE):
+        episode = sampler.batch(range(start, min(start + EPISODES_AT_ONCE, episodes)))
+        predicted = head(episode.support, episode.query).argmax(dim=-1)
+        found.append((predicted == episode.labels).float().mean(dim=1))
+    return torch.cat(found).cpu()
+
+
+def compare(heads: Mapping[str, nn.Module], samplers: Mapping[int, EpisodeSampler], episodes: int) -> list[Compared]:
+    """Every head at every number of shots; the baseline, which nothing was trained for, must be among them.
+
+    Args:
+        heads: by name.
+        samplers: by k_shot.
+        episodes: of each.
+    """
+    rows = []
+    for k_shot, sampler in samplers.items():
+        scores = {name: accuracies(head, sampler, episodes) for name, head in heads.items()}
+        for name, found in scores.items():
+            paired = mean_and_half_width(found - scores[BASELINE])
+            rows.append(Compared(name, k_shot, *mean_and_half_width(found), *paired))
+    return rows
+
+
+def to_csv(rows: Sequence[Compared]) -> str:
+    """The comparison as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(vars(rows[0])))
+    writer.writeheader()
+    writer.writerows(vars(row) for row in rows)
+    return text.getvalue()
+
+
+def shots_figure(rows: Sequence[Compared]) -> Figure:
+    """Accuracy against the number of examples a class, with 95 % intervals."""
+    figure = Figure(figsize=(7, 4.5), dpi=100, layout="tight")
+    axes = figure.add_subplot()
+    names = list(dict.fromkeys(row.head for row in rows))
+    for number, name in enumerate(names):
+        points = [(row.k_shot, row.acc, row.ci95) for row in rows if row.head == name]
+        shots, means, widths = zip(*points, strict=True)
+        colour = COLOURS[number % len(COLOURS)]
+        dashes = "--" if name.endswith("(trained)") else "-"
+        axes.errorbar(shots, means, widths, color=colour, linestyle=dashes, marker="o", capsize=3, label=name)
+    axes.set_xticks(sorted({row.k_shot for row in rows}))
+    axes.set(xlabel="examples a class", ylabel="accuracy on new classes")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    return figure

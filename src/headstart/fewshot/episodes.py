@@ -1,0 +1,131 @@
+"""Episodes: few-shot tasks, each a pure function of the seed, the split and its number."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from headstart.errors import UserError
+from headstart.splits import SPLITS, Split
+
+Keys = npt.NDArray[np.uint64]
+
+
+class Episode(NamedTuple):
+    """A batch of B tasks: tell N classes apart from K examples each.
+
+    Attributes:
+        support: the examples, [B, N, K, D].
+        query: the images to classify, [B, N, Q, D]; slot n of the query is of the class of slot n of the support.
+    """
+
+    support: Tensor
+    query: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        """The slot of each query image, [N * Q], the same in each task."""
+        _, n_way, n_query, _ = self.query.shape
+        return torch.arange(n_way, device=self.query.device).repeat_interleave(n_query)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of a task.
+
+    Attributes:
+        n_way: classes.
+        k_shot: examples a class.
+        n_query: images to classify a class.
+    """
+
+    n_way: int
+    k_shot: int
+    n_query: int
+
+
+class EpisodeSampler:
+    """Draws tasks from the features of classes.
+
+    Classes, their order (slots are permuted at random), and the images of each come from a hash of (seed, split, number
+    of the episode), so episode i is the same whatever was drawn before, and methods meet identical episodes.
+
+    Args:
+        features: of all images, [R, D].
+        classes: the rows of each class of the split.
+        shape: of the tasks.
+        split: whose classes they are.
+        seed: another seed, other episodes.
+
+    Raises:
+        UserError: too few classes, or a class of too few images.
+    """
+
+    def __init__(
+        self, features: Tensor, classes: Sequence[Sequence[int]], shape: Shape, split: Split, seed: int
+    ) -> None:
+        self.shape = shape
+        needed = shape.k_shot + shape.n_query
+        if len(classes) < shape.n_way:
+            raise UserError(
+                f"--n_way={shape.n_way}: the {split} split has {len(classes)} classes of at least {needed} images "
+                f"(k_shot + n_query); lower --n_way, --k_shot or --n_query, or change the fractions of the splits"
+            )
+        if small := [len(rows) for rows in classes if len(rows) < needed]:
+            raise UserError(f"--n_query={shape.n_query}: a class has {min(small)} images, and {needed} are needed")
+        self._features = features
+        self._sizes = np.array([len(rows) for rows in classes])
+        padded = [list(rows) + [0] * (int(self._sizes.max()) - len(rows)) for rows in classes]
+        self._rows = torch.tensor(padded)
+        self._key = np.array([seed, SPLITS.index(split)], dtype=np.uint64)
+
+    def rows(self, numbers: Sequence[int]) -> Tensor:
+        """The rows of features of the episodes of those numbers, [B, N, K + Q]."""
+        shape = self.shape
+        base = _mixed(_mixed(_mixed(np.array(list(numbers), dtype=np.uint64)) ^ self._key[0]) ^ self._key[1])
+        by_class = _mixed(base[:, None] + np.arange(1, len(self._sizes) + 1).astype(np.uint64))
+        classes = by_class.argsort(axis=1, kind="stable")[:, : shape.n_way]
+        own: Keys = np.take_along_axis(by_class, classes, axis=1)
+        by_image = _mixed(own[..., None] ^ np.arange(1, self._rows.shape[1] + 1).astype(np.uint64))
+        by_image[np.arange(self._rows.shape[1]) >= self._sizes[classes][..., None]] = np.iinfo(np.uint64).max
+        images = by_image.argsort(axis=2, kind="stable")[..., : shape.k_shot + shape.n_query]
+        return self._rows[torch.from_numpy(classes)[..., None], torch.from_numpy(images)]
+
+    def batch(self, numbers: Sequence[int]) -> Episode:
+        """The episodes of those numbers."""
+        drawn = self._features[self.rows(numbers)]
+        return Episode(drawn[:, :, : self.shape.k_shot], drawn[:, :, self.shape.k_shot :])
+
+
+class EpisodeLoader:
+    """Batches of episodes.
+
+    Args:
+        sampler: draws them.
+        episodes: how many.
+        batch_size: episodes a batch.
+        start: tells the number of the first one, when the first batch is asked for.
+    """
+
+    def __init__(self, sampler: EpisodeSampler, episodes: int, batch_size: int, start: Callable[[], int] = int) -> None:
+        self.sampler, self.episodes, self.batch_size, self._start = sampler, episodes, batch_size, start
+
+    def __iter__(self) -> Iterator[Episode]:
+        first = self._start()
+        for number in range(first, first + self.episodes, self.batch_size):
+            yield self.sampler.batch(range(number, min(number + self.batch_size, first + self.episodes)))
+
+    def __len__(self) -> int:
+        return -(-self.episodes // self.batch_size)
+
+
+def _mixed(keys: Keys) -> Keys:
+    """The finalizer of SplitMix64 (Steele et al., OOPSLA 2014): uniform, whatever its input."""
+    keys = keys + np.uint64(0x9E3779B97F4A7C15)
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return keys ^ (keys >> np.uint64(31))

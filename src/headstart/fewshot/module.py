@@ -1,0 +1,104 @@
+"""The module that is meta-trained: a head over whole tasks."""
+
+from typing import Any, Literal
+
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor
+from torch.nn import functional
+
+from headstart.fewshot.episodes import Episode
+from headstart.fewshot.heads import HeadName, make_head
+from headstart.fewshot.intervals import mean_and_half_width
+from headstart.options import Count, Positive, Rate
+
+
+class MetaLearner(LightningModule):
+    """Trains a few-shot head on tasks, so that it does well on new tasks of new classes.
+
+    Args:
+        n_way: classes a task.
+        width: of the features.
+        head: prototype, ridge, logistic, anil or projection.
+        lr: of Adam, over tasks.
+        metric: of prototype: euclidean, or cosine with a learnt scale.
+        centre: of prototype: subtract the mean of the support.
+        l2: of prototype: divide features by their length.
+        inner_lr: of anil, at the start.
+        inner_steps: of anil.
+        first_order: of anil: leave out second derivatives.
+    """
+
+    def __init__(
+        self,
+        n_way: Positive,
+        width: Positive,
+        head: HeadName = "prototype",
+        lr: Rate = 0.001,
+        metric: Literal["euclidean", "cosine"] = "euclidean",
+        centre: bool = False,
+        l2: bool = False,
+        inner_lr: Rate = 10.0,
+        inner_steps: Count = 5,
+        first_order: bool = False,
+    ) -> None:
+        super().__init__()
+        n_way, width, inner_steps = int(n_way), int(width), int(inner_steps)
+        lr, inner_lr = float(lr), float(inner_lr)
+        self.save_hyperparameters()
+        self.head = make_head(head, n_way, width, metric, centre, l2, inner_lr, inner_steps, first_order)
+        self.accuracies: list[Tensor] = []
+
+    @property
+    def learns(self) -> bool:
+        """Whether there is anything to meta-train."""
+        return any(parameter.requires_grad for parameter in self.head.parameters())
+
+    def forward(self, episode: Episode) -> Tensor:
+        """Logits [B, N * Q, N] of a batch of tasks."""
+        logits: Tensor = self.head(episode.support, episode.query)
+        return logits
+
+    def training_step(self, episode: Episode) -> Tensor:
+        loss, accuracy = self._score(episode)
+        self.log_dict(
+            {"train/loss": loss, "train/acc": accuracy.mean()}, on_step=False, on_epoch=True, batch_size=len(accuracy)
+        )
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self.accuracies = []
+
+    def on_test_epoch_start(self) -> None:
+        self.accuracies = []
+
+    def validation_step(self, episode: Episode) -> None:
+        self._evaluate(episode, "val")
+
+    def test_step(self, episode: Episode) -> None:
+        self._evaluate(episode, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_interval("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_interval("test")
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.head.parameters(), lr=self.hparams["lr"])
+
+    def _score(self, episode: Episode) -> tuple[Tensor, Tensor]:
+        """The mean loss of a batch of tasks, and the accuracy of each, [B]."""
+        logits = self(episode)
+        labels = episode.labels.expand(len(logits), -1)
+        loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return loss, (logits.argmax(dim=-1) == labels).float().mean(dim=1)
+
+    def _evaluate(self, episode: Episode, split: str) -> None:
+        loss, accuracy = self._score(episode)
+        self.accuracies.append(accuracy)
+        self.log(f"{split}/loss", loss, on_epoch=True, batch_size=len(accuracy))
+
+    def _log_interval(self, split: str) -> None:
+        mean, half_width = mean_and_half_width(torch.cat(self.accuracies))
+        self.log_dict({f"{split}/acc": mean, f"{split}/acc_ci95": half_width})

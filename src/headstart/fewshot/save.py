@@ -1,0 +1,59 @@
+"""From a few pictures a class to a checkpoint that evaluate, predict and export take."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from pytorch_lightning import Trainer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from headstart.calibration import fit_temperature
+from headstart.classifier import TransferClassifier
+from headstart.errors import UserError
+from headstart.fewshot.heads import linear_head
+
+
+def save(path: Path, module: TransferClassifier, head: nn.Module, classes: Sequence[Tensor]) -> float:
+    """Writes what the head learns of all pictures as an ordinary linear head.
+
+    The temperature is fitted on each picture's logits by a head that did not see it.
+
+    Args:
+        path: of the new checkpoint.
+        module: of the same classes and backbone.
+        head: prototype (euclidean, without L2) or ridge.
+        classes: the features of each class's pictures, [K, D] each.
+
+    Returns:
+        The accuracy of the heads that left one picture out, on that picture.
+
+    Raises:
+        UserError: the file is there already, or a class has one picture alone.
+    """
+    if path.exists():
+        raise UserError(f"--save={path}: is there already; give another name")
+    if alone := [name for name, rows in zip(module.class_names, classes, strict=True) if len(rows) < 2]:
+        raise UserError(f"--save={path}: {', '.join(alone[:5])}: one picture, and at least 2 a class are needed")
+    with torch.no_grad():
+        logits, labels = left_out(head, classes)
+        module.head.weight.copy_(linear_head(head, classes)[0])
+        module.head.bias.copy_(linear_head(head, classes)[1])
+    module.temperature = fit_temperature(logits, labels)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.strategy.connect(module)
+    module.trainer = trainer
+    trainer.save_checkpoint(path)
+    return float((logits.argmax(dim=1) == labels).float().mean())
+
+
+def left_out(head: nn.Module, classes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The logits of each picture by a head that was learnt without it, [M, N], and the labels, [M]."""
+    logits, labels = [], []
+    for label, rows in enumerate(classes):
+        for number in range(len(rows)):
+            kept = torch.arange(len(rows)) != number
+            without = [others[kept] if other == label else others for other, others in enumerate(classes)]
+            logits.append(functional.linear(rows[number], *linear_head(head, without)))
+            labels.append(label)
+    return torch.stack(logits), torch.tensor(labels)

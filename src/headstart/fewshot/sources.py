@@ -1,0 +1,154 @@
+"""Where few-shot classes come from, and which of them train, validate and test."""
+
+import hashlib
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from headstart import folders
+from headstart.content import claim_by_rename
+from headstart.errors import UserError
+from headstart.fewshot.glyphs import glyphs
+from headstart.splits import SPLITS, Split
+
+SourceName = Literal["glyphs", "folder", "omniglot"]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """A folder of classes, and how they belong together.
+
+    Attributes:
+        root: the folder.
+        names: of the classes: their folders' paths below the root.
+        groups: of each class: its script or alphabet; classes of one group are never in two splits.
+        split: of each class, where the folder says so; else empty.
+    """
+
+    root: Path
+    names: list[str]
+    groups: list[str]
+    split: Mapping[str, Split]
+
+
+def classes_of(source: SourceName, root: str | None, cache: Path) -> Classes:
+    """The classes of a source.
+
+    Args:
+        source: glyphs (drawn here), folder (of class folders, or of train, val and test with class folders), or
+            omniglot (zip files or folders in Omniglot's layout: alphabet / character / image).
+        root: of folder and omniglot; of omniglot also several, separated by commas.
+        cache: where glyphs are drawn, and zip files unpacked.
+
+    Raises:
+        UserError: the root is missing, or of another layout.
+    """
+    if source == "glyphs":
+        return _grouped(glyphs(cache))
+    if root is None:
+        raise UserError(f"--data.root is missing: --data.source={source} reads files; glyphs needs none")
+    if source == "omniglot":
+        return _grouped(_omniglot(root, cache))
+    folder = folders.existing(root)
+    splits = folders.of_splits(folder)
+    if splits == {folder: None}:
+        names = folders.class_names(splits)
+        return Classes(folder, names, list(names), {})
+    split = {
+        f"{place.name}/{name}": chosen
+        for place, chosen in splits.items()
+        if chosen is not None
+        for name in folders.subfolders(place)
+    }
+    _disjoint([name.split("/", 1)[1] for name in split], folder)
+    return Classes(folder, list(split), list(split), split)
+
+
+def _disjoint(names: Sequence[str], folder: Path) -> None:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(
+            f"{folder}: classes in more than one split: {', '.join(twice[:5])}; few-shot classes must be new in a test"
+        )
+
+
+def _grouped(root: Path) -> Classes:
+    names = [f"{group}/{name}" for group in folders.subfolders(root) for name in folders.subfolders(root / group)]
+    if not names:
+        raise UserError(f"{root}: not in Omniglot's layout, alphabet / character / image")
+    return Classes(root, names, [name.split("/")[0] for name in names], {})
+
+
+def _omniglot(roots: str, cache: Path) -> Path:
+    """One folder of alphabets: the given one, or one that all the given files and folders were brought together in."""
+    given = [Path(root.strip()).expanduser() for root in roots.split(",")]
+    for path in given:
+        if not path.exists():
+            raise UserError(f"--data.root={path}: no such file or folder; Omniglot's zip files or folders are read")
+    if len(given) == 1 and given[0].is_dir():
+        return given[0].resolve()
+    name = hashlib.sha256("\n".join(f"{path.resolve()} {path.stat()}" for path in given).encode()).hexdigest()[:16]
+    folder = cache / "omniglot" / name
+    if not folder.is_dir():
+        with claim_by_rename(folder) as temporary:
+            for path in given:
+                _collect(path, temporary)
+    return folder
+
+
+def _collect(path: Path, target: Path) -> None:
+    """Copies alphabet / character / image from a zip file or a folder; what is in two of them is there once."""
+    if path.is_dir():
+        files = {found.relative_to(path).parts[-3:]: found.read_bytes for found in path.rglob("*.png")}
+    else:
+        try:
+            archive = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise UserError(f"--data.root={path}: no zip file ({error})") from error
+        names = [name for name in archive.namelist() if name.endswith(".png") and "__MACOSX" not in name]
+        files = {tuple(name.split("/")[-3:]): _reader(archive, name) for name in names}
+    for parts, read in files.items():
+        if len(parts) < 3 or any(part in ("", ".", "..") for part in parts):
+            raise UserError(f"--data.root={path}: not in Omniglot's layout, alphabet / character / image")
+        place = target.joinpath(*parts)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(read())
+
+
+def _reader(archive: zipfile.ZipFile, name: str) -> Callable[[], bytes]:
+    return lambda: archive.read(name)
+
+
+def split_classes(classes: Classes, val_fraction: float, test_fraction: float, seed: int) -> dict[Split, list[str]]:
+    """Gives each class a split, whole groups at a time, by the hash of the seed and the group's name.
+
+    Args:
+        classes: to be split.
+        val_fraction: share of the classes, about.
+        test_fraction: likewise; 1: all test, and nothing is trained.
+        seed: another seed, another split.
+    """
+    parts: dict[Split, list[str]] = {split: [] for split in SPLITS}
+    if classes.split:
+        for name, split in classes.split.items():
+            parts[split].append(name)
+        return parts
+    members: dict[str, list[str]] = defaultdict(list)
+    for name, group in zip(classes.names, classes.groups, strict=True):
+        members[group].append(name)
+    order = sorted(members, key=lambda group: hashlib.sha256(f"{seed} {group}".encode()).digest())
+    total = len(classes.names)
+    wanted: list[tuple[Split, float]] = [("test", test_fraction * total), ("val", val_fraction * total)]
+    for group in order:
+        split = next((name for name, count in wanted if len(parts[name]) < round(count)), "train")
+        parts[split] += members[group]
+    _assert_disjoint(parts)
+    return parts
+
+
+def _assert_disjoint(parts: Mapping[Split, Sequence[str]]) -> None:
+    names = [name for split in SPLITS for name in parts[split]]
+    if len(set(names)) < len(names):
+        raise AssertionError("a class is in two splits")
