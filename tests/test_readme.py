@@ -149,6 +149,30 @@ def test_the_label_benchmark_in_a_small_form(copy):
     assert "| headstart check | " in done.stdout
 
 
+def test_the_fewshot_benchmarks_in_a_small_form(copy):
+    for number in range(16):
+        shade = (16 * number, 255 - 16 * number, 128)
+        draw(copy / "classes", images=16, seed=number, colours={f"class{number:02}": shade})
+    options = ["--data.source=folder", f"--data.root={copy / 'classes'}"]
+    small = ["--n_way=2", "--episodes=20", "--max_epochs=1", "--data.train_episodes=20", "--data.val_episodes=20"]
+    done = run([sys.executable, "benchmarks/fewshot.py", "heads", *options, *small], copy)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "| projection (trained) | " in done.stdout
+    done = run([sys.executable, "benchmarks/fewshot.py", "tool", str(copy / "classes")], copy)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "| linear, AdamW, 25 epochs | | " in done.stdout
+
+
+def test_the_fewshot_times_in_a_small_form(copy):
+    pytest.importorskip("easyfsl", reason="of the benchmark alone: pip install easyfsl")
+    for number in range(20):
+        draw(copy / "classes", images=16, seed=number, colours={f"class{number:02}": (12 * number, 100, 128)})
+    options = ["--data.source=folder", f"--data.root={copy / 'classes'}", "--data.val_fraction=0.3"]
+    done = run([sys.executable, "benchmarks/fewshot.py", "times", *options], copy)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "episodes of another accuracy: 0" in done.stdout
+
+
 def test_the_scale_benchmarks_in_a_small_form(copy, tmp_path):
     done = run([sys.executable, "benchmarks/scale.py", "rows", "6000"], copy)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -72,6 +72,7 @@ def parser_of(verb: str, arguments: str = "") -> OptionParser:
         arguments: what the usage line shows after it, beside the options.
     """
     parser = OptionParser(allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="a file of options; later ones win")
     parser.usage_line = f"headstart {verb} [options]{f' {arguments}' if arguments else ''}"
     return parser
 

@@ -141,9 +141,10 @@ class _Verb:
         result = self._finish(folder, tested, scores)
         shape = tested.shape
         say(f"fewshot: {len(own)} episodes of {shape.n_way}-way {shape.k_shot}-shot, {shape.n_query} queries a class")
-        say(f"{self.given.head + ':':10}{_interval(scores['test/acc'], scores['test/acc_ci95'])}")
-        say(f"baseline: {_interval(scores['baseline/acc'], scores['baseline/acc_ci95'])} (prototype, untrained)")
-        say(f"gain:     {_interval(scores['gain/acc'], scores['gain/acc_ci95'])} (paired, 95 %)")
+        say(f"{self.given.head + ':':12}{_interval(scores['test/acc'], scores['test/acc_ci95'])}")
+        if scores["gain/acc_ci95"]:  # else it is the baseline
+            say(f"baseline:   {_interval(scores['baseline/acc'], scores['baseline/acc_ci95'])} (prototype, untrained)")
+            say(f"gain:       {_interval(scores['gain/acc'], scores['gain/acc_ci95'])} (paired, 95 %)")
         self._say_next(folder)
         return result
 

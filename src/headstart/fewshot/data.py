@@ -16,7 +16,7 @@ from headstart.content import ContentIndex
 from headstart.data import ImageData, trained_epochs
 from headstart.errors import UserError
 from headstart.features import FeaturePrecision, cache_folder
-from headstart.fewshot.episodes import EpisodeLoader, EpisodeSampler, Shape
+from headstart.fewshot.episodes import EpisodeLoader, EpisodeOrder, EpisodeSampler, Shape
 from headstart.fewshot.sources import SourceName, classes_of, split_classes
 from headstart.images import MAX_PIXELS
 from headstart.options import Count, Fraction, Positive
@@ -149,13 +149,13 @@ class EpisodeData(ImageData):
         def start() -> int:
             return trained_epochs(self._attached()) * self.train_episodes
 
-        return EpisodeLoader(self.sampler("train"), self.train_episodes, self.batch_size, start)
+        return EpisodeLoader(self.sampler("train"), EpisodeOrder(self.train_episodes, self.batch_size, start))
 
     def val_dataloader(self) -> Any:
-        return EpisodeLoader(self.sampler("val"), self.val_episodes, self.batch_size)
+        return EpisodeLoader(self.sampler("val"), EpisodeOrder(self.val_episodes, self.batch_size))
 
     def test_dataloader(self) -> Any:
-        return EpisodeLoader(self.sampler("test"), self.episodes, self.batch_size)
+        return EpisodeLoader(self.sampler("test"), EpisodeOrder(self.episodes, self.batch_size))
 
     def _split(self, items: Sequence[Item]) -> list[Item]:
         """By class; an image whose content is in two splits would be known before, so that is refused."""

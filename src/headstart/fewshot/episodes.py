@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils.data import Sampler
 
 from headstart.errors import UserError
 from headstart.splits import SPLITS, Split
@@ -101,26 +102,44 @@ class EpisodeSampler:
         return Episode(drawn[:, :, : self.shape.k_shot], drawn[:, :, self.shape.k_shot :])
 
 
-class EpisodeLoader:
-    """Batches of episodes.
+class EpisodeOrder(Sampler[range]):
+    """The numbers of the episodes of each batch.
 
     Args:
-        sampler: draws them.
         episodes: how many.
         batch_size: episodes a batch.
         start: tells the number of the first one, when the first batch is asked for.
     """
 
-    def __init__(self, sampler: EpisodeSampler, episodes: int, batch_size: int, start: Callable[[], int] = int) -> None:
-        self.sampler, self.episodes, self.batch_size, self._start = sampler, episodes, batch_size, start
+    def __init__(self, episodes: int, batch_size: int, start: Callable[[], int] = int) -> None:
+        self.episodes, self.batch_size, self._start = episodes, batch_size, start
 
-    def __iter__(self) -> Iterator[Episode]:
+    def __iter__(self) -> Iterator[range]:
         first = self._start()
-        for number in range(first, first + self.episodes, self.batch_size):
-            yield self.sampler.batch(range(number, min(number + self.batch_size, first + self.episodes)))
+        end = first + self.episodes
+        for number in range(first, end, self.batch_size):
+            yield range(number, min(number + self.batch_size, end))
 
     def __len__(self) -> int:
         return -(-self.episodes // self.batch_size)
+
+
+class EpisodeLoader:
+    """Batches of episodes.
+
+    Args:
+        sampler: draws them.
+        order: their numbers.
+    """
+
+    def __init__(self, sampler: EpisodeSampler, order: EpisodeOrder) -> None:
+        self.sampler, self.batch_sampler = sampler, order
+
+    def __iter__(self) -> Iterator[Episode]:
+        return map(self.sampler.batch, self.batch_sampler)
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
 
 
 def _mixed(keys: Keys) -> Keys:

@@ -122,7 +122,7 @@ def _reader(archive: zipfile.ZipFile, name: str) -> Callable[[], bytes]:
 
 
 def split_classes(classes: Classes, val_fraction: float, test_fraction: float, seed: int) -> dict[Split, list[str]]:
-    """Gives each class a split, whole groups at a time, by the hash of the seed and the group's name.
+    """Gives each class a split, whole groups at a time, in the order of the hash of the seed and the group's name.
 
     Args:
         classes: to be split.
@@ -139,11 +139,11 @@ def split_classes(classes: Classes, val_fraction: float, test_fraction: float, s
     for name, group in zip(classes.names, classes.groups, strict=True):
         members[group].append(name)
     order = sorted(members, key=lambda group: hashlib.sha256(f"{seed} {group}".encode()).digest())
-    total = len(classes.names)
-    wanted: list[tuple[Split, float]] = [("test", test_fraction * total), ("val", val_fraction * total)]
+    shares: dict[Split, float] = {"train": 1 - val_fraction - test_fraction, "val": val_fraction, "test": test_fraction}
     for group in order:
-        split = next((name for name, count in wanted if len(parts[name]) < round(count)), "train")
-        parts[split] += members[group]
+        # To the split that lacks most; so a large group lands where it does least harm.
+        lacking = {split: share * len(classes.names) - len(parts[split]) for split, share in shares.items()}
+        parts[max(lacking, key=lambda split: lacking[split])] += members[group]
     _assert_disjoint(parts)
     return parts
 
