@@ -298,6 +298,18 @@ def test_groups_stay_together_and_splits_are_disjoint():
     assert len(split_classes(classes, 0.0, 1.0, seed=0)["test"]) == 90
 
 
+def test_folders_of_splits_are_used_and_without_val_train_is_split(tmp_path):
+    for split, count in (("train", 10), ("test", 3)):
+        for number in range(count):
+            (tmp_path / split / f"{split}{number}").mkdir(parents=True)
+    parts = split_classes(classes_of("folder", str(tmp_path), tmp_path / "cache"), 0.2, 0.3, seed=0)
+    assert {split: len(names) for split, names in parts.items()} == {"train": 8, "val": 2, "test": 3}
+    assert parts["test"] == [f"test/test{number}" for number in range(3)]
+    (tmp_path / "val" / "val0").mkdir(parents=True)
+    parts = split_classes(classes_of("folder", str(tmp_path), tmp_path / "cache"), 0.2, 0.3, seed=0)
+    assert {split: len(names) for split, names in parts.items()} == {"train": 10, "val": 1, "test": 3}
+
+
 def test_omniglot_zips_are_read_and_repeated_characters_are_there_once(tmp_path):
     image = tmp_path / "a.png"
     Image.new("1", (105, 105)).save(image)

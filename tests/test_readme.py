@@ -154,7 +154,14 @@ def test_the_fewshot_benchmarks_in_a_small_form(copy):
         shade = (16 * number, 255 - 16 * number, 128)
         draw(copy / "classes", images=16, seed=number, colours={f"class{number:02}": shade})
     options = ["--data.source=folder", f"--data.root={copy / 'classes'}"]
-    small = ["--n_way=2", "--episodes=20", "--max_epochs=1", "--data.train_episodes=20", "--data.val_episodes=20"]
+    small = [
+        "--n_way=2",
+        "--n_query=8",
+        "--episodes=20",
+        "--max_epochs=1",
+        "--data.train_episodes=20",
+        "--data.val_episodes=20",
+    ]
     done = run([sys.executable, "benchmarks/fewshot.py", "heads", *options, *small], copy)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "| projection (trained) | " in done.stdout
@@ -165,9 +172,9 @@ def test_the_fewshot_benchmarks_in_a_small_form(copy):
 
 def test_the_fewshot_times_in_a_small_form(copy):
     pytest.importorskip("easyfsl", reason="of the benchmark alone: pip install easyfsl")
-    for number in range(20):
-        draw(copy / "classes", images=16, seed=number, colours={f"class{number:02}": (12 * number, 100, 128)})
-    options = ["--data.source=folder", f"--data.root={copy / 'classes'}", "--data.val_fraction=0.3"]
+    for number in range(30):
+        draw(copy / "classes", images=20, seed=number, colours={f"class{number:02}": (8 * number, 100, 128)})
+    options = ["--data.source=folder", f"--data.root={copy / 'classes'}"]
     done = run([sys.executable, "benchmarks/fewshot.py", "times", *options], copy)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "episodes of another accuracy: 0" in done.stdout

@@ -25,7 +25,7 @@ class Classes:
         root: the folder.
         names: of the classes: their folders' paths below the root.
         groups: of each class: its script or alphabet; classes of one group are never in two splits.
-        split: of each class, where the folder says so; else empty.
+        split: of the classes for which the folder says so; the others are split by hash.
     """
 
     root: Path
@@ -57,14 +57,10 @@ def classes_of(source: SourceName, root: str | None, cache: Path) -> Classes:
     if splits == {folder: None}:
         names = folders.class_names(splits)
         return Classes(folder, names, list(names), {})
-    split = {
-        f"{place.name}/{name}": chosen
-        for place, chosen in splits.items()
-        if chosen is not None
-        for name in folders.subfolders(place)
-    }
-    _disjoint([name.split("/", 1)[1] for name in split], folder)
-    return Classes(folder, list(split), list(split), split)
+    names = {f"{place.name}/{name}": chosen for place, chosen in splits.items() for name in folders.subfolders(place)}
+    _disjoint([name.split("/", 1)[1] for name in names], folder)
+    known = {name: chosen for name, chosen in names.items() if chosen is not None}
+    return Classes(folder, list(names), list(names), known)
 
 
 def _disjoint(names: Sequence[str], folder: Path) -> None:
@@ -131,18 +127,20 @@ def split_classes(classes: Classes, val_fraction: float, test_fraction: float, s
         seed: another seed, another split.
     """
     parts: dict[Split, list[str]] = {split: [] for split in SPLITS}
-    if classes.split:
-        for name, split in classes.split.items():
-            parts[split].append(name)
-        return parts
     members: dict[str, list[str]] = defaultdict(list)
     for name, group in zip(classes.names, classes.groups, strict=True):
-        members[group].append(name)
+        if name in classes.split:
+            parts[classes.split[name]].append(name)
+        else:
+            members[group].append(name)
     order = sorted(members, key=lambda group: hashlib.sha256(f"{seed} {group}".encode()).digest())
-    shares: dict[Split, float] = {"train": 1 - val_fraction - test_fraction, "val": val_fraction, "test": test_fraction}
+    shares: dict[Split, float] = {"val": val_fraction, "test": test_fraction}
+    shares = {split: share for split, share in shares.items() if not parts[split]}
+    shares["train"] = 1 - sum(shares.values())
+    total = sum(map(len, members.values()))
     for group in order:
         # To the split that lacks most; so a large group lands where it does least harm.
-        lacking = {split: share * len(classes.names) - len(parts[split]) for split, share in shares.items()}
+        lacking = {split: share * total - len(parts[split]) for split, share in shares.items()}
         parts[max(lacking, key=lambda split: lacking[split])] += members[group]
     _assert_disjoint(parts)
     return parts
