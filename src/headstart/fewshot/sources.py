@@ -57,10 +57,10 @@ def classes_of(source: SourceName, root: str | None, cache: Path) -> Classes:
     if splits == {folder: None}:
         names = folders.class_names(splits)
         return Classes(folder, names, list(names), {})
-    names = {f"{place.name}/{name}": chosen for place, chosen in splits.items() for name in folders.subfolders(place)}
-    _disjoint([name.split("/", 1)[1] for name in names], folder)
-    known = {name: chosen for name, chosen in names.items() if chosen is not None}
-    return Classes(folder, list(names), list(names), known)
+    found = {f"{place.name}/{name}": chosen for place, chosen in splits.items() for name in folders.subfolders(place)}
+    _disjoint([name.split("/", 1)[1] for name in found], folder)
+    known = {name: chosen for name, chosen in found.items() if chosen is not None}
+    return Classes(folder, list(found), list(found), known)
 
 
 def _disjoint(names: Sequence[str], folder: Path) -> None:
