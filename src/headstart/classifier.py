@@ -25,6 +25,7 @@ from typing_extensions import Self
 from headstart import __version__
 from headstart.backbone import NAMED_WEIGHTS, FrozenBackbone, check_frozen, combined, tensor_digests
 from headstart.calibration import Temperature
+from headstart.checkpoints import check_seal
 from headstart.errors import UserError
 from headstart.images import preprocess, to_rgb
 from headstart.options import Fraction, ImageSize, NonNegative, Rate
@@ -110,10 +111,19 @@ class TransferClassifier(LightningModule):
         return features
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """One step on the head.
+
+        Raises:
+            UserError: the loss is no number any more.
+        """
         inputs, labels = batch
         loss = functional.cross_entropy(
             self(inputs), labels, weight=self.loss_weights, label_smoothing=self.hparams["label_smoothing"]
         )
+        if not loss.isfinite():
+            raise UserError(
+                f"the loss is not finite in epoch {self.current_epoch}: lower --model.lr; best.ckpt is from before"
+            )
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
         return loss
 
@@ -261,6 +271,7 @@ def read_checkpoint(path: Path, logs: Path = Path("logs")) -> dict[str, Any]:
         keys = set(checkpoint["state_dict"])
     except Exception as error:  # whatever the file holds: zip and pickle raise a dozen kinds
         raise UserError(f"--ckpt_path={path}: is damaged or no checkpoint; try another of {path.parent}") from error
+    check_seal(checkpoint, path)
     if made.get("layout") != CHECKPOINT_LAYOUT or keys != HEAD_KEYS:
         raise UserError(
             f"--ckpt_path={path}: holds no head of layout {CHECKPOINT_LAYOUT} (this is headstart {__version__}) but "

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from headstart.errors import UserError
 
@@ -55,6 +55,8 @@ def main(args: Sequence[str] | None = None, root: Path | None = None) -> Any:
     except BrokenPipeError:  # who read our output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except (KeyboardInterrupt, SystemExit) as ended:
+        _end_as_signalled(ended)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -63,6 +65,21 @@ def main(args: Sequence[str] | None = None, root: Path | None = None) -> Any:
         return None
     print(f"error: headstart {verb}: no such verb; headstart --help lists them", file=sys.stderr)
     sys.exit(2)
+
+
+def _end_as_signalled(ended: BaseException) -> NoReturn:
+    """Ends with 130 at Ctrl-C and 143 at SIGTERM; Lightning, which ends a fit in good order, would give 1 and 0."""
+    from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+    status = None
+    if isinstance(ended, KeyboardInterrupt) or isinstance(ended.__context__, KeyboardInterrupt):
+        status = 130
+    elif isinstance(ended, SIGTERMException):
+        status = 143
+    if status is None:
+        raise ended
+    print("interrupted: with --ckpt_path=last a run goes on", file=sys.stderr)
+    sys.exit(status)
 
 
 def console() -> None:

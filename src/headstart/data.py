@@ -63,6 +63,7 @@ class ImageData(LightningDataModule):
         test_fraction: share of the images for the test; 0: no test.
         split_seed: another seed, another split.
         splits: a run's splits.csv, to split as that run did; None: by content and seed.
+        strict: stop where the same image is in two splits, instead of saying so.
         limit: at most so many training images a class; None: all.
         max_pixels: images of more pixels are left out.
 
@@ -85,6 +86,7 @@ class ImageData(LightningDataModule):
         test_fraction: Fraction = 0.15,
         split_seed: Count = 0,
         splits: str | None = None,
+        strict: bool = False,
         limit: Positive | None = None,
         max_pixels: Positive = MAX_PIXELS,
     ) -> None:
@@ -98,7 +100,7 @@ class ImageData(LightningDataModule):
         self.feature_precision: FeaturePrecision = feature_precision
         self.val_fraction, self.test_fraction, self.split_seed = val_fraction, test_fraction, split_seed
         self.splits_file = Path(splits).expanduser() if splits else None
-        self.limit, self.max_pixels = limit, max_pixels
+        self.strict, self.limit, self.max_pixels = strict, limit, max_pixels
         self.items: list[Item] = []
         self.skipped: dict[str, str] = {}
         self.seconds = {"scan": 0.0, "features": 0.0}
@@ -248,7 +250,10 @@ class ImageData(LightningDataModule):
                 raise UserError(f"class {name!r}: no readable image; add some or remove its folder")
         assigned = splits.assign(items, self.class_names, self.val_fraction, self.test_fraction, self.split_seed)
         if shared := splits.shared_between_splits(assigned):
-            say(f"data: {shared} images are in more than one split, byte for byte, which inflates scores; remove them")
+            found = f"{shared} images are in more than one split, byte for byte, which inflates scores; remove them"
+            if self.strict:
+                raise UserError(f"--data.strict: {found}")
+            say(f"data: {found}")
         return splits.limited(assigned, self.limit) if self.limit else assigned
 
     def _say_counts(self) -> None:

@@ -69,10 +69,14 @@ class RunLogger(TensorBoardLogger):
 
     Lightning asks ``hasattr(logger, "experiment")`` before the data is read, and a run that its data stops should leave
     no folder behind.
+
+    Args:
+        steps_done: of a run that goes on: TensorBoard forgets what a killed process wrote of later steps.
     """
 
-    def __init__(self) -> None:
-        super().__init__(save_dir="", name="", version="", default_hp_metric=False)
+    def __init__(self, steps_done: int | None = None) -> None:
+        purge: dict[str, Any] = {} if steps_done is None else {"purge_step": steps_done}
+        super().__init__(save_dir="", name="", version="", default_hp_metric=False, **purge)
         self.folder: Path | None = None
 
     @property

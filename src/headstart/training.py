@@ -10,9 +10,10 @@ import torch
 import yaml
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
+from headstart.checkpoints import RunCheckpoint, SealedCheckpointIO
 from headstart.classifier import TransferClassifier, read_checkpoint
 from headstart.data import ImageFolderData
 from headstart.errors import UserError
@@ -59,6 +60,7 @@ class TrainCLI(LightningCLI):
     def __init__(self, options: Sequence[str], root: Path | None) -> None:
         self.root = root
         self.resumed: Path | None = None
+        self.trained_epochs = 0
         everything = "--help_all" in options
         super().__init__(
             TransferClassifier,
@@ -96,6 +98,14 @@ class TrainCLI(LightningCLI):
             self.config.ckpt_path = str(checkpoint)
 
     @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to train; a run that was killed before its test still goes on to that."""
+        limit = self.trainer.max_epochs
+        if not self.trained_epochs or limit in (None, -1):
+            return False
+        return self.trained_epochs > limit or (self.trained_epochs == limit and self.resumed is None)
+
+    @property
     def logs(self) -> Path:
         return Path(self.config.trainer.default_root_dir)
 
@@ -108,24 +118,32 @@ class TrainCLI(LightningCLI):
             self.logs, self.name, self.resolved_config(), self._settings(), command_line(), self.resumed
         )
         # "best" by the loss: with few validation images accuracy moves in steps and picks an early epoch by luck.
-        self.best = ModelCheckpoint(filename="best", monitor="val/loss", enable_version_counter=False)
-        last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+        self.best = RunCheckpoint(filename="best", monitor="val/loss", enable_version_counter=False)
+        last = RunCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+        self.best.moved = last.moved = self.resumed is not None
         self.collector = EvaluationCollector()
         callbacks: list[Callback] = [self.run_folder, LearningRateMonitor("epoch"), self.collector, self.best, last]
         self.trainer_defaults = {"callbacks": callbacks}
         given = self.config_init.trainer
-        logger = RunLogger() if given.logger in (None, True) else given.logger
+        logger = RunLogger(self._steps_done()) if given.logger in (None, True) else given.logger
         bar = sys.stderr.isatty() if given.enable_progress_bar is None else given.enable_progress_bar
         try:
-            return super().instantiate_trainer(logger=logger, enable_progress_bar=bar)
+            plugins = [SealedCheckpointIO(), *(given.plugins or [])]
+            return super().instantiate_trainer(logger=logger, enable_progress_bar=bar, plugins=plugins)
         except (MisconfigurationException, TypeError, ValueError) as error:
             raise UserError(f"--trainer: {error}; --trainer.accelerator=auto takes what this machine has") from error
+
+    def _steps_done(self) -> int | None:
+        """Of the run that goes on: what TensorBoard holds beyond them belongs to steps that are done again."""
+        if self.resumed is None:
+            return None
+        return int(read_checkpoint(Path(self.config.ckpt_path))["global_step"])
 
     def after_instantiate_classes(self) -> None:
         if str(self.config.trainer.precision) in ("16", "16-mixed") and self.trainer.strategy.root_device.type == "cpu":
             raise UserError("--trainer.precision=16-mixed: needs a GPU; on a processor use bf16-mixed or 32-true")
         if self.config.ckpt_path:
-            read_checkpoint(Path(self.config.ckpt_path), self.logs)
+            self.trained_epochs = int(read_checkpoint(Path(self.config.ckpt_path), self.logs)["epoch"]) + 1
 
     def resolved_config(self) -> str:
         """The configuration as YAML, which means the same in every working directory."""
@@ -165,11 +183,12 @@ def train(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
     be_calm()
     cli = TrainCLI(options, root)
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
+    if cli.finished:
+        say(f"already finished: {cli.config.ckpt_path} has {cli.trained_epochs} epochs; raise --trainer.max_epochs")
+        return {}
     fit_started = time.perf_counter()
     trainer.fit(module, datamodule=data, ckpt_path=cli.config.ckpt_path, weights_only=True)
     fitted = time.perf_counter()
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     scores = _evaluate(trainer, module, data, cli.best.best_model_path or None)
     tested = time.perf_counter()
     if cli.config.report:

@@ -7,6 +7,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor
 from torch.nn import functional
 
+from headstart.errors import UserError
 from headstart.fewshot.episodes import Episode
 from headstart.fewshot.heads import HeadName, make_head
 from headstart.fewshot.intervals import mean_and_half_width
@@ -61,6 +62,8 @@ class MetaLearner(LightningModule):
 
     def training_step(self, episode: Episode) -> Tensor:
         loss, accuracy = self._score(episode)
+        if not loss.isfinite():
+            raise UserError(f"the loss is not finite in epoch {self.current_epoch}: lower --model.lr")
         self.log_dict(
             {"train/loss": loss, "train/acc": accuracy.mean()}, on_step=False, on_epoch=True, batch_size=len(accuracy)
         )

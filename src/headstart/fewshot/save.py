@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from pytorch_lightning import Trainer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -12,6 +11,7 @@ from headstart.calibration import fit_temperature
 from headstart.classifier import TransferClassifier
 from headstart.errors import UserError
 from headstart.fewshot.heads import linear_head
+from headstart.fewshot.training import make_trainer
 
 
 def save(path: Path, module: TransferClassifier, head: nn.Module, classes: Sequence[Tensor]) -> float:
@@ -40,7 +40,7 @@ def save(path: Path, module: TransferClassifier, head: nn.Module, classes: Seque
         module.head.weight.copy_(linear_head(head, classes)[0])
         module.head.bias.copy_(linear_head(head, classes)[1])
     module.temperature = fit_temperature(logits, labels)
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer = make_trainer("cpu", enable_checkpointing=False)
     trainer.strategy.connect(module)
     module.trainer = trainer
     trainer.save_checkpoint(path)

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, Trainer, seed_everything
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping
 
+from headstart.checkpoints import RunCheckpoint, SealedCheckpointIO
 from headstart.fewshot.data import EpisodeData
 from headstart.fewshot.module import MetaLearner
 from headstart.run_folder import RunFolder, RunLogger
@@ -49,6 +50,7 @@ def make_trainer(
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         inference_mode=False,
+        plugins=[SealedCheckpointIO()],
         enable_model_summary=False,
         **{"enable_progress_bar": False, "log_every_n_steps": 1} | options,
     )
@@ -78,19 +80,18 @@ def meta_train(
     seed_everything(schedule.seed, workers=True, verbose=False)
     before = make_trainer(accelerator, enable_checkpointing=False).validate(module, data, verbose=False)[0]["val/acc"]
     untrained = {name: tensor.clone() for name, tensor in module.head.state_dict().items()}
-    best = ModelCheckpoint(filename="best", monitor="val/acc", mode="max", enable_version_counter=False)
-    last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+    best = RunCheckpoint(filename="best", monitor="val/acc", mode="max", enable_version_counter=False)
+    last = RunCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+    best.moved = last.moved = run_folder.resumed is not None
     stop = EarlyStopping("val/acc", mode="max", patience=schedule.patience)
     trainer = make_trainer(
         accelerator,
-        RunLogger(),
+        RunLogger(_steps_done(checkpoint) if run_folder.resumed else None),
         [run_folder, stop, best, last],
         max_epochs=schedule.max_epochs,
         default_root_dir=str(run_folder.logs),
     )
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     after = float(best.best_model_score or 0)
     if after > before:
         state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
@@ -99,3 +100,9 @@ def meta_train(
         module.head.load_state_dict(untrained)
         say(f"fewshot: meta-training did not help (val/acc {before:.3f} before, {after:.3f} at best): the head stays")
     return trainer, before
+
+
+def _steps_done(checkpoint: Path | None) -> int | None:
+    if checkpoint is None:
+        return None
+    return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
