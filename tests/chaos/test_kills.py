@@ -1,0 +1,182 @@
+"""Chaos: runs that are killed at random moments, and go on to the same bits as the run that nobody killed.
+
+A server process imports everything once and forks a child a run, so that a kill costs a second and not ten. The long
+versions (`pytest -m slow tests/chaos -s`) print their figures.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import COLOURS, REPOSITORY, draw
+
+SERVER = """
+import json, os, sys
+import headstart.data, headstart.training
+from headstart.cli import main
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1), os.dup2(quiet, 2)
+        try:
+            main(json.loads(line))
+            status = 0
+        except SystemExit as ended:
+            status = ended.code
+        except BaseException:
+            status = 99
+        os._exit(status)
+    print(pid, flush=True)
+    print(os.waitpid(pid, 0)[1], flush=True)
+"""
+EPOCHS = 12
+# What training on features, on views, and on images with workers do differently.
+KINDS = {
+    "cached": [],
+    "views": ["--data.views=3", "--data.augment=light"],
+    "images": ["--data.cache=false", "--data.augment=strong", "--data.num_workers=1"],
+}
+
+
+class Runs:
+    """Runs of `train` in forked children."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def __call__(self, *options: str, kill_after: float | None = None) -> int:
+        """Runs to the end, or to the kill; gives the status, negative if a signal ended it."""
+        assert self.server.stdin
+        assert self.server.stdout
+        small = [f"--data.root={self.root}", "--model.image_size=32", "--report=false", "--model.lr=0.05"]
+        self.server.stdin.write(json.dumps(["train", *small, f"--trainer.max_epochs={EPOCHS}", *options]) + "\n")
+        self.server.stdin.flush()
+        pid = int(self.server.stdout.readline())
+        if kill_after is not None:
+            timer = threading.Timer(kill_after, kill, [pid])
+            timer.start()
+        status = int(self.server.stdout.readline())
+        if kill_after is not None:
+            timer.cancel()
+        return os.waitstatus_to_exitcode(status)
+
+
+def kill(pid: int) -> None:
+    if Path(f"/proc/{pid}").exists():
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def runs(tmp_path) -> Iterator[Runs]:
+    folder = draw(tmp_path / "mixed", images=24)
+    draw(folder, images=8, seed=1, colours={"red": COLOURS["green"]})
+    started = Runs(folder)
+    yield started
+    started.server.stdin.close()
+    started.server.wait(timeout=30)
+    started.server.stdout.close()
+
+
+def state(folder: Path) -> dict:
+    """What has to be the same: head, optimizer, schedule and best score."""
+    found = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    best = next(values["best_model_score"] for name, values in found["callbacks"].items() if "val/loss" in name)
+    names = ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step")
+    return {name: found[name] for name in names} | {"best": best}
+
+
+def same(first: object, second: object) -> bool:
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[name], second[name]) for name in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second
+
+
+def kill_trainings(runs: Runs, kind: str, kills: int, seed: int) -> tuple[int, int]:
+    """Kills runs until so many had a checkpoint and epochs left; gives how many of those ended identical."""
+    options = KINDS[kind]
+    runs(*options, "--name=warm")
+    started = time.perf_counter()
+    assert runs(*options, "--name=whole") == 0
+    takes = time.perf_counter() - started
+    wanted = state(next(Path("logs/whole").iterdir()))
+    generator, counted, identical = random.Random(seed), 0, 0
+    while counted < kills:
+        shutil.rmtree("logs/killed", ignore_errors=True)
+        runs(*options, "--name=killed", kill_after=generator.uniform(0.1, takes))
+        folder = next(Path("logs/killed").glob("*"), None)
+        last = folder / "checkpoints/last.ckpt" if folder else None
+        if last is None or not last.exists() or (folder / "result.json").exists():
+            continue
+        if torch.load(last, weights_only=True)["epoch"] >= EPOCHS - 1:
+            continue
+        counted += 1
+        assert runs(*options, "--name=killed", "--ckpt_path=last") == 0
+        identical += same(state(folder), wanted) and len(list(Path("logs/killed").iterdir())) == 1
+    return counted, identical
+
+
+def kill_extractions(runs: Runs, kills: int, seed: int) -> tuple[int, int, int]:
+    """Kills runs on an empty cache before their fit; gives kills, those amid shards, and the identical ends."""
+    runs("--name=warm", "--data.cache_dir=warm")
+    started = time.perf_counter()
+    assert runs("--name=whole", "--data.cache_dir=whole") == 0
+    takes = time.perf_counter() - started
+    wanted = state(next(Path("logs/whole").iterdir()))
+    generator, counted, amid, identical = random.Random(seed), 0, 0, 0
+    while counted < kills:
+        for folder in ("logs/killed", "killed"):
+            shutil.rmtree(folder, ignore_errors=True)
+        options = ("--name=killed", "--data.cache_dir=killed")
+        runs(*options, kill_after=generator.uniform(0.05, 0.8 * takes))
+        if Path("logs/killed").exists():  # the fit had begun
+            continue
+        counted += 1
+        amid += any(Path("killed").rglob("*.safetensors")) or any(Path("killed").rglob("*.tmp"))
+        assert runs(*options) == 0
+        identical += same(state(next(Path("logs/killed").iterdir())), wanted)
+    return counted, amid, identical
+
+
+@pytest.mark.parametrize("kind", ["cached", "images"])
+def test_a_killed_training_ends_with_the_same_bits(runs, kind):
+    assert kill_trainings(runs, kind, kills=2, seed=1) == (2, 2)
+
+
+def test_a_killed_extraction_ends_with_the_same_bits(runs):
+    counted, _, identical = kill_extractions(runs, kills=3, seed=1)
+    assert counted == identical == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "kills"), [("cached", 100), ("views", 60), ("images", 40)])
+def test_many_killed_trainings(runs, kind, kills):
+    counted, identical = kill_trainings(runs, kind, kills, seed=2)
+    print(f"\ntraining, {kind}: {counted} kills, {identical} ended with the same bits")
+    assert counted == identical == kills
+
+
+@pytest.mark.slow
+def test_many_killed_extractions(runs):
+    counted, amid, identical = kill_extractions(runs, kills=100, seed=2)
+    print(f"\nextraction: {counted} kills ({amid} after a first piece was begun), {identical} ended with the same bits")
+    assert counted == identical == 100
