@@ -24,8 +24,10 @@ from headstart.errors import UserError
 SMALL = ["--model.image_size=32", "--report=false"]
 
 
-def child(*options: str, code: str = "") -> subprocess.Popen:
-    program = f"import sys; {code}\nfrom headstart.cli import main; main(sys.argv[1:])"
+def child(*options: str) -> subprocess.Popen:
+    """A process with the usual handler of Ctrl-C, which one that was started in the background lacks."""
+    program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program += "from headstart.cli import main; main(sys.argv[1:])"
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src"), "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", program, *options],
