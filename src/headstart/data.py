@@ -336,7 +336,32 @@ def _view_row(item: Item, view: int) -> bytes:
     return hashlib.sha256(b"view %d " % view + item.digest).digest()
 
 
-class ImageFolderData(ImageData):
+class ImageFiles(ImageData):
+    """Images in files below a root.
+
+    Attributes:
+        root: the folder.
+    """
+
+    root: Path
+
+    @abstractmethod
+    def listed(self) -> list[Item]:
+        """The image files, not yet read."""
+
+    def scan(self) -> list[Item]:
+        listed = self.listed()
+        index = ContentIndex(self.root, self.cache_dir / "index" if self.cache else None)
+        with images_bar("scan", len(listed)) as advance:
+            digests, unreadable = index.digests([item.path for item in listed], advance)
+        self.skipped |= unreadable
+        return [replace(item, digest=digests[item.path]) for item in listed if item.path in digests]
+
+    def reader(self, shorter_side: int) -> Callable[[Item], Image.Image]:
+        return partial(folders.read, self.root, shorter_side=shorter_side, max_pixels=self.max_pixels)
+
+
+class ImageFolderData(ImageFiles):
     """A folder of class folders, split by content; or one that holds ``train``, ``val`` and maybe ``test``, used so.
 
     Without a ``val`` folder, ``train`` is split; without a ``test`` folder there is no test.
@@ -356,21 +381,13 @@ class ImageFolderData(ImageData):
         if "test" in self.folders.values():
             self.test_fraction = 0.0  # what `train` is split for is validation alone
 
-    def scan(self) -> list[Item]:
-        listed = [
+    def listed(self) -> list[Item]:
+        return [
             Item(path.relative_to(self.root).as_posix(), label, split=split)
             for folder, split in self.folders.items()
             for label, name in enumerate(self.class_names)
             for path in folders.images(folder / name)
         ]
-        index = ContentIndex(self.root, self.cache_dir / "index" if self.cache else None)
-        with images_bar("scan", len(listed)) as advance:
-            digests, unreadable = index.digests([item.path for item in listed], advance)
-        self.skipped |= unreadable
-        return [replace(item, digest=digests[item.path]) for item in listed if item.path in digests]
-
-    def reader(self, shorter_side: int) -> Callable[[Item], Image.Image]:
-        return partial(folders.read, self.root, shorter_side=shorter_side, max_pixels=self.max_pixels)
 
 
 class DatasetData(ImageData):

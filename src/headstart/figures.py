@@ -37,6 +37,11 @@ def png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
+def pixels(drawn: bytes) -> np.ndarray:
+    """A drawn PNG as TensorBoard takes it, [H, W, 3] uint8."""
+    return np.asarray(Image.open(io.BytesIO(drawn)).convert("RGB"))
+
+
 def evaluation_figures(evaluation: Evaluation) -> dict[str, bytes]:
     """Every figure of an evaluation that needs no image, by name, as PNG."""
     drawn = {

@@ -1,12 +1,10 @@
 """What TensorBoard shows of an evaluation, beyond the curves."""
 
-import io
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from pytorch_lightning import LightningModule
@@ -15,7 +13,7 @@ from torchvision.transforms.v2 import functional
 from headstart.data import ImageData
 from headstart.errors import UserError
 from headstart.evaluation import Evaluation
-from headstart.figures import TILES, png, tiles_figure
+from headstart.figures import TILES, pixels, png, tiles_figure
 from headstart.images import UnreadableImage
 
 SPRITE_SIDE, TILE_SIDE = 32, 128
@@ -55,8 +53,7 @@ def show(
         if evaluation.surest(right, 1)
     }
     for name, drawn in {**figures, **tiles}.items():
-        pixels = np.asarray(Image.open(io.BytesIO(drawn)).convert("RGB"))
-        experiment.add_image(f"{split}/{name}", pixels, dataformats="HWC")
+        experiment.add_image(f"{split}/{name}", pixels(drawn), dataformats="HWC")
     if len(evaluation.class_names) <= MAX_CLASSES_IN_TEXT:
         experiment.add_text(f"{split}/confusion_counts", confusion_table(evaluation))
     _project(experiment, evaluation, thumbnail, data.num_workers)
@@ -83,8 +80,8 @@ def _project(
 
     def sprite(position: int) -> torch.Tensor:
         small = thumbnail(position).resize((SPRITE_SIDE, SPRITE_SIDE))
-        pixels: torch.Tensor = functional.to_dtype(functional.pil_to_tensor(small), torch.float32, scale=True)
-        return pixels
+        drawn: torch.Tensor = functional.to_dtype(functional.pil_to_tensor(small), torch.float32, scale=True)
+        return drawn
 
     positions = evaluation.projected.tolist()
     names = evaluation.class_names

@@ -66,8 +66,9 @@ def learning_curve(data: ImageData, setting: Setting, epochs: int, warmup: float
     batch_size, classes = data.batch_size, len(data.class_names)
     wanted_steps = min(epochs * math.ceil(len(labels) / batch_size), MIN_STEPS)
     draws = DRAWS if len(labels) <= MAX_IMAGES_DRAWN_OFTEN else 1
-    parts = [(share, stratified(labels, share, seed + draw)) for share in SHARES for draw in range(draws)]
-    parts = [part for number, part in enumerate(parts) if part[0] < 1 or number == len(parts) - 1]
+    parts = [
+        (share, stratified(labels, share, seed + draw)) for share in SHARES for draw in range(draws if share < 1 else 1)
+    ]
     lengths = [max(epochs, math.ceil(wanted_steps / math.ceil(len(part) / batch_size))) for _, part in parts]
     right: dict[float, list[Tensor]] = {share: [] for share in SHARES}
     sizes: dict[float, int] = {}

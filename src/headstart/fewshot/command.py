@@ -24,7 +24,7 @@ from headstart.fewshot.module import MetaLearner
 from headstart.fewshot.save import save
 from headstart.fewshot.sources import SourceName
 from headstart.fewshot.training import Schedule, make_trainer, meta_train
-from headstart.figures import png
+from headstart.figures import pixels, png
 from headstart.options import Count, Positive
 from headstart.parser import OptionParser, add_options, parser_of
 from headstart.predict import device_of
@@ -80,8 +80,6 @@ class _Verb:
     def run(self) -> dict[str, Any]:
         if self.given.save:
             return self._save()
-        if self.given.k_shot + self.given.n_query < 2:
-            raise UserError("--n_query: give at least 1")
         data = self._data(self.given.data.source, self.given.data.root)
         tested = data
         if self.given.test_source:
@@ -170,7 +168,7 @@ class _Verb:
         write_atomically(folder / "heads.png", picture)
         logger = RunLogger()
         logger.folder = folder
-        logger.experiment.add_figure("accuracy_by_shots", shots_figure(rows))
+        logger.experiment.add_image("accuracy_by_shots", pixels(picture), dataformats="HWC")
         logger.experiment.close()
         _say_comparison(rows)
         scores = {f"{row.head}/{row.k_shot}-shot": row.acc for row in rows}

@@ -1,19 +1,16 @@
 """The data module of episodes: classes, not images, are split, and batches are tasks."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
 from headstart import folders
-from headstart.content import ContentIndex
-from headstart.data import ImageData, trained_epochs
+from headstart.data import ImageFiles, trained_epochs
 from headstart.errors import UserError
 from headstart.features import FeaturePrecision, cache_folder
 from headstart.fewshot.episodes import EpisodeLoader, EpisodeOrder, EpisodeSampler, Shape
@@ -21,10 +18,10 @@ from headstart.fewshot.sources import SourceName, classes_of, split_classes
 from headstart.images import MAX_PIXELS
 from headstart.options import Count, Fraction, Positive
 from headstart.splits import SPLITS, Item, Split
-from headstart.terminal import images_bar, say
+from headstart.terminal import say
 
 
-class EpisodeData(ImageData):
+class EpisodeData(ImageFiles):
     """Episodes of the cached features of a source's classes; batches are ``Episode``s.
 
     Validation and test episodes are the same in every epoch and for every method; those of training are new in each.
@@ -91,20 +88,12 @@ class EpisodeData(ImageData):
         )
         self._features = torch.empty(0)
 
-    def scan(self) -> list[Item]:
-        listed = [
+    def listed(self) -> list[Item]:
+        return [
             Item(path.relative_to(self.root).as_posix(), label)
             for label, name in enumerate(self.class_names)
             for path in folders.images(self.root / name)
         ]
-        index = ContentIndex(self.root, self.cache_dir / "index")
-        with images_bar("scan", len(listed)) as advance:
-            digests, unreadable = index.digests([item.path for item in listed], advance)
-        self.skipped |= unreadable
-        return [replace(item, digest=digests[item.path]) for item in listed if item.path in digests]
-
-    def reader(self, shorter_side: int) -> Callable[[Item], Image.Image]:
-        return partial(folders.read, self.root, shorter_side=shorter_side, max_pixels=self.max_pixels)
 
     def setup(self, stage: str) -> None:
         """The backbone is in no module here: ``load`` comes first."""

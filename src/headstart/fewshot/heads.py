@@ -257,12 +257,7 @@ def make_head(
         name: of the head.
         n_way: classes a task.
         width: of the features.
-        metric: of prototype: euclidean, or cosine with a learnt scale.
-        centre: of prototype: subtract the mean of the support.
-        l2: of prototype: divide features by their length.
-        inner_lr: of anil, at the start.
-        inner_steps: of anil.
-        first_order: of anil: leave out second derivatives.
+        metric, centre, l2, inner_lr, inner_steps, first_order: as of ``MetaLearner``.
     """
     if name == "prototype":
         return Prototype(metric, centre, l2)

@@ -37,8 +37,9 @@ def save(path: Path, module: TransferClassifier, head: nn.Module, classes: Seque
         raise UserError(f"--save={path}: {', '.join(alone[:5])}: one picture, and at least 2 a class are needed")
     with torch.no_grad():
         logits, labels = left_out(head, classes)
-        module.head.weight.copy_(linear_head(head, classes)[0])
-        module.head.bias.copy_(linear_head(head, classes)[1])
+        weight, bias = linear_head(head, classes)
+        module.head.weight.copy_(weight)
+        module.head.bias.copy_(bias)
     module.temperature = fit_temperature(logits, labels)
     trainer = make_trainer("cpu", enable_checkpointing=False)
     trainer.strategy.connect(module)
