@@ -10,8 +10,8 @@ from torchvision import models
 
 from conftest import newest_run
 from headstart import export as exporting
+from headstart.classifier import load_head
 from headstart.cli import main
-from headstart.evaluate import load_head
 
 
 @pytest.fixture

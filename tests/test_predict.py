@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from conftest import COLOURS, draw, newest_run
+from headstart.classifier import load_head
 from headstart.cli import main
-from headstart.evaluate import load_head
 from headstart.explain import ClassActivation
 from headstart.predict import Predictor
 

@@ -71,7 +71,7 @@ def test_exported_models_give_the_labels_of_the_head(copy):
     import torch
     from PIL import Image
 
-    from headstart.evaluate import load_head
+    from headstart.classifier import load_head
     from headstart.images import preprocess, to_rgb
 
     done = run(["bash", "-c", "python train.py --report=false && ls logs/clipart/*/checkpoints/best.ckpt"], copy)

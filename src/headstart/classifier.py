@@ -280,6 +280,20 @@ def read_checkpoint(path: Path, logs: Path = Path("logs")) -> dict[str, Any]:
     return checkpoint
 
 
+def load_head(checkpoint: Path, logs: Path = Path("logs")) -> TransferClassifier:
+    """The module of a checkpoint, in eval mode, on the processor.
+
+    Args:
+        checkpoint: its path.
+        logs: where to look for others when there is none.
+
+    Raises:
+        UserError: it is missing, damaged, or its backbone is not here any more.
+    """
+    read_checkpoint(checkpoint, logs)
+    return TransferClassifier.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+
+
 def warmup_cosine(step: int, rising: int, steps: float) -> float:
     """The learning rate as a share of its peak: a linear rise over ``rising`` steps, then half a cosine to 0.
 

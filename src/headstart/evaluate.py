@@ -6,18 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Trainer
 
-from headstart.classifier import TransferClassifier, read_checkpoint
+from headstart.classifier import load_head
 from headstart.content import write_atomically
 from headstart.data import ImageData, ImageFolderData
 from headstart.errors import UserError
 from headstart.evaluation import EvaluationCollector
 from headstart.parser import OptionParser, add_options, parser_of, required
 from headstart.report import REPORT, About, inspect, predictions_csv
-from headstart.run_folder import RunLogger, claim, command_line, result_of, write_result
+from headstart.run_folder import RunLogger, claim, command_line, result_of, run_config, write_result
 from headstart.splits import Item
 from headstart.terminal import be_calm, say, say_scores
 
@@ -92,29 +91,6 @@ def _trainer(accelerator: str, logger: RunLogger, collector: EvaluationCollector
         )
     except (MisconfigurationException, ValueError) as error:
         raise UserError(f"--accelerator={accelerator}: {error}; auto takes what this machine has") from error
-
-
-def load_head(checkpoint: Path, logs: Path = Path("logs")) -> TransferClassifier:
-    """The module of a checkpoint, in eval mode, on the processor.
-
-    Args:
-        checkpoint: its path.
-        logs: where to look for others when there is none.
-
-    Raises:
-        UserError: it is missing, damaged, or its backbone is not here any more.
-    """
-    read_checkpoint(checkpoint, logs)
-    return TransferClassifier.load_from_checkpoint(checkpoint, map_location="cpu").eval()
-
-
-def run_config(checkpoint: Path) -> dict[str, Any]:
-    """The configuration of the run that a checkpoint belongs to; empty where it lies in no run's folder."""
-    file = checkpoint.resolve().parent.parent / "config.yaml"
-    if not file.is_file():
-        return {}
-    loaded = yaml.safe_load(file.read_text())
-    return loaded if isinstance(loaded, dict) and "data" in loaded else {}
 
 
 def _parser() -> OptionParser:

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from headstart import __version__, folders
 from headstart.backbone import torchvision_model
-from headstart.classifier import TransferClassifier
+from headstart.classifier import TransferClassifier, load_head
 from headstart.content import write_atomically
 from headstart.errors import UserError
-from headstart.evaluate import load_head, run_config
 from headstart.evaluation import spread
 from headstart.images import UnreadableImage, decode, preprocess
 from headstart.parser import parser_of, required
+from headstart.run_folder import run_config
 from headstart.terminal import be_calm, say
 
 # The exported model's probabilities may differ by so much from those of the fp32 model.

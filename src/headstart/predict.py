@@ -17,9 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from headstart import folders
-from headstart.classifier import TransferClassifier
+from headstart.classifier import TransferClassifier, load_head
 from headstart.errors import UserError
-from headstart.evaluate import load_head
 from headstart.explain import ClassActivation, overlay
 from headstart.features import BATCH, Chunk, Computed, Extractor, FeaturePrecision, feature_dtype
 from headstart.images import MAX_PIXELS, UnreadableImage, decode, preprocess

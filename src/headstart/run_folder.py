@@ -14,6 +14,7 @@ from typing import Any, cast
 import PIL
 import torch
 import torchvision
+import yaml
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -190,6 +191,15 @@ def result_of(
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     """Writes ``result.json``, the sign that a run is finished."""
     write_atomically(folder / RESULT, json.dumps(result, indent=2).encode())
+
+
+def run_config(checkpoint: Path) -> dict[str, Any]:
+    """The configuration of the run that a checkpoint belongs to; empty where it lies in no run's folder."""
+    file = checkpoint.resolve().parent.parent / "config.yaml"
+    if not file.is_file():
+        return {}
+    loaded = yaml.safe_load(file.read_text())
+    return loaded if isinstance(loaded, dict) and "data" in loaded else {}
 
 
 def command_line() -> str:
