@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -106,6 +106,8 @@ OPTIONS = st.sampled_from(NAMES)
 
 
 @settings(calm, max_examples=120)
+@example(verb="cache", options=[("--data.root", "\n")])
+@example(verb="train", options=[("--data.root", "\x1b[2J\u2028")])
 @given(
     verb=st.sampled_from(["train", "tune", "evaluate", "predict", "export", "check", "fewshot", "cache"]),
     options=st.lists(st.tuples(OPTIONS, VALUES), min_size=1, max_size=3),

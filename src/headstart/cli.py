@@ -58,12 +58,17 @@ def main(args: Sequence[str] | None = None, root: Path | None = None) -> Any:
     except (KeyboardInterrupt, SystemExit) as ended:
         _end_as_signalled(ended)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _stop(str(error))
     if verb in ("-h", "--help"):
         print(USAGE)
         return None
-    print(f"error: headstart {verb}: no such verb; headstart --help lists them", file=sys.stderr)
+    _stop(f"headstart {verb}: no such verb; headstart --help lists them")
+
+
+def _stop(message: str) -> NoReturn:
+    from headstart.terminal import one_line
+
+    print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
 

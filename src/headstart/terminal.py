@@ -2,10 +2,12 @@
 
 import logging
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import rich
@@ -17,7 +19,20 @@ from rich.table import Table
 @rank_zero_only
 def say(message: str | Table) -> None:
     """Prints a line, as it is: a path with brackets is no markup, and a long one is not broken."""
-    rich.get_console().print(message, markup=False, highlight=False, soft_wrap=isinstance(message, str))
+    shown = one_line(message) if isinstance(message, str) else message
+    rich.get_console().print(shown, markup=False, highlight=False, soft_wrap=isinstance(message, str))
+
+
+@cache
+def say_once(message: str) -> None:
+    """Prints a line that a process has not printed yet."""
+    say(message)
+
+
+def one_line(message: str) -> str:
+    """The message with control characters escaped: a file's name may hold line breaks, and codes for the terminal."""
+    printable = message.encode("utf-8", "backslashreplace").decode()
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], printable)
 
 
 @contextmanager
