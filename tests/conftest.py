@@ -1,7 +1,7 @@
 """Small images that the tests draw, and a run of the command line on them."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from PIL import Image
+
+from headstart.terminal import say_once
 
 # The same examples in each run, since luck should not decide whether a change lands.
 # `pytest tests/test_properties.py --hypothesis-profile=default` searches on.
@@ -30,12 +32,36 @@ def draw(folder: Path, images: int = 20, seed: int = 0, colours: dict[str, tuple
     return folder
 
 
+# Rows of docs/faults.md that were tried -> whether all of their tests passed.
+tried: dict[str, bool] = {}
+tracebacks: list[str] = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    if call.when == "call":
+        error = call.excinfo
+        for mark in item.iter_markers("fault"):
+            for row in mark.args:
+                tried[row] = tried.get(row, True) and error is None
+            if error is not None and not error.errisinstance(AssertionError):
+                tracebacks.append(item.name)
+    return (yield)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if tried:
+        told = f"{len(tried)} rows tried, {sum(tried.values())} as wanted, {len(tracebacks)} tracebacks"
+        terminalreporter.write_line(f"docs/faults.md: {told}")
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Each test has a cache and a working directory of its own."""
     monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["headstart"])
+    say_once.cache_clear()
     return tmp_path / "cache"
 
 

@@ -111,6 +111,7 @@ def test_weights_of_another_architecture_are_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.fault("code in a file that is given")
 @pytest.mark.parametrize("variable", ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None])
 def test_no_pickle_is_executed(variable, tmp_path, monkeypatch):
     if variable:
@@ -144,6 +145,7 @@ def test_imagenet_weights_are_downloaded_once_and_checked_at_every_load(stand_in
         FrozenBackbone(weights="imagenet")
 
 
+@pytest.mark.fault("no network for ImageNet weights")
 def test_no_network_names_the_file_and_the_ways_out(stand_in_for_imagenet, refused, colours, tmp_path):
     stand_in_for_imagenet.unlink()
     line = refused("train", f"--data.root={colours}", "--model.weights=imagenet")

@@ -138,6 +138,7 @@ def set_names(content):
     content["headstart"]["class_names"] = content["hyper_parameters"]["class_names"] = ["blue", "green", "yellow"]
 
 
+@pytest.mark.fault("checkpoint of an older layout")
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -157,6 +158,7 @@ def test_a_checkpoint_of_something_else_is_refused(change, said, colours, train,
     assert said in refused("train", f"--data.root={colours}", f"--ckpt_path={path}", *options)
 
 
+@pytest.mark.fault("checkpoint of another backbone", "checkpoint of other classes")
 def test_other_classes_and_other_weights_are_refused(colours, train, refused):
     train(colours, "--trainer.max_epochs=1")
     path = newest_run() / "checkpoints/last.ckpt"
@@ -167,12 +169,15 @@ def test_other_classes_and_other_weights_are_refused(colours, train, refused):
     assert "yellow" in refused("train", *options, f"--ckpt_path={altered(path, set_names)}")
 
 
+@pytest.mark.fault(
+    "checkpoint that is cut off, empty or text", "missing checkpoint, or a folder", "code in a file that is given"
+)
 def test_a_damaged_checkpoint_is_one_line(colours, train, refused):
     train(colours, "--trainer.max_epochs=1")
     path = newest_run() / "checkpoints/last.ckpt"
     content = path.read_bytes()
     for damaged in (b"", b"text", content[: len(content) // 2]):
         path.write_bytes(damaged)
-        assert "damaged" in refused("train", f"--data.root={colours}", "--model.image_size=32", f"--ckpt_path={path}")
+        assert "corrupt" in refused("train", f"--data.root={colours}", "--model.image_size=32", f"--ckpt_path={path}")
     assert "no file" in refused("train", f"--data.root={colours}", f"--ckpt_path={path.parent}")
     assert "no file" in refused("train", f"--data.root={colours}", "--ckpt_path=https://example.org/a.ckpt")

@@ -84,6 +84,7 @@ def setup(data: ImageFolderData) -> ImageFolderData:
     return data
 
 
+@pytest.mark.fault("root with train/ and val/")
 def test_folders_of_ready_splits_are_used_as_they_are(tmp_path, train):
     for split, count, seed in (("train", 12, 0), ("valid", 4, 1), ("test", 5, 2)):
         draw(tmp_path / "data" / split, images=count, seed=seed)
@@ -116,6 +117,7 @@ def test_without_a_val_folder_train_is_split(tmp_path):
     assert all(item.path.startswith("test/") == (item.split == "test") for item in data.items)
 
 
+@pytest.mark.fault("the same image in two splits")
 def test_an_image_in_two_splits_is_said(tmp_path, capsys):
     for split, seed in (("train", 0), ("val", 1), ("test", 2)):
         draw(tmp_path / "data" / split, images=5, seed=seed)
@@ -137,6 +139,14 @@ def test_a_splits_file_freezes_the_split(colours, train, tmp_path):
     assert all(before[digest] == split for digest, split in after.items())
 
 
+@pytest.mark.fault(
+    "JPEG that is cut off",
+    "empty file, or text in its place",
+    "blanks, line breaks and unicode in names",
+    "hidden files",
+    "folders of tools, such as .ipynb_checkpoints",
+    "broken symbolic link",
+)
 @pytest.mark.parametrize("cache", [True, False])
 def test_what_cannot_be_read_is_left_out_and_listed(cache, colours, train, capsys):
     (colours / "red/000.png").write_bytes(b"")
@@ -156,12 +166,13 @@ def test_what_cannot_be_read_is_left_out_and_listed(cache, colours, train, capsy
     assert reasons["red/000.png"] == "empty file"
     assert reasons["red/001.png"].startswith("damaged")
     assert reasons["blue/a b\nü.png"] == "not an image"
-    assert reasons["green/link.png"] == "broken symbolic link"
+    assert reasons["green/link.png"] == "missing, or a broken symbolic link"
     out = capsys.readouterr().out
     assert "1 .txt" in out
     assert "skipped.csv" in out
 
 
+@pytest.mark.fault("empty file, or text in its place")
 def test_too_many_unreadable_images_stop_the_run(colours, refused):
     for number in range(6):
         (colours / f"red/00{number}.png").write_bytes(b"")
@@ -189,6 +200,13 @@ def break_(colours: Path, how: str) -> None:
         (colours / "val/extra").mkdir()
 
 
+@pytest.mark.fault(
+    "one class alone",
+    "images straight in the root",
+    "class folder without images",
+    "class of one image",
+    "other classes in train and val",
+)
 @pytest.mark.parametrize(
     ("how", "said"),
     [
@@ -211,6 +229,7 @@ def test_a_limit_is_a_prefix_of_the_training_images(colours):
     assert small.of("test") == large.of("test")
 
 
+@pytest.mark.fault("file that vanishes or changes during the run")
 def test_a_file_that_changes_during_the_run_is_named(colours):
     data = setup(ImageFolderData(str(colours), cache=False, num_workers=0))
     victim = data.of("train")[0]

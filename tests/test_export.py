@@ -58,6 +58,7 @@ def test_torchvision_alone_loads_the_weights(checkpoint):
     torch.testing.assert_close(found, probabilities(checkpoint), rtol=0, atol=1e-5)
 
 
+@pytest.mark.fault("export that computes something else")
 def test_an_export_that_computes_something_else_is_not_written(checkpoint, refused, monkeypatch):
     monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
     assert "not written" in refused("export", f"--ckpt_path={checkpoint}", "--output=resnet18.pth")

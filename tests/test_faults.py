@@ -1,8 +1,11 @@
 """What happens when things go wrong, with real faults: torn and forged files, full disks, signals, moved folders."""
 
+import ast
+import hashlib
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -11,15 +14,20 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from conftest import REPOSITORY, draw, newest_run
+from headstart import backbone
 from headstart.checkpoints import SEAL, SealedCheckpointIO, content_digest
 from headstart.classifier import TransferClassifier
 from headstart.cli import main
 from headstart.errors import UserError
+from headstart.features import FeatureCache, Shard
+from headstart.loaders import ImageDataset
 
 SMALL = ["--model.image_size=32", "--report=false"]
 
@@ -47,6 +55,7 @@ def wait_for(path: str, process: subprocess.Popen) -> Path:
     raise AssertionError(f"{path} did not appear")
 
 
+@pytest.mark.fault("flipped bit in a checkpoint")
 def test_a_flipped_bit_is_refused(colours, train, refused):
     train(colours, "--trainer.max_epochs=1")
     path = newest_run() / "checkpoints/best.ckpt"
@@ -69,6 +78,7 @@ class Evil:
         return (os.system, ("touch executed",))
 
 
+@pytest.mark.fault("code in a file that is given")
 @pytest.mark.parametrize("forced", [False, True])
 def test_no_file_that_is_given_executes_code(colours, forced, refused, monkeypatch):
     if forced:  # the switch that turns torch's own guard off
@@ -89,6 +99,7 @@ def test_no_file_that_is_given_executes_code(colours, forced, refused, monkeypat
     assert not Path("executed").exists()
 
 
+@pytest.mark.fault("full disk")
 def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path):
     io, path = SealedCheckpointIO(), tmp_path / "last.ckpt"
     io.save_checkpoint({"state_dict": {"a": torch.zeros(3)}}, path)
@@ -126,6 +137,7 @@ io.save_checkpoint({{"state_dict": {{"a": torch.ones(5)}}}}, path)
     assert torch.equal(found, torch.ones(5) if second else torch.zeros(5))
 
 
+@pytest.mark.fault("Ctrl-C, SIGTERM")
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_end_with_their_status_and_the_run_goes_on(colours, train, sent, status):
     options = [f"--data.root={colours}", *SMALL, "--name=run", "--trainer.max_epochs=400"]
@@ -172,6 +184,7 @@ def test_a_killed_run_goes_on_in_a_moved_folder_with_its_best_score_and_no_doubl
     assert json.loads((run / "result.json").read_text())["test/acc"] >= 0
 
 
+@pytest.mark.fault("run that is finished already")
 def test_a_run_that_is_finished_is_said_to_be(colours, train, capsys):
     train(colours, "--trainer.max_epochs=2")
     path = newest_run() / "checkpoints/last.ckpt"
@@ -181,6 +194,7 @@ def test_a_run_that_is_finished_is_said_to_be(colours, train, capsys):
     assert len(list(Path("logs").glob("*/*"))) == runs
 
 
+@pytest.mark.fault("the same image in two splits")
 def test_strict_refuses_an_image_in_two_splits(tmp_path, refused, train):
     for split, count, seed in (("train", 12, 0), ("val", 4, 1)):
         draw(tmp_path / "data" / split, images=count, seed=seed)
@@ -190,15 +204,17 @@ def test_strict_refuses_an_image_in_two_splits(tmp_path, refused, train):
     assert "1 images are in more than one split" in line
 
 
-def test_a_loss_that_is_no_number_stops_the_run(colours, refused, monkeypatch):
-    real = TransferClassifier.training_step
+@pytest.mark.fault("loss or gradient that is not finite")
+@pytest.mark.parametrize(("step", "said"), [("forward", "loss is"), ("training_step", "gradients are")])
+def test_a_loss_that_is_no_number_stops_the_run(step, said, colours, refused, monkeypatch):
+    real = getattr(TransferClassifier, step)
 
     def broken(self: TransferClassifier, batch):
-        return real(self, batch) * (float("nan") if self.current_epoch == 2 else 1.0)
+        return real(self, batch) * (float("nan") if self.training and self.current_epoch == 2 else 1.0)
 
-    monkeypatch.setattr(TransferClassifier, "training_step", broken)
+    monkeypatch.setattr(TransferClassifier, step, broken)
     line = refused("train", f"--data.root={colours}", *SMALL, "--trainer.max_epochs=5")
-    assert "the loss is not finite in epoch 2: lower --model.lr" in line
+    assert f"the {said} not finite in epoch 2: lower --model.lr" in line
     assert torch.load(newest_run() / "checkpoints/best.ckpt", weights_only=True)["epoch"] == 1
 
 
@@ -214,3 +230,200 @@ def test_python_users_checkpoints_need_no_seal(colours, tmp_path):
     trainer.fit(TransferClassifier(data.class_names, image_size=32), data)
     trainer.save_checkpoint("plain.ckpt")
     assert main(["evaluate", "--ckpt_path=plain.ckpt", f"--data.root={colours}", "--report=false"])["test/acc"] > 0.5
+
+
+@pytest.mark.fault(
+    "16 bits a channel",
+    "longer than 20 times its width",
+    "animated GIF or WebP",
+    "folders within a class folder",
+    "formats that PIL cannot read",
+    "classes of very different size",
+)
+def test_what_is_changed_or_left_aside_is_said_once(colours, train, capsys):
+    for number in range(2):
+        Image.fromarray(np.full((40, 40), 40_000 + number, np.uint16)).save(colours / f"red/deep{number}.png")
+        Image.new("RGB", (8, 500 + number), "green").save(colours / f"green/long{number}.png")
+        frames = [Image.new("RGB", (20, 20), (20 * number, 0, shade)) for shade in (200, 250)]
+        frames[0].save(colours / f"blue/moving{number}.gif", save_all=True, append_images=frames[1:])
+    (colours / "red/more").mkdir()
+    shutil.move(colours / "red/001.png", colours / "red/more/001.jfif")
+    (colours / "red/photo.heic").write_bytes(b"heic")
+    draw(colours, images=220, seed=5, colours={"blue": (40, 60, 200)})
+    result = train(colours, "--trainer.max_epochs=1")
+    assert sum(result["images"].values()) == 266
+    assert result["val/balanced_acc"] != result["val/acc"] or result["val/acc"] == 1
+    out = capsys.readouterr().out
+    for said in (
+        "16 bits are scaled down",
+        "longer than 20 times",
+        "of animations the first frame",
+        "1 images lie in folders within a class folder",
+        "no images to PIL: 1 .heic",
+        "--model.class_weights=balanced",
+    ):
+        assert out.count(said) == 1, said
+
+
+def without_roots_rights(*options: str) -> subprocess.CompletedProcess[str]:
+    """A process for which the modes of files count, also where root runs the tests."""
+    drop = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}
+    command = [*drop, sys.executable, "-m", "headstart", *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("setpriv"), reason="root ignores modes, and cannot give up")
+@pytest.mark.fault("file without permission", "cache folder without permission", "log folder without permission")
+def test_what_permissions_forbid_is_said(colours, own_cache):
+    (colours / "red/000.png").chmod(0)
+    for folder in (own_cache, Path("sealed")):
+        folder.mkdir()
+        folder.chmod(0o500)
+    options = [f"--data.root={colours}", *SMALL, "--trainer.max_epochs=1"]
+    done = without_roots_rights("train", *options)
+    assert done.returncode == 0, done.stderr
+    assert "000.png: unreadable: Permission denied" in done.stdout
+    assert done.stdout.count("cannot be written (Permission denied); computed for this run alone") == 1
+    done = without_roots_rights("train", *options, "--trainer.default_root_dir=sealed")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "sealed" in done.stderr
+    assert "--trainer.default_root_dir" in done.stderr
+
+
+@pytest.mark.fault("full disk")
+def test_a_disk_that_fills_up_during_the_extraction(colours, train, capsys, own_cache):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))  # a piece of the cache has 120,000 bytes
+    try:
+        result = train(colours, "--trainer.max_epochs=8")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    out = capsys.readouterr().out
+    assert out.count("bytes a piece") == 1
+    assert result["test/acc"] == 1.0
+    assert not [path for path in own_cache.rglob("*") if path.suffix in (".safetensors", ".tmp")]
+
+
+@pytest.mark.fault("batch larger than the data")
+def test_a_batch_may_be_larger_than_the_data(colours, train):
+    assert train(colours, "--data.batch_size=4096", "--trainer.max_epochs=30", "--model.lr=0.05")["test/acc"] == 1.0
+
+
+@pytest.mark.fault("callback that watches what is not logged")
+def test_a_monitor_must_be_logged(colours, refused, train):
+    stopping = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor"]
+    line = refused("train", f"--data.root={colours}", *SMALL, stopping[0], f"{stopping[1]}=val/los")
+    assert "EarlyStopping watches 'val/los', which is not logged" in line
+    assert "val/loss" in line
+    assert not Path("logs").exists()
+    train(colours, stopping[0], f"{stopping[1]}=val/f1", "--trainer.callbacks.patience=1", "--trainer.max_epochs=3")
+
+
+def test_all_that_is_said_to_be_logged_is(colours, train):
+    train(colours, "--trainer.max_epochs=1")
+    events = EventAccumulator(str(newest_run()))
+    events.Reload()
+    assert set(TransferClassifier(["a", "b"]).logged) <= set(events.Tags()["scalars"])
+
+
+@pytest.mark.fault("another learning rate for a run that goes on")
+def test_which_learning_rate_wins_is_said(colours, train, capsys):
+    train(colours, "--trainer.max_epochs=2", "--model.lr=0.02")
+    last = newest_run() / "checkpoints/last.ckpt"
+    capsys.readouterr()
+    train(colours, "--trainer.max_epochs=4", "--model.lr=0.5", f"--ckpt_path={last}")
+    assert "--model.lr=0.5 has no effect: the optimizer goes on with the checkpoint's 0.02" in capsys.readouterr().out
+    state = torch.load(newest_run() / "checkpoints/last.ckpt", weights_only=True)
+    assert state["lr_schedulers"][0]["base_lrs"] == [0.02]
+
+
+@pytest.mark.fault("killed worker process")
+def test_a_killed_worker_names_the_option(colours, refused, monkeypatch):
+    def killed(self, item, view):
+        if torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, item, view)
+
+    real = ImageDataset.view
+    monkeypatch.setattr(ImageDataset, "view", killed)
+    options = "--data.cache=false", "--data.num_workers=1", "--trainer.max_epochs=1"
+    line = refused("train", f"--data.root={colours}", *SMALL, *options)
+    assert "--data.num_workers" in line
+    assert "/dev/shm" in line
+
+
+@pytest.mark.fault("cache that is pruned during the run")
+def test_a_cache_that_is_pruned_meanwhile(colours, train, monkeypatch):
+    write, pruned = FeatureCache._write, []
+
+    def pruning(self, chunk, shard):
+        write(self, chunk, shard)
+        if len(pruned) < 2:
+            pruned.append(main(["cache", "prune", "--days=0"])["pruned"])
+
+    wanted = train(colours, "--trainer.max_epochs=3", "--name=whole")
+    main(["cache", "prune", "--days=0"])
+    monkeypatch.setattr(FeatureCache, "_write", pruning)
+    result = train(colours, "--trainer.max_epochs=3", "--name=pruned")
+    assert pruned == [1, 1]
+    assert result["val/loss"] == wanted["val/loss"]
+
+
+@pytest.mark.fault("cached features of other images")
+def test_cached_features_that_are_wrong_are_found(colours, train, own_cache, capsys):
+    """Rows under a right checksum that belong to other images: a fault of whoever wrote them."""
+    wanted = train(colours, "--trainer.max_epochs=2")
+    (path,) = own_cache.glob("features/*/*.safetensors")
+    shard = Shard.open(path)
+    swapped = Shard(shard.rows, shard.features.roll(7, 0), shard.failures, shard.seconds).to_bytes()
+    path.unlink()
+    path.with_name(f"{path.stem[:24]}-{hashlib.sha256(swapped).hexdigest()}.safetensors").write_bytes(swapped)
+    assert main(["cache", "verify"])["damaged"] == 0
+    assert train(colours, "--trainer.max_epochs=2")["val/loss"] == wanted["val/loss"]
+    assert "all are computed again" in capsys.readouterr().out
+    train(colours, "--trainer.max_epochs=2")
+    assert "HIT" in capsys.readouterr().out
+
+
+@pytest.mark.fault("code in a file that is given")
+def test_no_file_that_lies_about_executes_code(colours, train, refused, own_cache, stand_in_for_imagenet, monkeypatch):
+    """The cache, the folder of downloaded weights, files to predict, configurations, a run's splits."""
+    evil = pickle.dumps(Evil())
+    train(colours, "--trainer.max_epochs=1")
+    for path in [*own_cache.glob("features/*/*.safetensors"), *own_cache.glob("index/*"), *own_cache.rglob("key.json")]:
+        path.write_bytes(evil)
+    train(colours, "--trainer.max_epochs=1")  # damaged, so computed again
+    checkpoint = newest_run() / "checkpoints/best.ckpt"
+    Path("evil.png").write_bytes(evil)
+    assert "none of the 1 files could be read" in refused("predict", f"--ckpt_path={checkpoint}", "evil.png")
+    Path("evil.csv").write_bytes(evil)
+    refused("train", f"--data.root={colours}", "--data.splits=evil.csv", *SMALL)
+    Path("evil.yaml").write_text("model:\n  lr: !!python/object/apply:os.system ['touch executed']\n")
+    refused("train", f"--data.root={colours}", "--config=evil.yaml", *SMALL)
+    (checkpoint.parent.parent / "config.yaml").write_bytes(Path("evil.yaml").read_bytes())
+    refused("evaluate", f"--ckpt_path={checkpoint}")
+    torch.save({"conv1.weight": Evil()}, "made.pth")
+    hub = Path("torch/hub/checkpoints") / stand_in_for_imagenet.name
+    hub.parent.mkdir(parents=True)
+    hub.write_bytes(Path("made.pth").read_bytes())
+    assert "sha256 differs" in refused("train", f"--data.root={colours}", "--model.weights=imagenet")
+    # A file that was made to have the right digits in its hash.
+    monkeypatch.setitem(backbone.SHA256, hub.name, hashlib.sha256(hub.read_bytes()).hexdigest())
+    assert "plain tensors" in refused("train", f"--data.root={colours}", "--model.weights=imagenet")
+    assert not Path("executed").exists()
+
+
+def test_every_row_of_the_table_of_faults_is_tried():
+    rows = re.findall(r"^\| ([^|]+?) \|", (REPOSITORY / "docs/faults.md").read_text(), re.MULTILINE)
+    rows = [row for row in rows if row not in ("fault", "---")]
+    marks = set()
+    for file in (REPOSITORY / "tests").rglob("test_*.py"):
+        for call in re.findall(r"^@pytest\.mark\.fault(\(.*?\))$", file.read_text(), re.MULTILINE | re.DOTALL):
+            given = ast.literal_eval(call)
+            marks |= {given} if isinstance(given, str) else set(given)
+    assert len(rows) == len(set(rows))
+    assert set(rows) == marks

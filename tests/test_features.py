@@ -19,20 +19,19 @@ from headstart import TransferClassifier
 from headstart.backbone import FrozenBackbone
 from headstart.cli import main
 from headstart.content import write_atomically
-from headstart.features import FeatureCache, FeatureMatrix, Shard, cache_key, chunk_size, verify
+from headstart.features import BATCH, FeatureCache, FeatureMatrix, Shard, cache_key, chunk_size, verify
 from headstart.loaders import EpochOrder, FeatureLoader
 
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Counts images through any backbone, by a forward hook on the class's own call."""
+    """Counts images that are extracted; the four of the spot check are no such batch."""
     counts = [0]
     forward = FrozenBackbone.forward
 
     def counting(self, images):
-        # The last batch is padded with copies of its first image.
-        distinct = len(torch.unique(images.flatten(1), dim=0)) if len(images) == 32 else len(images)
-        counts[0] += distinct
+        if len(images) == BATCH:  # the last one is padded with copies of its first image
+            counts[0] += len(torch.unique(images.flatten(1), dim=0))
         return forward(self, images)
 
     monkeypatch.setattr(FrozenBackbone, "forward", counting)
@@ -57,6 +56,7 @@ def test_each_image_once_cold_and_never_warm(colours, train, seen, capsys):
     assert "HIT" in capsys.readouterr().out
 
 
+@pytest.mark.fault("changed bytes in an image")
 def test_added_and_changed_images_are_all_that_is_computed(colours, train, seen, capsys):
     once(train, colours)
     seen()
@@ -260,6 +260,7 @@ def together(root: Path, cache: Path, processes: int) -> int:
     return sum(len(Shard.open(path).rows) for path in cache.glob("features/*/*.safetensors"))
 
 
+@pytest.mark.fault("two runs on one cold cache")
 def test_processes_share_the_work_and_compute_each_image_once(tmp_path):
     root = draw(tmp_path / "many", images=100)
     assert together(root, tmp_path / "shared", 2) == 300
@@ -306,6 +307,7 @@ def test_fifty_killed_extractions(tmp_path, capsys):
     assert same == 50
 
 
+@pytest.mark.fault("lock of a process that died")
 def test_a_lock_left_by_the_dead_is_taken_over(colours, train, own_cache):
     once(train, colours)
     expected = features(own_cache)
@@ -316,6 +318,7 @@ def test_a_lock_left_by_the_dead_is_taken_over(colours, train, own_cache):
     assert features(own_cache) == expected
 
 
+@pytest.mark.fault("cache folder without permission")
 def test_a_cache_that_cannot_be_written_is_said_once_and_does_without(colours, train, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way, also for root")
     result = once(train, colours, f"--data.cache_dir={tmp_path / 'file'}", "--trainer.max_epochs=8")
@@ -341,6 +344,7 @@ def test_a_disk_that_fills_up_is_said_once_and_does_without(colours, train, caps
     assert result["test/acc"] == 1.0
 
 
+@pytest.mark.fault("features that are not finite")
 def test_features_that_are_not_finite_are_refused_by_name(colours, refused, monkeypatch, own_cache):
     forward = FrozenBackbone.forward
     monkeypatch.setattr(FrozenBackbone, "forward", lambda self, images: forward(self, images) * float("nan"))

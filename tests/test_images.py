@@ -24,6 +24,7 @@ def gradient(mode: str = "RGB", size: tuple[int, int] = (64, 48)) -> Image.Image
     return Image.fromarray(np.stack([ramp, ramp[:, ::-1], np.full_like(ramp, 90)], 2)).convert(mode)
 
 
+@pytest.mark.fault("CMYK, gray, 1 bit")
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16"])
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_any_mode_becomes_rgb(mode, kind):
@@ -31,12 +32,14 @@ def test_any_mode_becomes_rgb(mode, kind):
     assert decode(encode(image, kind), 36).mode == "RGB"
 
 
+@pytest.mark.fault("16 bits a channel")
 def test_sixteen_bits_are_scaled_and_not_clipped():
     ramp = np.linspace(0, 65535, 64).astype(np.uint16)[None].repeat(48, 0)
     pixels = np.asarray(decode(encode(Image.fromarray(ramp)), 36))
     assert pixels[0, :, 0].tolist() == (ramp[0] // 257).tolist()
 
 
+@pytest.mark.fault("transparency")
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
 def test_transparency_is_laid_on_white(mode):
     clear = Image.new("RGBA", (20, 20), (255, 0, 0, 0)).convert(mode if mode != "PA" else "RGBA")
@@ -46,11 +49,13 @@ def test_transparency_is_laid_on_white(mode):
     assert np.asarray(decode(encode(clear), 36)).min() == 255
 
 
+@pytest.mark.fault("CMYK, gray, 1 bit")
 def test_cmyk():
     red = Image.new("CMYK", (20, 20), (0, 255, 255, 0))
     assert decode(encode(red, "JPEG"), 36).getpixel((5, 5))[0] > 200
 
 
+@pytest.mark.fault("EXIF orientation")
 def test_the_orientation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -58,6 +63,7 @@ def test_the_orientation_is_applied():
     assert turned.size == (48, 64)
 
 
+@pytest.mark.fault("animated GIF or WebP")
 @pytest.mark.parametrize("kind", ["GIF", "WEBP"])
 def test_an_animation_gives_its_first_frame(kind):
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
@@ -69,6 +75,12 @@ def test_a_large_jpeg_is_decoded_at_a_reduced_scale():
     assert decode(encode(gradient(size=(1600, 1200)), "JPEG"), 146).size == (200, 150)
 
 
+@pytest.mark.fault(
+    "JPEG that is cut off",
+    "empty file, or text in its place",
+    "PNG with a wrong checksum",
+    "smaller than 8 pixels a side",
+)
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -85,11 +97,13 @@ def test_what_cannot_be_read_says_why(data, reason):
         decode(data, 36)
 
 
+@pytest.mark.fault("20,000 x 20,000 pixels", "90 megapixels")
 def test_too_many_pixels_name_the_option():
     with pytest.raises(UnreadableImage, match=r"--data\.max_pixels=1000"):
         decode(encode(gradient()), 36, max_pixels=1000)
 
 
+@pytest.mark.fault("longer than 20 times its width")
 def test_a_very_long_image_stays_small():
     pixels = preprocess(decode(encode(gradient(size=(20_000, 10))), 36), SMALL)
     assert pixels.shape == (3, 32, 32)

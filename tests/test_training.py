@@ -86,6 +86,7 @@ def test_the_saved_configuration_repeats_the_run(tmp_path, train):
     assert scores[0] == scores[1]
 
 
+@pytest.mark.fault("two runs in one log folder")
 def test_two_runs_never_share_a_folder(colours, train):
     for _ in range(2):
         train(colours, "--trainer.max_epochs=1")
@@ -113,6 +114,16 @@ def test_a_dry_run_leaves_nothing(colours, train):
     assert not Path("logs").exists()
 
 
+@pytest.mark.fault(
+    "root that is missing",
+    "value of another type, unknown option",
+    "value out of range",
+    "image size out of range",
+    "configuration file that is missing",
+    "missing checkpoint, or a folder",
+    "no GPU where one is asked for",
+    "16-mixed on a processor",
+)
 @pytest.mark.parametrize(
     ("option", "said"),
     [

@@ -171,11 +171,14 @@ def _load(net: nn.Module, name: str, weights: str) -> Preprocessing:
     official = _imagenet_weights(name)
     if weights == "imagenet":
         path = _download(official.url)
-        state = torch.load(io.BytesIO(_checked_bytes(path)), map_location="cpu", weights_only=True)
-        _load_state(net, state, path)
+        _load_state(net, _tensors(path, _checked_bytes(path)), path)
     elif weights != "random":
         path = Path(weights).expanduser()
-        _load_state(net, _read_state(path), path)
+        if not path.is_file() or path.suffix not in READERS:
+            raise UserError(
+                f"--model.weights={path}: not a .pth or .safetensors file; give one, or bundled, imagenet or random"
+            )
+        _load_state(net, _tensors(path, path.read_bytes()), path)
     transforms = official.transforms()
     return Preprocessing(
         resize_size=transforms.resize_size[0],
@@ -222,19 +225,21 @@ def _checked_bytes(path: Path) -> bytes:
     return data
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
-    """A state dict of the user's; nothing in the file is executed."""
-    readers: dict[str, Callable[[bytes], Any]] = {
-        ".safetensors": safetensors.torch.load,
-        ".pth": lambda data: torch.load(io.BytesIO(data), map_location="cpu", weights_only=True),
-    }
-    reader = readers.get({".pt": ".pth"}.get(path.suffix, path.suffix))
-    if reader is None or not path.is_file():
-        raise UserError(
-            f"--model.weights={path}: not a .pth or .safetensors file; give one, or bundled, imagenet or random"
-        )
+def _plain(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+READERS: dict[str, Callable[[bytes], Any]] = {
+    ".safetensors": safetensors.torch.load,
+    ".pth": _plain,
+    ".pt": _plain,
+}
+
+
+def _tensors(path: Path, data: bytes) -> dict[str, Tensor]:
+    """The state dict in a file's content; nothing in it is executed."""
     try:
-        state = reader(path.read_bytes())
+        state = READERS[path.suffix](data)
     except Exception as error:  # whatever the file holds: zip, pickle and safetensors raise a dozen kinds
         raise UserError(f"--model.weights={path}: cannot be read as plain tensors; save a state dict") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

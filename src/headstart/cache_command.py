@@ -93,7 +93,7 @@ def _prune(keys: Sequence[Path], days: float) -> dict[str, Any]:
     old = [key for key in keys if (key / "key.json").stat().st_mtime <= time.time() - days * 86_400]
     freed = sum(_size(key) for key in old)
     for key in old:
-        shutil.rmtree(key)
+        shutil.rmtree(key, ignore_errors=True)  # a run may be writing into it
     for leftover in (path for key in keys for path in key.glob(".*.tmp")):  # of writers that were killed
         if leftover.stat().st_mtime <= time.time() - 86_400:
             leftover.unlink()

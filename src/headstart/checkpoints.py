@@ -52,6 +52,31 @@ class SealedCheckpointIO(TorchCheckpointIO):
         return checkpoint
 
 
+def read_sealed(path: Path, logs: Path = Path("logs")) -> dict[str, Any]:
+    """The content of any checkpoint of ours; no code in the file is executed.
+
+    Args:
+        path: of a local file.
+        logs: where to look for others when there is none.
+
+    Raises:
+        UserError: the file is missing, damaged or no checkpoint.
+    """
+    if not path.is_file():
+        candidates = sorted((path if path.is_dir() else logs).rglob("*.ckpt"), key=lambda found: found.stat().st_mtime)
+        near = f"; there are {', '.join(map(str, candidates[:-4:-1]))}" if candidates else ""
+        raise UserError(f"--ckpt_path={path}: is no file{near}")
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        dict(checkpoint["state_dict"])
+    except Exception as error:  # whatever the file holds: zip and pickle raise a dozen kinds
+        others = sorted(other.name for other in path.parent.glob("*.ckpt") if other.name != path.name)
+        there = f"; beside it lies {', '.join(others[:3])}" if others else ""
+        raise UserError(f"--ckpt_path={path}: is corrupt or no checkpoint{there}") from error
+    check_seal(checkpoint, path)
+    return checkpoint
+
+
 def check_seal(checkpoint: Mapping[str, Any], path: Path) -> None:
     """Compares a checkpoint's content with its seal; one that a plain Trainer wrote has none.
 

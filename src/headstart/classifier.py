@@ -25,7 +25,7 @@ from typing_extensions import Self
 from headstart import __version__
 from headstart.backbone import NAMED_WEIGHTS, FrozenBackbone, check_frozen, combined, tensor_digests
 from headstart.calibration import Temperature
-from headstart.checkpoints import check_seal
+from headstart.checkpoints import read_sealed
 from headstart.errors import UserError
 from headstart.images import preprocess, to_rgb
 from headstart.options import Fraction, ImageSize, NonNegative, Rate
@@ -98,6 +98,11 @@ class TransferClassifier(LightningModule):
         self.example_input_array = torch.zeros(1, 3, *[self.backbone.preprocessing.crop_size] * 2, dtype=torch.uint8)
         self._digests = tensor_digests(self.backbone)
 
+    @property
+    def logged(self) -> list[str]:
+        """What is logged each epoch, which callbacks can watch."""
+        return ["train/loss", "train/grad_norm", "val/loss", "val/temperature", *map(str, self.val_metrics)]
+
     def forward(self, inputs: Tensor) -> Tensor:
         """Images [B, 3, H, W] uint8, or ready features [B, D] -> logits [B, num_classes]."""
         logits: Tensor = self.head(self.features(inputs))
@@ -158,7 +163,10 @@ class TransferClassifier(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [parameter.grad for parameter in self.head.parameters() if parameter.grad is not None]
-        self.log("train/grad_norm", nn.utils.get_total_norm(gradients), on_step=False, on_epoch=True)
+        norm = nn.utils.get_total_norm(gradients)
+        if not norm.isfinite() and self.trainer.precision != "16-mixed":  # whose scaler leaves such a step out
+            raise UserError(f"the gradients are not finite in epoch {self.current_epoch}: lower --model.lr")
+        self.log("train/grad_norm", norm, on_step=False, on_epoch=True)
 
     def configure_optimizers(self) -> Any:
         """AdamW on the head; the learning rate rises linearly, then falls as half a cosine, step by step."""
@@ -261,18 +269,9 @@ def read_checkpoint(path: Path, logs: Path = Path("logs")) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, damaged or no checkpoint of a head.
     """
-    if not path.is_file():
-        candidates = sorted((path if path.is_dir() else logs).rglob("*.ckpt"), key=lambda found: found.stat().st_mtime)
-        near = f"; there are {', '.join(map(str, candidates[:-4:-1]))}" if candidates else ""
-        raise UserError(f"--ckpt_path={path}: is no file{near}")
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        made = checkpoint.get("headstart", {})
-        keys = set(checkpoint["state_dict"])
-    except Exception as error:  # whatever the file holds: zip and pickle raise a dozen kinds
-        raise UserError(f"--ckpt_path={path}: is damaged or no checkpoint; try another of {path.parent}") from error
-    check_seal(checkpoint, path)
-    if made.get("layout") != CHECKPOINT_LAYOUT or keys != HEAD_KEYS:
+    checkpoint = read_sealed(path, logs)
+    made = checkpoint.get("headstart", {})
+    if made.get("layout") != CHECKPOINT_LAYOUT or set(checkpoint["state_dict"]) != HEAD_KEYS:
         raise UserError(
             f"--ckpt_path={path}: holds no head of layout {CHECKPOINT_LAYOUT} (this is headstart {__version__}) but "
             f"{made.get('layout', 'something else')} (headstart {made.get('version', 'unknown')}); train it again"

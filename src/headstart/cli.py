@@ -34,6 +34,11 @@ VERBS = {
     "cache": ("cache_command", "cache"),
 }
 
+WORKER_KILLED = (
+    "--data.num_workers: a process that decodes images was killed, for lack of memory or of shared memory (/dev/shm); "
+    "lower it, or decode in the main process with --data.num_workers=0"
+)
+
 
 def main(args: Sequence[str] | None = None, root: Path | None = None) -> Any:
     """Runs a verb; a user's mistake ends in one line and exit status 2.
@@ -58,18 +63,23 @@ def main(args: Sequence[str] | None = None, root: Path | None = None) -> Any:
     except (KeyboardInterrupt, SystemExit) as ended:
         _end_as_signalled(ended)
     except UserError as error:
-        _stop(str(error))
+        sys.exit(_say_error(str(error)))
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit(_say_error(WORKER_KILLED))
     if verb in ("-h", "--help"):
         print(USAGE)
         return None
-    _stop(f"headstart {verb}: no such verb; headstart --help lists them")
+    sys.exit(_say_error(f"headstart {verb}: no such verb; headstart --help lists them"))
 
 
-def _stop(message: str) -> NoReturn:
+def _say_error(message: str) -> int:
+    """Prints it as one line; gives the exit status of a user's mistake."""
     from headstart.terminal import one_line
 
     print(f"error: {one_line(message)}", file=sys.stderr)
-    sys.exit(2)
+    return 2
 
 
 def _end_as_signalled(ended: BaseException) -> NoReturn:

@@ -96,7 +96,7 @@ class ContentIndex:
                 else:
                     found[path] = (stamp if settled else [], sha256(self.root / path).hex())
             except FileNotFoundError:
-                unreadable[path] = "broken symbolic link"
+                unreadable[path] = "missing, or a broken symbolic link"
             except OSError as error:
                 unreadable[path] = f"unreadable: {error.strerror}"
             advance(1)

@@ -382,11 +382,16 @@ class ImageFolderData(ImageFiles):
             self.test_fraction = 0.0  # what `train` is split for is validation alone
 
     def listed(self) -> list[Item]:
-        return [
-            Item(path.relative_to(self.root).as_posix(), label, split=split)
+        places = [
+            (folder / name, label, split)
             for folder, split in self.folders.items()
             for label, name in enumerate(self.class_names)
-            for path in folders.images(folder / name)
+        ]
+        found = folders.images_of_classes([folder for folder, _, _ in places])
+        return [
+            Item(path.relative_to(self.root).as_posix(), label, split=split)
+            for (_, label, split), paths in zip(places, found, strict=True)
+            for path in paths
         ]
 
 

@@ -3,15 +3,15 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from headstart.errors import UserError
-from headstart.images import decode
+from headstart.images import MAX_ASPECT, decode
 from headstart.splits import Item, Split
-from headstart.terminal import say
+from headstart.terminal import say, say_once
 
 # The names under which a folder may hold ready-made splits.
 SPLIT_FOLDERS: Mapping[str, Split] = {
@@ -24,9 +24,14 @@ SPLIT_FOLDERS: Mapping[str, Split] = {
 IGNORED_FOLDERS = {"__MACOSX", "__pycache__"}
 
 
-def images(folder: Path) -> list[Path]:
-    """The image files below a class folder, in order; hidden files and folders are left alone."""
-    found, others = [], Counter[str]()
+def images(folder: Path, others: Counter[str] | None = None) -> list[Path]:
+    """The image files below a folder, in order; hidden files and folders are left alone.
+
+    Args:
+        folder: that is searched.
+        others: counts the other files, by suffix.
+    """
+    found, others = [], Counter() if others is None else others
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not _ignored(name))
         for name in sorted(name for name in files if not name.startswith(".")):
@@ -34,9 +39,18 @@ def images(folder: Path) -> list[Path]:
                 found.append(Path(parent) / name)
             else:
                 others[suffix or "without a suffix"] += 1
+    return found
+
+
+def images_of_classes(classes: Sequence[Path]) -> list[list[Path]]:
+    """The image files below each class folder; says what else is there."""
+    others = Counter[str]()
+    found = [images(folder, others) for folder in classes]
     if others:
         said = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(4))
-        say(f"data: {folder} also holds files that are no images to PIL: {said}")
+        say(f"data: there are also files that are no images to PIL: {said}")
+    if nested := sum(path.parent != folder for folder, paths in zip(classes, found, strict=True) for path in paths):
+        say(f"data: {nested} images lie in folders within a class folder; they are of that class")
     return found
 
 
@@ -53,7 +67,10 @@ def read(root: Path, item: Item, shorter_side: int, max_pixels: int) -> Image.Im
         raise UserError(f"{root / item.path}: vanished during the run; start again") from error
     if hashlib.sha256(data).digest() != item.digest:
         raise UserError(f"{root / item.path}: changed during the run; start again")
-    return decode(data, shorter_side, max_pixels)
+    image = decode(data, shorter_side, max_pixels)
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        say_once(f"data: images longer than {MAX_ASPECT} times their width are cut to their centre")
+    return image
 
 
 def existing(root: str) -> Path:

@@ -13,6 +13,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
 from headstart.backbone import Preprocessing
+from headstart.terminal import say_once
 
 Augment = Literal["none", "light", "strong"]
 
@@ -51,6 +52,8 @@ def decode(data: bytes, shorter_side: int, max_pixels: int = MAX_PIXELS) -> Imag
             raise UnreadableImage(f"{width} x {height} pixels, more than --data.max_pixels={max_pixels}")
         if min(width, height) < MIN_SIDE:
             raise UnreadableImage(f"{width} x {height} pixels, smaller than {MIN_SIDE} a side")
+        if getattr(image, "is_animated", False):
+            say_once("data: of animations the first frame is taken")
         image.draft(None, (shorter_side, shorter_side))  # None keeps the mode
         image.load()
         return to_rgb(ImageOps.exif_transpose(image))
@@ -67,6 +70,7 @@ def decode(data: bytes, shorter_side: int, max_pixels: int = MAX_PIXELS) -> Imag
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB: 16 bits scaled to 8, transparency on white."""
     if image.mode.startswith("I"):  # 16 bits, which PIL would clip to white
+        say_once("data: images of 16 bits are scaled down to 8")
         scaled = np.asarray(image, dtype=np.uint32) // 257
         image = Image.fromarray(scaled.clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:

@@ -10,12 +10,14 @@ if TYPE_CHECKING:  # to a type checker they are the plain numbers
     NonNegative = float
     Fraction = float
     OpenFraction = float
+    Share = float
 else:
     from jsonargparse import typing
 
     Count = typing.NonNegativeInt
     Positive = typing.PositiveInt
     OpenFraction = typing.OpenUnitInterval
+    Share = typing.ClosedUnitInterval
     ImageSize = typing.restricted_number_type("ImageSize", int, [(">=", 32), ("<=", 2048)])
     # An upper bound, since infinity is above zero too.
     Rate = typing.restricted_number_type("Rate", float, [(">", 0), ("<=", 1000)])

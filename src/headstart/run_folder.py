@@ -194,11 +194,18 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 
 
 def run_config(checkpoint: Path) -> dict[str, Any]:
-    """The configuration of the run that a checkpoint belongs to; empty where it lies in no run's folder."""
+    """The configuration of the run that a checkpoint belongs to; empty where it lies in no run's folder.
+
+    Raises:
+        UserError: it is damaged.
+    """
     file = checkpoint.resolve().parent.parent / "config.yaml"
     if not file.is_file():
         return {}
-    loaded = yaml.safe_load(file.read_text())
+    try:
+        loaded = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: is no YAML any more ({' '.join(str(error).split())})") from error
     return loaded if isinstance(loaded, dict) and "data" in loaded else {}
 
 

@@ -60,7 +60,7 @@ class TrainCLI(LightningCLI):
     def __init__(self, options: Sequence[str], root: Path | None) -> None:
         self.root = root
         self.resumed: Path | None = None
-        self.trained_epochs = 0
+        self.checkpoint: dict[str, Any] | None = None
         everything = "--help_all" in options
         super().__init__(
             TransferClassifier,
@@ -96,6 +96,13 @@ class TrainCLI(LightningCLI):
             self.resumed = checkpoint.parent.parent
             self.config = parser.parse_args([f"--config={self.resumed / 'config.yaml'}", *args])
             self.config.ckpt_path = str(checkpoint)
+        if self.config.ckpt_path:
+            self.checkpoint = read_checkpoint(Path(self.config.ckpt_path), self.logs)
+
+    @property
+    def trained_epochs(self) -> int:
+        """Of the checkpoint that the run goes on from."""
+        return self.checkpoint["epoch"] + 1 if self.checkpoint else 0
 
     @property
     def finished(self) -> bool:
@@ -125,7 +132,9 @@ class TrainCLI(LightningCLI):
         callbacks: list[Callback] = [self.run_folder, LearningRateMonitor("epoch"), self.collector, self.best, last]
         self.trainer_defaults = {"callbacks": callbacks}
         given = self.config_init.trainer
-        logger = RunLogger(self._steps_done()) if given.logger in (None, True) else given.logger
+        # TensorBoard forgets what a killed process wrote of steps that are done again.
+        steps_done = self.checkpoint["global_step"] if self.checkpoint and self.resumed else None
+        logger = RunLogger(steps_done) if given.logger in (None, True) else given.logger
         bar = sys.stderr.isatty() if given.enable_progress_bar is None else given.enable_progress_bar
         try:
             plugins = [SealedCheckpointIO(), *(given.plugins or [])]
@@ -133,17 +142,27 @@ class TrainCLI(LightningCLI):
         except (MisconfigurationException, TypeError, ValueError) as error:
             raise UserError(f"--trainer: {error}; --trainer.accelerator=auto takes what this machine has") from error
 
-    def _steps_done(self) -> int | None:
-        """Of the run that goes on: what TensorBoard holds beyond them belongs to steps that are done again."""
-        if self.resumed is None:
-            return None
-        return int(read_checkpoint(Path(self.config.ckpt_path))["global_step"])
-
     def after_instantiate_classes(self) -> None:
         if str(self.config.trainer.precision) in ("16", "16-mixed") and self.trainer.strategy.root_device.type == "cpu":
             raise UserError("--trainer.precision=16-mixed: needs a GPU; on a processor use bf16-mixed or 32-true")
-        if self.config.ckpt_path:
-            self.trained_epochs = int(read_checkpoint(Path(self.config.ckpt_path), self.logs)["epoch"]) + 1
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning at run time
+            watched = getattr(callback, "monitor", None)
+            if watched is not None and watched not in self.model.logged:
+                raise UserError(
+                    f"--trainer.callbacks: {type(callback).__name__} watches {watched!r}, which is not logged; "
+                    f"there are {', '.join(self.model.logged)}"
+                )
+        self._say_what_stays()
+
+    def _say_what_stays(self) -> None:
+        """A run that goes on has its optimizer's settings in the checkpoint."""
+        made = self.checkpoint["hyper_parameters"] if self.checkpoint else {}
+        for name in ("lr", "weight_decay"):
+            if name in made and made[name] != self.model.hparams[name]:
+                say(
+                    f"train: --model.{name}={self.model.hparams[name]:g} has no effect: the optimizer goes on with the "
+                    f"checkpoint's {made[name]:g}; start a new run for another"
+                )
 
     def resolved_config(self) -> str:
         """The configuration as YAML, which means the same in every working directory."""

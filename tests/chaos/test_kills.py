@@ -157,11 +157,13 @@ def kill_extractions(runs: Runs, kills: int, seed: int) -> tuple[int, int, int]:
     return counted, amid, identical
 
 
+@pytest.mark.fault("kill -9")
 @pytest.mark.parametrize("kind", ["cached", "images"])
 def test_a_killed_training_ends_with_the_same_bits(runs, kind):
     assert kill_trainings(runs, kind, kills=2, seed=1) == (2, 2)
 
 
+@pytest.mark.fault("kill -9")
 def test_a_killed_extraction_ends_with_the_same_bits(runs):
     counted, _, identical = kill_extractions(runs, kills=3, seed=1)
     assert counted == identical == 3

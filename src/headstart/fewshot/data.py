@@ -16,7 +16,7 @@ from headstart.features import FeaturePrecision, cache_folder
 from headstart.fewshot.episodes import EpisodeLoader, EpisodeOrder, EpisodeSampler, Shape
 from headstart.fewshot.sources import SourceName, classes_of, split_classes
 from headstart.images import MAX_PIXELS
-from headstart.options import Count, Fraction, Positive
+from headstart.options import Count, Fraction, Positive, Share
 from headstart.splits import SPLITS, Item, Split
 from headstart.terminal import say
 
@@ -61,7 +61,7 @@ class EpisodeData(ImageFiles):
         train_episodes: Positive = 1000,
         batch_size: Positive = 20,
         val_fraction: Fraction = 0.2,
-        test_fraction: float = 0.3,
+        test_fraction: Share = 0.3,
         split_seed: Count = 0,
         episode_seed: Count = 0,
         num_workers: Count | None = None,
@@ -89,10 +89,9 @@ class EpisodeData(ImageFiles):
         self._features = torch.empty(0)
 
     def listed(self) -> list[Item]:
+        found = folders.images_of_classes([self.root / name for name in self.class_names])
         return [
-            Item(path.relative_to(self.root).as_posix(), label)
-            for label, name in enumerate(self.class_names)
-            for path in folders.images(self.root / name)
+            Item(path.relative_to(self.root).as_posix(), label) for label, paths in enumerate(found) for path in paths
         ]
 
     def setup(self, stage: str) -> None:

@@ -90,6 +90,17 @@ class MetaLearner(LightningModule):
     def configure_optimizers(self) -> Any:
         return torch.optim.Adam(self.head.parameters(), lr=self.hparams["lr"])
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another head.
+
+        Raises:
+            UserError: one line with both.
+        """
+        made, names = checkpoint["hyper_parameters"], ("head", "n_way", "width")
+        theirs, mine = ({name: values.get(name) for name in names} for values in (made, self.hparams))
+        if theirs != mine:
+            raise UserError(f"--ckpt_path: is of {theirs}, and this run of {mine}")
+
     def _score(self, episode: Episode) -> tuple[Tensor, Tensor]:
         """The mean loss of a batch of tasks, and the accuracy of each, [B]."""
         logits = self(episode)

@@ -8,7 +8,7 @@ import torch
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.callbacks import EarlyStopping
 
-from headstart.checkpoints import RunCheckpoint, SealedCheckpointIO
+from headstart.checkpoints import RunCheckpoint, SealedCheckpointIO, read_sealed
 from headstart.fewshot.data import EpisodeData
 from headstart.fewshot.module import MetaLearner
 from headstart.run_folder import RunFolder, RunLogger
@@ -83,10 +83,11 @@ def meta_train(
     best = RunCheckpoint(filename="best", monitor="val/acc", mode="max", enable_version_counter=False)
     last = RunCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
     best.moved = last.moved = run_folder.resumed is not None
+    made = read_sealed(checkpoint, run_folder.logs) if checkpoint else None
     stop = EarlyStopping("val/acc", mode="max", patience=schedule.patience)
     trainer = make_trainer(
         accelerator,
-        RunLogger(_steps_done(checkpoint) if run_folder.resumed else None),
+        RunLogger(made["global_step"] if made and run_folder.resumed else None),
         [run_folder, stop, best, last],
         max_epochs=schedule.max_epochs,
         default_root_dir=str(run_folder.logs),
@@ -100,9 +101,3 @@ def meta_train(
         module.head.load_state_dict(untrained)
         say(f"fewshot: meta-training did not help (val/acc {before:.3f} before, {after:.3f} at best): the head stays")
     return trainer, before
-
-
-def _steps_done(checkpoint: Path | None) -> int | None:
-    if checkpoint is None:
-        return None
-    return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
