@@ -4,7 +4,7 @@ import copy
 import hashlib
 import io
 import urllib.error
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -120,14 +120,19 @@ def combined(digests: dict[str, str]) -> str:
     return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
 
 
-def check_frozen(module: nn.Module, before: dict[str, str]) -> None:
+def check_frozen(module: nn.Module, before: dict[str, str], but: Collection[str] = ()) -> None:
     """Compares a module with its ``tensor_digests`` of an earlier moment.
 
+    Args:
+        module: that should not have changed.
+        before: its digests then.
+        but: names of tensors that may change.
+
     Raises:
-        RuntimeError: a parameter or a buffer changed; it names them.
+        RuntimeError: another parameter or buffer changed; it names them.
     """
     now = tensor_digests(module)
-    changed = [name for name in before | now if before.get(name) != now.get(name)]
+    changed = [name for name in before | now if before.get(name) != now.get(name) and name not in but]
     if changed:
         raise RuntimeError(
             f"the frozen backbone changed: {', '.join(changed[:3])}{' …' if len(changed) > 3 else ''} "

@@ -20,7 +20,7 @@ from headstart.data import ImageData, ImageFolderData
 from headstart.errors import UserError
 from headstart.features import FeatureMatrix
 from headstart.heads import fit_exact
-from headstart.parser import OptionParser, add_options, parser_of, required
+from headstart.parser import OptionParser, add_options, parser_of
 from headstart.predict import device_of
 from headstart.run_folder import claim
 from headstart.splits import Item
@@ -89,7 +89,7 @@ class CheckedFolder(ImageFolderData):
 
     def _split(self, items: Sequence[Item]) -> list[Item]:
         if not items:
-            raise UserError(f"{self.root}: no readable image; {len(self.skipped)} files cannot be read")
+            raise UserError(f"{self.source}: no readable image; {len(self.skipped)} files cannot be read")
         try:
             return super()._split(items)
         except UserError as error:
@@ -115,14 +115,12 @@ def check(options: Sequence[str]) -> dict[str, int]:
     be_calm()
     parser = _parser()
     given = parser.parse_args(list(options))
-    required(given, "--data.root")
-    data_options = {name: value for name, value in vars(given.data).items() if name != "root"}
-    data = CheckedFolder(given.data.root, **data_options)
+    data = CheckedFolder(**vars(given.data))
     module = TransferClassifier(data.class_names, **vars(given.model))
     data.load(module.backbone, device_of(given.accelerator))
     features = rooted(data.features_of(data.items).gather(torch.arange(len(data.items))).cpu())
     findings = list(find(data, features))
-    folder = claim(Path(given.logs), f"{data.root.name}-check")
+    folder = claim(Path(given.logs), f"{data.source.stem}-check")
     write_atomically(folder / "check.csv", _to_csv(findings).encode(errors="surrogateescape"))
     counts = Counter(finding.kind for finding in findings)
     _say_findings(findings, counts, len(data.items))
@@ -336,7 +334,7 @@ def _group_findings(
 
 def _parser() -> OptionParser:
     parser = parser_of("check")
-    parser.add_argument("--data.root", type=str | None, help="a folder of class folders")
+    add_options(parser, ImageFolderData, "data", ("root", "csv"))
     add_options(parser, ImageData, "data", DATA_OPTIONS)
     add_options(parser, TransferClassifier, "model", ("backbone", "weights", "image_size"))
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, cuda or auto")

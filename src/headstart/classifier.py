@@ -1,7 +1,7 @@
 """The module that is trained: a frozen backbone and a linear head."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,6 @@ from headstart.images import preprocess, to_rgb
 from headstart.options import Fraction, ImageSize, NonNegative, Rate
 
 CHECKPOINT_LAYOUT = 2  # 2: with the temperature
-HEAD_KEYS = {"head.weight", "head.bias"}
 
 
 def metrics(num_classes: int, prefix: str) -> MetricCollection:
@@ -79,8 +78,7 @@ class TransferClassifier(LightningModule):
         warmup: Fraction = 0.04,
     ) -> None:
         super().__init__()
-        if weights not in NAMED_WEIGHTS:
-            weights = str(Path(weights).expanduser().resolve())
+        weights = resolved(weights)
         # A checkpoint holds plain values alone; the command line's restricted numbers are classes of their own.
         lr, weight_decay, label_smoothing, warmup = map(float, (lr, weight_decay, label_smoothing, warmup))
         image_size = None if image_size is None else int(image_size)
@@ -97,6 +95,14 @@ class TransferClassifier(LightningModule):
         self.loss_weights: Tensor | None = None
         self.example_input_array = torch.zeros(1, 3, *[self.backbone.preprocessing.crop_size] * 2, dtype=torch.uint8)
         self._digests = tensor_digests(self.backbone)
+        self._weights_digest = combined(self._digests)
+        # Tensors of the backbone that are not those of the named weights any more, since they were fine-tuned.
+        self.tuned: list[str] = []
+
+    @property
+    def frozen(self) -> FrozenBackbone:
+        """What maps an image to the same numbers in every epoch: the whole backbone."""
+        return self.backbone
 
     @property
     def logged(self) -> list[str]:
@@ -162,21 +168,25 @@ class TransferClassifier(LightningModule):
         return False if self.trainer.state.fn == TrainerFn.VALIDATING else None
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [parameter.grad for parameter in self.head.parameters() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if not norm.isfinite() and self.trainer.precision != "16-mixed":  # whose scaler leaves such a step out
             raise UserError(f"the gradients are not finite in epoch {self.current_epoch}: lower --model.lr")
         self.log("train/grad_norm", norm, on_step=False, on_epoch=True)
 
     def configure_optimizers(self) -> Any:
-        """AdamW on the head; the learning rate rises linearly, then falls as half a cosine, step by step."""
+        """AdamW; the learning rate rises linearly, then falls as half a cosine, step by step."""
         optimizer = torch.optim.AdamW(
-            self.head.parameters(), lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"]
+            self.parameter_groups(), lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"]
         )
         steps = self.trainer.estimated_stepping_batches
         rising = 0 if math.isinf(steps) else round(steps * self.hparams["warmup"])
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warmup_cosine, rising=rising, steps=steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer holds: the head alone."""
+        return [{"params": list(self.head.parameters())}]
 
     def on_validation_epoch_end(self) -> None:
         """Fits the temperature; it is in each checkpoint that is saved after this."""
@@ -185,18 +195,29 @@ class TransferClassifier(LightningModule):
         self.log("val/temperature", self.temperature, logger=self._logger_of_curves())
 
     def on_fit_start(self) -> None:
-        check_frozen(self.backbone, self._digests)
+        self.check_frozen()
         if self.hparams["class_weights"] == "balanced":
             counts = self.trainer.datamodule.counts("train").to(self.device)  # type: ignore[attr-defined]
             self.loss_weights = counts.sum() / (len(counts) * counts.clamp(min=1))
 
     def on_fit_end(self) -> None:
+        self.check_frozen()
+
+    def check_frozen(self) -> None:
+        """Compares the backbone with what it was when it was made or loaded.
+
+        Raises:
+            RuntimeError: it changed.
+        """
         check_frozen(self.backbone, self._digests)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the head, and what its features came from."""
+        """Keeps the head and what was fine-tuned, and what its features came from."""
+        tuned = {f"backbone.{name}" for name in self.tuned}
         checkpoint["state_dict"] = {
-            name: tensor for name, tensor in checkpoint["state_dict"].items() if name in HEAD_KEYS
+            name: tensor
+            for name, tensor in checkpoint["state_dict"].items()
+            if name.startswith("head.") or name in tuned
         }
         checkpoint["headstart"] = {
             "layout": CHECKPOINT_LAYOUT,
@@ -204,7 +225,7 @@ class TransferClassifier(LightningModule):
             "class_names": self.class_names,
             "backbone": self.backbone.name,
             "weights": self.backbone.weights,
-            "digest": combined(self._digests),
+            "digest": self._weights_digest,
             "temperature": self.temperature,
             "scores": {
                 name: float(value) for name, value in self.trainer.callback_metrics.items() if name.startswith("val/")
@@ -216,17 +237,27 @@ class TransferClassifier(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a head that belongs to other classes or another backbone.
+        """Refuses a head that belongs to other classes or another backbone, and fine-tuned layers in a fit of the head.
 
         Raises:
             UserError: one line with both.
         """
-        made = checkpoint["headstart"]
+        if tuned_in(checkpoint) and self._trainer is not None:  # the data's features are from before
+            raise UserError(
+                "--ckpt_path: its backbone was fine-tuned; headstart finetune goes on from it, evaluate scores it"
+            )
+        self._take(checkpoint)
+
+    def _take(self, checkpoint: dict[str, Any]) -> None:
+        made, found = checkpoint["headstart"], tuned_in(checkpoint)
+        names = set(checkpoint["state_dict"]) - {f"backbone.{name}" for name in found}
+        if names != {f"head.{name}" for name in self.head.state_dict()}:
+            raise UserError(f"checkpoint: holds no head of this form but {', '.join(sorted(names)[:4])}")
         if made["class_names"] != self.class_names:
             raise UserError(
                 f"checkpoint: its classes are {_short(made['class_names'])}, the data's {_short(self.class_names)}"
             )
-        mine = combined(self._digests)
+        mine = self._weights_digest
         if made["digest"] != mine:
             raise UserError(
                 f"checkpoint: its head belongs to the backbone {made['backbone']}, {made['weights']} "
@@ -234,7 +265,8 @@ class TransferClassifier(LightningModule):
                 "give the weights it was trained on"
             )
         self.temperature = float(made["temperature"])
-        # The backbone is not in the file; with its own tensors in place Lightning's strict loading checks the head.
+        self.tuned = sorted({*self.tuned, *found})
+        # What is frozen is not in the file; with its tensors in place Lightning's strict loading checks the rest.
         backbone = {f"backbone.{name}": tensor for name, tensor in self.backbone.state_dict().items()}
         checkpoint["state_dict"] = backbone | checkpoint["state_dict"]
 
@@ -246,7 +278,9 @@ class TransferClassifier(LightningModule):
             UserError: the file is missing, damaged or no checkpoint of a head.
         """
         read_checkpoint(Path(checkpoint_path))
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs | {"weights_only": True})
+        module = super().load_from_checkpoint(checkpoint_path, *args, **kwargs | {"weights_only": True})
+        module._digests = tensor_digests(module.backbone)
+        return module
 
     @torch.no_grad()
     def predict(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
@@ -257,6 +291,11 @@ class TransferClassifier(LightningModule):
         self.eval()
         logits: Tensor = self(pixels.to(self.device))
         return (logits / self.temperature).softmax(dim=1).cpu()
+
+
+def resolved(weights: str) -> str:
+    """The name of weights, or the absolute path of a file of them."""
+    return weights if weights in NAMED_WEIGHTS else str(Path(weights).expanduser().resolve())
 
 
 def read_checkpoint(path: Path, logs: Path = Path("logs")) -> dict[str, Any]:
@@ -271,12 +310,17 @@ def read_checkpoint(path: Path, logs: Path = Path("logs")) -> dict[str, Any]:
     """
     checkpoint = read_sealed(path, logs)
     made = checkpoint.get("headstart", {})
-    if made.get("layout") != CHECKPOINT_LAYOUT or set(checkpoint["state_dict"]) != HEAD_KEYS:
+    if made.get("layout") != CHECKPOINT_LAYOUT:
         raise UserError(
             f"--ckpt_path={path}: holds no head of layout {CHECKPOINT_LAYOUT} (this is headstart {__version__}) but "
             f"{made.get('layout', 'something else')} (headstart {made.get('version', 'unknown')}); train it again"
         )
     return checkpoint
+
+
+def tuned_in(checkpoint: Mapping[str, Any]) -> list[str]:
+    """The names of the backbone's tensors that a checkpoint holds, since they were fine-tuned."""
+    return [name.removeprefix("backbone.") for name in checkpoint["state_dict"] if name.startswith("backbone.")]
 
 
 def load_head(checkpoint: Path, logs: Path = Path("logs")) -> TransferClassifier:

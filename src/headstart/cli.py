@@ -13,11 +13,13 @@ USAGE = """usage: headstart VERB [options]
 
   train     train a head on a folder of images, test it, and say where the run is
   tune      train a grid of heads at once, then one with the winner's settings
+  finetune  go on from a trained head, with the backbone's last layers learning too
   evaluate  score a trained head on its test split, or on another folder
   predict   the class of each of your files
   export    a trained head as one ONNX file, or as weights for torchvision
   check     duplicates, likely wrong labels, outliers and damaged files of a folder
   fewshot   learn new classes from a few examples each; meta-train, compare, save
+  runs      list the runs with their scores and the settings in which they differ
   cache     list, verify or prune the features that are kept between runs
 
 headstart VERB --help lists the options of a verb."""
@@ -26,11 +28,13 @@ headstart VERB --help lists the options of a verb."""
 VERBS = {
     "train": ("training", "train"),
     "tune": ("tune", "tune"),
+    "finetune": ("finetune", "finetune"),
     "evaluate": ("evaluate", "evaluate"),
     "predict": ("predict", "predict"),
     "export": ("export", "export"),
     "check": ("check", "check"),
     "fewshot": ("fewshot.command", "fewshot"),
+    "runs": ("runs", "runs"),
     "cache": ("cache_command", "cache"),
 }
 

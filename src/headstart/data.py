@@ -36,6 +36,7 @@ from headstart.images import MAX_PIXELS, Augment, UnreadableImage, to_rgb
 from headstart.loaders import EpochOrder, FeatureLoader, ImageDataset, ImageLoader
 from headstart.options import Count, Fraction, OpenFraction, Positive
 from headstart.splits import SPLITS, Item, Split
+from headstart.table import ImageTable
 from headstart.terminal import images_bar, say
 
 # Skipping more images than this, and more than this share, is no accident of single files.
@@ -126,7 +127,10 @@ class ImageData(LightningDataModule):
             raise UserError(
                 f"--data.batch_size={self.batch_size} is over all devices: give a multiple of {trainer.world_size}"
             )
-        self.load(cast(FrozenBackbone, trainer.lightning_module.backbone), trainer.strategy.root_device)
+        module = trainer.lightning_module
+        # Of a module that is fine-tuned a part alone is frozen; one of your own may have nothing but a backbone.
+        frozen = getattr(module, "frozen", module.backbone) if self.cache else module.backbone
+        self.load(cast(FrozenBackbone, frozen), trainer.strategy.root_device)
 
     def load(self, backbone: FrozenBackbone, device: torch.device) -> None:
         """Scans, splits, and computes or reads the features; again only for another backbone."""
@@ -364,24 +368,43 @@ class ImageFiles(ImageData):
 class ImageFolderData(ImageFiles):
     """A folder of class folders, split by content; or one that holds ``train``, ``val`` and maybe ``test``, used so.
 
-    Without a ``val`` folder, ``train`` is split; without a ``test`` folder there is no test.
+    Without a ``val`` folder, ``train`` is split; without a ``test`` folder there is no test. A CSV file lists images
+    that lie in no such folders: columns path (relative to the file) and label, and maybe split and group.
 
     Args:
         root: the folder.
+        csv: the file, instead of a folder; images of one group never sit in two splits.
         kwargs: as of ``ImageData``.
 
+    Attributes:
+        source: the folder, or the file.
+
     Raises:
-        UserError: the folder is of neither form; the message says what is missing.
+        UserError: the folder is of neither form, or the file not of its; the message says what is missing.
     """
 
-    def __init__(self, root: str, **kwargs: Any) -> None:
-        self.root = folders.existing(root)
-        self.folders = folders.of_splits(self.root)
-        super().__init__(class_names=folders.class_names(self.folders), **kwargs)
-        if "test" in self.folders.values():
+    def __init__(self, root: str | None = None, csv: str | None = None, **kwargs: Any) -> None:
+        if (root is None) == (csv is None):
+            raise UserError(
+                "give --data.root, a folder of one folder of images a class, or --data.csv, a list of images"
+            )
+        self.table = ImageTable.read(Path(csv).expanduser().resolve()) if csv else None
+        if self.table:
+            self.root, names = self.table.file.parent, self.table.class_names
+            ready = {item.split for item in self.table.items}
+        else:
+            self.root = folders.existing(str(root))
+            self.folders = folders.of_splits(self.root)
+            names, ready = folders.class_names(self.folders), set(self.folders.values())
+        self.source = self.table.file if self.table else self.root
+        super().__init__(class_names=names, **kwargs)
+        if "test" in ready:
             self.test_fraction = 0.0  # what `train` is split for is validation alone
 
     def listed(self) -> list[Item]:
+        return list(self.table.items) if self.table else self._in_folders()
+
+    def _in_folders(self) -> list[Item]:
         places = [
             (folder / name, label, split)
             for folder, split in self.folders.items()

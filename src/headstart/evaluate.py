@@ -20,11 +20,12 @@ from headstart.run_folder import RunLogger, claim, command_line, result_of, run_
 from headstart.splits import Item
 from headstart.terminal import be_calm, say, say_scores
 
+SOURCES = ("root", "csv")
 DATA_OPTIONS = ("num_workers", "cache", "cache_dir", "feature_precision", "max_pixels", "batch_size")
 
 
 class WholeFolder(ImageFolderData):
-    """A folder of which every image is for the test."""
+    """A folder, or a list, of which every image is for the test."""
 
     def scan(self) -> list[Item]:
         """As of any folder, with the test for each image's split."""
@@ -51,7 +52,7 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     checkpoint = Path(given.ckpt_path).expanduser()
     module = load_head(checkpoint, Path(given.logs))
     data = _data(given, checkpoint, module.class_names)
-    name = given.name or f"{data.root.name}-evaluate"
+    name = given.name or f"{data.source.stem}-evaluate"
     logger, collector = RunLogger(), EvaluationCollector()
     trainer = _trainer(given.accelerator, logger, collector)
     data.load(module.backbone, trainer.strategy.root_device)  # before the folder is claimed: it may find mistakes
@@ -69,7 +70,7 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     seconds = data.seconds | {"report": ended - tested, "total": ended - started}
     result = result_of(module.backbone, data, scores, seconds, command_line()) | {"checkpoint": str(checkpoint)}
     write_result(folder, result)
-    say_scores(result, f"{len(evaluation.items)} images of {data.root}")
+    say_scores(result, f"{len(evaluation.items)} images of {data.source}")
     say(f"mistakes: {folder / 'predictions.csv'}")
     if given.report:
         say(f"report:   {folder / REPORT}")
@@ -99,6 +100,7 @@ def _parser() -> OptionParser:
     parser.add_argument(
         "--data.root", type=str | None, help="a folder of class folders; None: the test split of the head's own run"
     )
+    parser.add_argument("--data.csv", type=str | None, help="a list of images, instead of a folder")
     add_options(parser, ImageData, "data", DATA_OPTIONS)
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu, or whatever Lightning knows")
     parser.add_argument("--name", type=str | None, help="of the evaluation; None: the data's folder and -evaluate")
@@ -109,16 +111,17 @@ def _parser() -> OptionParser:
 
 def _data(given: Any, checkpoint: Path, class_names: Sequence[str]) -> ImageFolderData:
     """All of the given folder, or the test split of the run that the checkpoint belongs to."""
-    options = {name: value for name, value in vars(given.data).items() if name != "root"}
-    if given.data.root:
-        data: ImageFolderData = WholeFolder(given.data.root, **options)
+    options = {name: value for name, value in vars(given.data).items() if name not in SOURCES}
+    if given.data.root or given.data.csv:
+        data: ImageFolderData = WholeFolder(given.data.root, given.data.csv, **options)
     else:
         config, folder = run_config(checkpoint), checkpoint.resolve().parent.parent
         if not config:
             raise UserError(f"--data.root is missing: {checkpoint} lies in no run's folder that tells its test split")
-        data = ImageFolderData(config["data"]["root"], splits=str(folder / "splits.csv"), **options)
+        source = (config["data"].get(name) for name in SOURCES)
+        data = ImageFolderData(*source, splits=str(folder / "splits.csv"), **options)
     if data.class_names != list(class_names):
-        raise UserError(f"{data.root}: {difference(class_names, data.class_names)}")
+        raise UserError(f"{data.source}: {difference(class_names, data.class_names)}")
     return data
 
 

@@ -21,7 +21,7 @@ from headstart.errors import UserError
 from headstart.evaluation import spread
 from headstart.images import UnreadableImage, decode, preprocess
 from headstart.parser import parser_of, required
-from headstart.run_folder import run_config
+from headstart.run_folder import files_of_run
 from headstart.terminal import be_calm, say
 
 # The exported model's probabilities may differ by so much from those of the fp32 model.
@@ -70,7 +70,7 @@ def export(options: Sequence[str]) -> dict[str, Any]:
     if output.suffix == ".onnx" and (lacking := [name for name in EXTRA if importlib.util.find_spec(name) is None]):
         raise UserError(f"--output={output}: needs {', '.join(lacking)}: pip install 'headstart[export]'")
     module = load_head(checkpoint)
-    images = _real_images(module, given.data.root or run_config(checkpoint).get("data", {}).get("root"))
+    images = _real_images(module, given.data.root, checkpoint)
     make, run = makers[output.suffix]
     data = make(module)
     with torch.no_grad():
@@ -145,9 +145,12 @@ def run_torchvision(data: bytes, module: TransferClassifier, images: Tensor) -> 
     return logits.softmax(dim=1)
 
 
-def _real_images(module: TransferClassifier, root: str | None) -> Tensor:
-    """Up to 32 readable images of a folder, evenly spread, as the backbone takes them: [B, 3, H, W] uint8."""
-    found = folders.images(Path(root).expanduser()) if root else []
+def _real_images(module: TransferClassifier, root: str | None, checkpoint: Path) -> Tensor:
+    """Up to 32 readable images, evenly spread, as the backbone takes them: [B, 3, H, W] uint8.
+
+    They are of the given folder, else those that the head's own run split.
+    """
+    found = folders.images(Path(root).expanduser()) if root else files_of_run(checkpoint)
     wanted = [found[position] for position in spread(len(found), MAX_COMPARED).tolist()]
     preprocessing, images = module.backbone.preprocessing, []
     for path in wanted:

@@ -6,9 +6,11 @@ import json
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import PIL
@@ -53,11 +55,15 @@ def claim(logs: Path, name: str) -> Path:
 def newest_unfinished(logs: Path, name: str) -> Path:
     """The newest run of the name that has a ``last.ckpt`` and no ``result.json``.
 
+    Args:
+        logs: where runs are.
+        name: of the run; may hold wildcards.
+
     Raises:
         UserError: there is none.
     """
-    started = sorted((logs / name).glob("*/checkpoints/last.ckpt"), reverse=True)
-    for path in started:
+    started = logs.glob(f"{name}/*/checkpoints/last.ckpt")
+    for path in sorted(started, key=lambda path: path.parts[-3], reverse=True):
         if not (path.parent.parent / RESULT).exists():
             return path.resolve()
     raise UserError(
@@ -105,13 +111,21 @@ class RunFolder(Callback):
         settings: the configuration's values by dotted name, for the hparams.
         command: that started the run.
         resumed: the folder of the run that goes on, instead of a new one.
+        kept: more files of the folder, by their path in it.
     """
 
     def __init__(
-        self, logs: Path, name: str, config: str, settings: dict[str, Any], command: str, resumed: Path | None = None
+        self,
+        logs: Path,
+        name: str,
+        config: str,
+        settings: dict[str, Any],
+        command: str,
+        resumed: Path | None = None,
+        kept: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
         self.logs, self.name, self.config, self.settings, self.command = logs, name, config, settings, command
-        self.resumed = resumed
+        self.resumed, self.kept = resumed, kept
         self.folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -141,7 +155,7 @@ class RunFolder(Callback):
         if isinstance(logger := trainer.logger, RunLogger) and trainer.is_global_zero and logger.folder:
             logger.experiment.flush()  # else a killed run shows nothing of its last two minutes
 
-    def finish(self, trainer: Trainer, scores: dict[str, float], seconds: dict[str, float]) -> dict[str, Any]:
+    def finish(self, trainer: Trainer, scores: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
         """Writes ``result.json`` and the score by which the HParams tab compares runs."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         backbone = cast(FrozenBackbone, trainer.lightning_module.backbone)
@@ -157,6 +171,8 @@ class RunFolder(Callback):
         assert self.folder
         table = io.StringIO()
         csv.writer(table).writerows([["path", "reason"], *data.skipped.items()])
+        for path, content in self.kept.items():
+            write_atomically(self.folder / path, content)
         (self.folder / "config.yaml").write_text(self.config)
         (self.folder / "splits.csv").write_text(splits.to_csv(data.items, data.class_names), newline="")
         (self.folder / "skipped.csv").write_text(table.getvalue(), newline="")
@@ -171,7 +187,7 @@ class RunFolder(Callback):
 
 
 def result_of(
-    backbone: FrozenBackbone, data: Any, scores: dict[str, float], seconds: dict[str, float], command: str
+    backbone: FrozenBackbone, data: Any, scores: dict[str, Any], seconds: dict[str, float], command: str
 ) -> dict[str, Any]:
     """The content of ``result.json``: scores by name, and what they depend on."""
     about: dict[str, Any] = {
@@ -207,6 +223,17 @@ def run_config(checkpoint: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: is no YAML any more ({' '.join(str(error).split())})") from error
     return loaded if isinstance(loaded, dict) and "data" in loaded else {}
+
+
+def files_of_run(checkpoint: Path) -> list[Path]:
+    """The images of the run that a checkpoint belongs to; empty where it lies in no run's folder."""
+    config, table = run_config(checkpoint), checkpoint.resolve().parent.parent / "splits.csv"
+    if not config or not table.is_file():
+        return []
+    data = config["data"]
+    root = Path(data["csv"]).parent if data.get("csv") else Path(data["root"])
+    with table.open(newline="") as file:
+        return [root / row["path"] for row in csv.DictReader(file)]
 
 
 def command_line() -> str:

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -26,19 +27,22 @@ class Item:
         label: the index of its class.
         digest: sha256 of its content.
         split: None until it is assigned.
+        group: of images that belong together, such as a burst of one scene; empty: it is alone.
     """
 
     path: str
     label: int
     digest: bytes = b""
     split: Split | None = None
+    group: str = ""
 
 
 def assign(items: Sequence[Item], class_names: Sequence[str], val: float, test: float, seed: int) -> list[Item]:
     """Gives each image without a split its own, by the hash of the seed and its content.
 
-    A new image never moves an old one, and identical images share a split. A class that would be missing from a split
-    gets its lowest-hashed image there; that is said, and is the one case in which a new image can move another.
+    A new image never moves an old one, and identical images share a split, as do those of a group. A class that would
+    be missing from a split gets its lowest-hashed image there, or group; that is said, and is the one case in which a
+    new image can move another.
 
     Args:
         items: of which some may have a split already; those keep it.
@@ -48,18 +52,51 @@ def assign(items: Sequence[Item], class_names: Sequence[str], val: float, test: 
         seed: another seed, another split.
 
     Raises:
-        UserError: a class has fewer different images than there are splits.
+        UserError: a class has fewer different images, or groups, than there are splits.
     """
     fractions: dict[Split, float] = {"test": test, "val": val, "train": 1 - val - test}
     needed = [split for split, fraction in fractions.items() if fraction > 0]
-    digests: dict[int, set[bytes]] = defaultdict(set)
+    units = _units([item for item in items if item.split is None])
+    of_classes: dict[int, set[bytes]] = defaultdict(set)
     for item in items:
         if item.split is None:
-            digests[item.label].add(item.digest)
-    places = {digest: _place(seed, digest, val, test) for of_class in digests.values() for digest in of_class}
-    for label, of_class in sorted(digests.items()):
+            of_classes[item.label].add(units[_own(item)])
+    places = {unit: _place(seed, unit, val, test) for unit in units.values()}
+    for label, of_class in sorted(of_classes.items()):
         _fill(of_class, places, needed, class_names[label], seed)
-    return [item if item.split else replace(item, split=places[item.digest]) for item in items]
+    for label, of_class in of_classes.items():  # a group of several classes may have been moved twice
+        if missing := set(needed) - {places[unit] for unit in of_class}:
+            raise UserError(
+                f"class {class_names[label]!r}: its groups leave it without {', '.join(missing)}; add images, "
+                "or give each image its split"
+            )
+    return [item if item.split else replace(item, split=places[units[_own(item)]]) for item in items]
+
+
+def _own(item: Item) -> bytes:
+    """What an image would be split by, if no other image shared its content or its group."""
+    return hashlib.sha256(b"group " + os.fsencode(item.group)).digest() if item.group else item.digest
+
+
+def _units(items: Sequence[Item]) -> dict[bytes, bytes]:
+    """What is split as a whole, by ``_own``: groups that hold the same image are one.
+
+    It has the lowest name of its groups, so that an image which joins a group moves nothing.
+    """
+    groups = {_own(item) for item in items if item.group}
+    if not groups:
+        return {item.digest: item.digest for item in items}
+    joined: dict[bytes, bytes] = {}
+
+    def root(name: bytes) -> bytes:
+        while joined.setdefault(name, name) != name:
+            name = joined[name]
+        return name
+
+    for item in items:
+        ends = sorted((root(_own(item)), root(item.digest)), key=lambda name: (name not in groups, name))
+        joined[ends[1]] = ends[0]
+    return {name: root(name) for name in list(joined)}
 
 
 def _unit_hash(seed: int, digest: bytes) -> float:
@@ -78,8 +115,8 @@ def _fill(of_class: Set[bytes], places: dict[bytes, Split], needed: Sequence[Spl
     """Moves the lowest-hashed image that its split can spare into each split that the class is missing from."""
     if len(of_class) < len(needed):
         raise UserError(
-            f"class {name!r}: {len(of_class)} different image(s), and {len(needed)} are needed to be in every split "
-            f"({', '.join(needed)}); add images or remove its folder"
+            f"class {name!r}: {len(of_class)} different image(s) or group(s), and {len(needed)} are needed to be in "
+            f"every split ({', '.join(needed)}); add images or remove the class"
         )
     for split in needed:
         sizes = Counter(places[digest] for digest in of_class)

@@ -23,7 +23,7 @@ from headstart.run_folder import RunFolder, RunLogger, command_line, newest_unfi
 from headstart.terminal import be_calm, say, say_scores
 
 OWN_PHOTOS = "--data.root=path/to/your/photos    (one folder of images a class)"
-STRONGER = "--data.root={} --model.weights=imagenet    (better features for photographs, 45 MB once)"
+STRONGER = "--data.{}={} --model.weights=imagenet    (better features for photographs, 45 MB once)"
 TRAINER_DEFAULTS = {
     "max_epochs": 25,
     "default_root_dir": "logs",
@@ -55,7 +55,16 @@ class TrainCLI(LightningCLI):
     Args:
         options: of the command line.
         root: the data's root where none is given.
+
+    Attributes:
+        checkpoint: the content of the one that the run goes on from.
+        resumed: the folder of the run that goes on in it.
     """
+
+    module_class: type[TransferClassifier] = TransferClassifier
+    parsers: tuple[type[OptionParser], type[OptionParser]] = (TrainParser, FullHelpParser)
+    defaults: Mapping[str, Any] = TRAINER_DEFAULTS
+    lean_best = False  # whether best.ckpt comes without the optimizer, which is twice as large as what learns
 
     def __init__(self, options: Sequence[str], root: Path | None) -> None:
         self.root = root
@@ -63,14 +72,14 @@ class TrainCLI(LightningCLI):
         self.checkpoint: dict[str, Any] | None = None
         everything = "--help_all" in options
         super().__init__(
-            TransferClassifier,
+            self.module_class,
             ImageFolderData,
             args=["--help"] if everything else list(options),
             run=False,
             seed_everything_default=0,
             save_config_callback=None,
-            trainer_defaults=TRAINER_DEFAULTS,
-            parser_class=FullHelpParser if everything else TrainParser,
+            trainer_defaults=dict(self.defaults),
+            parser_class=self.parsers[everything],
             parser_kwargs={"allow_abbrev": False},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -91,6 +100,8 @@ class TrainCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """A run that goes on starts from its own configuration; options of the command line win over it."""
         self.config = parser.parse_args(args)
+        if self.config.data.csv and self.config.data.root == str(self.root):
+            self.config.data.root = None  # the demo's folder is for when nothing is given
         if self.config.ckpt_path == "last":
             checkpoint = newest_unfinished(self.logs, self.name)
             self.resumed = checkpoint.parent.parent
@@ -98,6 +109,16 @@ class TrainCLI(LightningCLI):
             self.config.ckpt_path = str(checkpoint)
         if self.config.ckpt_path:
             self.checkpoint = read_checkpoint(Path(self.config.ckpt_path), self.logs)
+
+    @property
+    def started_from(self) -> str | None:
+        """The ``--ckpt_path`` that repeats the run."""
+        return None
+
+    @property
+    def goes_on_from(self) -> str | None:
+        """The checkpoint whose fit goes on."""
+        return str(self.config.ckpt_path) if self.config.ckpt_path else None
 
     @property
     def trained_epochs(self) -> int:
@@ -118,14 +139,17 @@ class TrainCLI(LightningCLI):
 
     @property
     def name(self) -> str:
-        return str(self.config.name or Path(self.config.data.root).expanduser().resolve().name)
+        given = Path(self.config.data.csv or self.config.data.root or "").expanduser().resolve()
+        return str(self.config.name or (given.stem if self.config.data.csv else given.name))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.run_folder = RunFolder(
-            self.logs, self.name, self.resolved_config(), self._settings(), command_line(), self.resumed
+            self.logs, self.name, self.resolved_config(), self._settings(), command_line(), self.resumed, self.kept()
         )
         # "best" by the loss: with few validation images accuracy moves in steps and picks an early epoch by luck.
-        self.best = RunCheckpoint(filename="best", monitor="val/loss", enable_version_counter=False)
+        self.best = RunCheckpoint(
+            filename="best", monitor="val/loss", save_weights_only=self.lean_best, enable_version_counter=False
+        )
         last = RunCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
         self.best.moved = last.moved = self.resumed is not None
         self.collector = EvaluationCollector()
@@ -167,14 +191,22 @@ class TrainCLI(LightningCLI):
     def resolved_config(self) -> str:
         """The configuration as YAML, which means the same in every working directory."""
         config = self.config.clone()
-        config.data.root = str(self.datamodule.root)
+        config.data.root = None if config.data.csv else str(self.datamodule.root)
         config.model.weights = self.model.hparams["weights"]
         config.trainer.default_root_dir = str(self.logs.resolve())
-        for option in ("cache_dir", "splits"):
+        for option in ("cache_dir", "splits", "csv"):
             if config.data[option] is not None:
                 config.data[option] = str(Path(config.data[option]).expanduser().resolve())
-        config.name, config.ckpt_path = self.name, None
+        config.name, config.ckpt_path = self.name, self.started_from
         return str(self.parser.dump(config, skip_none=False))
+
+    def kept(self) -> dict[str, bytes]:
+        """Files that a new run's folder holds from the start, by their path in it."""
+        return {}
+
+    def about(self, scores: Mapping[str, float]) -> dict[str, Any]:
+        """What the result holds beside the scores."""
+        return {}
 
     def _settings(self) -> dict[str, Any]:
         values = yaml.safe_load(self.resolved_config())
@@ -201,12 +233,30 @@ def train(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
     started = time.perf_counter()
     be_calm()
     cli = TrainCLI(options, root)
-    trainer, module, data = cli.trainer, cli.model, cli.datamodule
     if cli.finished:
-        say(f"already finished: {cli.config.ckpt_path} has {cli.trained_epochs} epochs; raise --trainer.max_epochs")
+        say(f"already finished: {cli.goes_on_from} has {cli.trained_epochs} epochs; raise --trainer.max_epochs")
         return {}
-    fit_started = time.perf_counter()
-    trainer.fit(module, datamodule=data, ckpt_path=cli.config.ckpt_path, weights_only=True)
+    result = fit_and_test(cli, started)
+    data = cli.datamodule
+    hint = OWN_PHOTOS if data.source == root else STRONGER.format("csv" if data.table else "root", data.source)
+    say_result(result, cli)
+    say(f"next:     {program()} {hint}")
+    return result
+
+
+def fit_and_test(cli: TrainCLI, started: float) -> dict[str, Any]:
+    """Fits, tests the best checkpoint, draws the figures, and writes the result.
+
+    Args:
+        cli: with the trainer, the module and the data.
+        started: when the command began, in seconds of ``time.perf_counter``.
+
+    Returns:
+        The content of the run's `result.json`.
+    """
+    trainer, module, data = cli.trainer, cli.model, cli.datamodule
+    fit_started, before = time.perf_counter(), sum(data.seconds.values())
+    trainer.fit(module, datamodule=data, ckpt_path=cli.goes_on_from, weights_only=True)
     fitted = time.perf_counter()
     scores = _evaluate(trainer, module, data, cli.best.best_model_path or None)
     tested = time.perf_counter()
@@ -214,16 +264,12 @@ def train(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
         _report(cli, scores)
     ended = time.perf_counter()
     seconds = data.seconds | {
-        "fit": fitted - fit_started - sum(data.seconds.values()),
+        "fit": fitted - fit_started - (sum(data.seconds.values()) - before),
         "test": tested - fitted,
         "report": ended - tested,
         "total": ended - started,
     }
-    result = cli.run_folder.finish(trainer, scores, seconds)
-    on_demo = root is not None and Path(data.root) == root
-    hint = OWN_PHOTOS if on_demo else STRONGER.format(data.root)
-    _say_result(result, cli.run_folder.folder, cli.logs, hint)
-    return result
+    return cli.run_folder.finish(trainer, scores | cli.about(scores), seconds)
 
 
 def _evaluate(
@@ -248,8 +294,9 @@ def _report(cli: TrainCLI, scores: dict[str, float]) -> None:
     from headstart.heads import Setting
     from headstart.report import About, inspect
 
-    module = cli.model
-    setting = Setting(*(float(module.hparams[name]) for name in ("lr", "weight_decay", "label_smoothing")))
+    module, setting = cli.model, None
+    if not module.tuned:  # how the head alone would do with fewer photos tells nothing of a fine-tuned backbone
+        setting = Setting(*(float(module.hparams[name]) for name in ("lr", "weight_decay", "label_smoothing")))
     about = About(f"{folder.parent.name}, {folder.name}", cli.run_folder.command, cli.run_folder.config, scores)
     inspect(cli.trainer, module, cli.datamodule, evaluation, about, folder, setting)
 
@@ -263,11 +310,12 @@ def program() -> str:
     return "python train.py" if Path(sys.argv[0]).name == "train.py" else "headstart train"
 
 
-def _say_result(result: dict[str, Any], folder: Path | None, logs: Path, hint: str) -> None:
+def say_result(result: Mapping[str, Any], cli: TrainCLI) -> None:
+    """The scores, and where the run is."""
+    folder = cli.run_folder.folder
     say_scores(result, "the best checkpoint's scores")
     if folder:
         say(f"run:      {folder}")
         if (folder / "report.html").exists():
             say(f"report:   {folder / 'report.html'}")
-        say(f"inspect:  tensorboard --logdir {logs}")
-    say(f"next:     {program()} {hint}")
+        say(f"inspect:  tensorboard --logdir {cli.logs}")
