@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from conftest import COLOURS, draw, newest_run
 from headstart import DatasetData, FrozenBackbone, ImageFolderData, TransferClassifier
+from headstart.cli import main
 from headstart.errors import UserError
 from headstart.loaders import EpochOrder
 from headstart.splits import Item, assign, shared_between_splits
@@ -292,3 +293,118 @@ def test_any_dataset_of_images_and_labels(ready, cache):
 def test_data_without_a_trainer_says_what_it_needs(colours):
     with pytest.raises(UserError, match="Trainer"):
         ImageFolderData(str(colours)).setup("fit")
+
+
+def listed(folder: Path, rows: list[tuple[str, ...]], columns: str = "path,label") -> Path:
+    file = folder / "list.csv"
+    with file.open("w", newline="") as text:
+        csv.writer(text).writerows([columns.split(","), *rows])
+    return file
+
+
+@pytest.fixture
+def bursts(tmp_path) -> list[tuple[str, str, str]]:
+    """Images in one flat folder, ten scenes a class, of three images each: path, label, group."""
+    draw(tmp_path / "drawn", images=30)
+    (tmp_path / "flat").mkdir()
+    rows = []
+    for name in COLOURS:
+        for number in range(30):
+            shutil.copy(tmp_path / f"drawn/{name}/{number:03}.png", tmp_path / f"flat/{name}, {number}.png")
+            rows.append((f"flat/{name}, {number}.png", name, f"{name} {number // 3}"))
+    return rows
+
+
+def test_a_list_of_images_trains_and_its_groups_keep_together(bursts, tmp_path, train, monkeypatch):
+    file = listed(tmp_path, bursts, "path,label,group")
+    result = main(["train", f"--data.csv={file}", "--model.image_size=32", "--report=false", "--trainer.max_epochs=8"])
+    assert result["test/acc"] == 1.0
+    run = newest_run()
+    assert run.parent.name == "list"
+    group = {path: group for path, _, group in bursts}
+    splits: dict[str, set[str]] = {}
+    with (run / "splits.csv").open(newline="") as text:
+        for row in csv.DictReader(text):
+            splits.setdefault(group[row["path"]], set()).add(row["split"])
+    assert len(splits) == 30
+    assert all(len(found) == 1 for found in splits.values())
+    assert set.union(*splits.values()) == {"train", "val", "test"}
+    best = run / "checkpoints/best.ckpt"
+    assert main(["evaluate", f"--ckpt_path={best}", "--report=false"])["test/acc"] == 1.0
+    assert main(["evaluate", f"--ckpt_path={best}", f"--data.csv={file}", "--report=false"])["images"]["test"] == 90
+    assert main(["export", f"--ckpt_path={best}", "--output=flat.pth"])["images"] == 32
+    assert main(["check", f"--data.csv={file}"])["damaged"] == 0
+    tuned = main(["finetune", f"--ckpt_path={best}", "--report=false", "--trainer.max_epochs=1"])
+    assert tuned["before/test/acc"] == 1.0
+    monkeypatch.chdir("/")  # the saved configuration means the same everywhere
+    again = main(["train", f"--config={tmp_path / run / 'config.yaml'}", "--name=again"])
+    assert again["val/loss"] == result["val/loss"]
+
+
+def test_an_image_that_joins_a_group_goes_where_the_group_is(bursts, tmp_path):
+    before = setup(ImageFolderData(csv=str(listed(tmp_path, bursts[::2], "path,label,group"))))
+    after = setup(ImageFolderData(csv=str(listed(tmp_path, bursts, "path,label,group"))))
+    places = {item.path: item.split for item in after.items}
+    moved = [item for item in before.items if places[item.path] != item.split]
+    assert not moved
+
+
+def test_groups_that_share_an_image_are_one(bursts, tmp_path):
+    shutil.copy(tmp_path / bursts[0][0], tmp_path / bursts[6][0])
+    data = setup(ImageFolderData(csv=str(listed(tmp_path, bursts, "path,label,group"))))
+    joined = {path for path, _, group in bursts if group in (bursts[0][2], bursts[6][2])}
+    assert len(joined) == 6
+    assert len({item.split for item in data.items if item.path in joined}) == 1
+
+
+def test_a_list_without_groups_splits_as_a_folder_does(colours, tmp_path):
+    paths = sorted(colours.rglob("*.png"))
+    rows = [(path.relative_to(tmp_path).as_posix(), path.parent.name) for path in paths]
+    of_list = setup(ImageFolderData(csv=str(listed(tmp_path, rows))))
+    of_folder = setup(ImageFolderData(str(colours)))
+    assert {i.digest: (i.label, i.split) for i in of_list.items} == {
+        i.digest: (i.label, i.split) for i in of_folder.items
+    }
+
+
+@pytest.mark.parametrize(
+    ("splits", "counts"),
+    [
+        (["train", "val", "test"], {"train": 30, "val": 30, "test": 30}),
+        (["train", "valid", "train"], {"train": 60, "val": 30}),
+        (["train", "train", "test"], {"train,val": 60, "test": 30}),
+        (["train", "val", ""], {"train,val,test": 90}),
+    ],
+)
+def test_a_list_may_give_splits(splits, counts, bursts, tmp_path):
+    rows = [(path, label, splits[number % 3]) for number, (path, label, _) in enumerate(bursts)]
+    data = setup(ImageFolderData(csv=str(listed(tmp_path, rows, "path,label,split"))))
+    found = Counter(item.split for item in data.items)
+    assert {names: sum(found[name] for name in names.split(",")) for names in counts} == counts
+    assert "test" in found or "test" not in ",".join(counts)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("file,label\na.png,x\n", "lacks path"),
+        ("path,label\na.png,x\nb.png,x\n", "1 class(es)"),
+        ("path,label\na.png,x\nb.png,\n", "line 3: no label"),
+        ("path,label\na.png,x\na.png,y\n", "line 3: a.png was listed before"),
+        ("path,label,split\na.png,x,training\nb.png,y,val\n", "line 2: unknown split 'training'"),
+        ("path,label,split,group\na.png,x,train,g\nb.png,y,val,g\n", "group 'g' is in several splits"),
+        ("path,label\na.png,x\nb.png,y\n", "2 of 2 images"),
+        ("\xff\xfe", "cannot be read as CSV"),
+    ],
+)
+def test_a_list_that_cannot_be_used_names_the_line(text, said, tmp_path, refused):
+    (tmp_path / "list.csv").write_bytes(text.encode("latin-1"))
+    line = refused("train", f"--data.csv={tmp_path / 'list.csv'}", "--model.image_size=32")
+    if said == "2 of 2 images":  # too few to be too many; what is left is nothing
+        said = "class 'x': no readable image"
+    assert said in line
+
+
+def test_a_root_and_a_list_are_too_much(colours, refused):
+    assert "either --data.root" in refused("train", f"--data.root={colours}", "--data.csv=list.csv")
+    assert "either --data.root" in refused("train")

@@ -334,7 +334,8 @@ def _group_findings(
 
 def _parser() -> OptionParser:
     parser = parser_of("check")
-    add_options(parser, ImageFolderData, "data", ("root", "csv"))
+    parser.add_argument("--data.root", type=str | None, help="a folder of class folders")
+    parser.add_argument("--data.csv", type=str | None, help="a list of images, instead of a folder")
     add_options(parser, ImageData, "data", DATA_OPTIONS)
     add_options(parser, TransferClassifier, "model", ("backbone", "weights", "image_size"))
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, cuda or auto")

@@ -385,9 +385,7 @@ class ImageFolderData(ImageFiles):
 
     def __init__(self, root: str | None = None, csv: str | None = None, **kwargs: Any) -> None:
         if (root is None) == (csv is None):
-            raise UserError(
-                "give --data.root, a folder of one folder of images a class, or --data.csv, a list of images"
-            )
+            raise UserError("give either --data.root, a folder of class folders, or --data.csv, a list of images")
         self.table = ImageTable.read(Path(csv).expanduser().resolve()) if csv else None
         if self.table:
             self.root, names = self.table.file.parent, self.table.class_names

@@ -83,7 +83,8 @@ class FinetuneCLI(TrainCLI):
             last = newest_unfinished(logs, given.name or "*-finetune")
             self.resumed = last.parent.parent
             self.checkpoint, self.start = read_checkpoint(last), self.resumed / HEAD
-            args = [f"--config={self.resumed / 'config.yaml'}", *args]
+            own = f"--config={self.resumed / 'config.yaml'}", f"--data.splits={self.resumed / 'splits.csv'}"
+            args = [*own, *args]
         else:
             self.start = Path(given.ckpt_path).expanduser().resolve()
         self.head = read_checkpoint(self.start, logs)

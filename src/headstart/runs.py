@@ -105,9 +105,10 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def differing(found: Sequence[Run]) -> list[str]:
-    """The names of the settings that are not the same in all runs."""
-    names = dict.fromkeys(name for run in found for name in run.settings)
-    return [name for name in names if len({repr(run.settings.get(name)) for run in found}) > 1]
+    """The names of the settings that are not the same in all runs that have a configuration."""
+    configured = [run.settings for run in found if run.settings]
+    names = dict.fromkeys(name for settings in configured for name in settings)
+    return [name for name in names if len({repr(settings.get(name)) for settings in configured}) > 1]
 
 
 def _row(run: Run, names: Sequence[str]) -> dict[str, Any]:

@@ -42,19 +42,25 @@ for line in sys.stdin:
     print(os.waitpid(pid, 0)[1], flush=True)
 """
 EPOCHS = 12
-# What training on features, on views, and on images with workers do differently.
+SMALL = ["--model.image_size=32", "--report=false", f"--trainer.max_epochs={EPOCHS}"]
+TRAIN = ["train", "--data.root=mixed", *SMALL, "--model.lr=0.05"]
+FINETUNE = ["finetune", "--ckpt_path=head.ckpt", "--data.root=mixed", *SMALL[1:], "--model.lr=0.001"]
+TASKS = ["--n_way=2", "--n_query=4", "--episodes=20", "--data.val_episodes=20", "--data.train_episodes=40"]
+META = ["fewshot", "--head=projection", "--train", "--data.source=folder", "--data.root=classes", SMALL[0], *TASKS]
+# Whatever is trained, in each way.
 KINDS = {
-    "cached": [],
-    "views": ["--data.views=3", "--data.augment=light"],
-    "images": ["--data.cache=false", "--data.augment=strong", "--data.num_workers=1"],
+    "cached": TRAIN,
+    "views": [*TRAIN, "--data.views=3", "--data.augment=light"],
+    "images": [*TRAIN, "--data.cache=false", "--data.augment=strong", "--data.num_workers=1"],
+    "fine-tuning": [*FINETUNE, "--data.augment=light", "--data.views=2", "--batch_norm=train"],
+    "meta-training": [*META, f"--max_epochs={EPOCHS}", f"--patience={EPOCHS}"],
 }
 
 
 class Runs:
-    """Runs of `train` in forked children."""
+    """Runs in forked children."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self) -> None:
         environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}
         self.server = subprocess.Popen(
             [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -64,8 +70,7 @@ class Runs:
         """Runs to the end, or to the kill; gives the status, negative if a signal ended it."""
         assert self.server.stdin
         assert self.server.stdout
-        small = [f"--data.root={self.root}", "--model.image_size=32", "--report=false", "--model.lr=0.05"]
-        self.server.stdin.write(json.dumps(["train", *small, f"--trainer.max_epochs={EPOCHS}", *options]) + "\n")
+        self.server.stdin.write(json.dumps(options) + "\n")
         self.server.stdin.flush()
         pid = int(self.server.stdout.readline())
         if kill_after is not None:
@@ -86,7 +91,11 @@ def kill(pid: int) -> None:
 def runs(tmp_path) -> Iterator[Runs]:
     folder = draw(tmp_path / "mixed", images=24)
     draw(folder, images=8, seed=1, colours={"red": COLOURS["green"]})
-    started = Runs(folder)
+    for number in range(10):
+        draw(tmp_path / "classes", images=12, seed=number, colours={f"class{number}": (25 * number, 90, 128)})
+    started = Runs()
+    assert started(*TRAIN, "--name=start", "--trainer.max_epochs=2") == 0
+    shutil.copy(next(Path("logs/start").glob("*/checkpoints/best.ckpt")), "head.ckpt")
     yield started
     started.server.stdin.close()
     started.server.wait(timeout=30)
@@ -96,7 +105,8 @@ def runs(tmp_path) -> Iterator[Runs]:
 def state(folder: Path) -> dict:
     """What has to be the same: head, optimizer, schedule and best score."""
     found = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
-    best = next(values["best_model_score"] for name, values in found["callbacks"].items() if "val/loss" in name)
+    scores = (values.get("best_model_score") for values in found["callbacks"].values())
+    best = next(score for score in scores if score is not None)  # that of best.ckpt; last.ckpt has none
     names = ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step")
     return {name: found[name] for name in names} | {"best": best}
 
@@ -137,16 +147,16 @@ def kill_trainings(runs: Runs, kind: str, kills: int, seed: int) -> tuple[int, i
 
 def kill_extractions(runs: Runs, kills: int, seed: int) -> tuple[int, int, int]:
     """Kills runs on an empty cache before their fit; gives kills, those amid shards, and the identical ends."""
-    runs("--name=warm", "--data.cache_dir=warm")
+    runs(*TRAIN, "--name=warm", "--data.cache_dir=warm")
     started = time.perf_counter()
-    assert runs("--name=whole", "--data.cache_dir=whole") == 0
+    assert runs(*TRAIN, "--name=whole", "--data.cache_dir=whole") == 0
     takes = time.perf_counter() - started
     wanted = state(next(Path("logs/whole").iterdir()))
     generator, counted, amid, identical = random.Random(seed), 0, 0, 0
     while counted < kills:
         for folder in ("logs/killed", "killed"):
             shutil.rmtree(folder, ignore_errors=True)
-        options = ("--name=killed", "--data.cache_dir=killed")
+        options = (*TRAIN, "--name=killed", "--data.cache_dir=killed")
         runs(*options, kill_after=generator.uniform(0.05, 0.8 * takes))
         if Path("logs/killed").exists():  # the fit had begun
             continue
@@ -170,7 +180,9 @@ def test_a_killed_extraction_ends_with_the_same_bits(runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "kills"), [("cached", 100), ("views", 60), ("images", 40)])
+@pytest.mark.parametrize(
+    ("kind", "kills"), [("cached", 100), ("views", 60), ("images", 40), ("fine-tuning", 30), ("meta-training", 30)]
+)
 def test_many_killed_trainings(runs, kind, kills):
     counted, identical = kill_trainings(runs, kind, kills, seed=2)
     print(f"\ntraining, {kind}: {counted} kills, {identical} ended with the same bits")
