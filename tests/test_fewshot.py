@@ -499,6 +499,7 @@ def test_mistakes_end_in_one_line(shapes, refused):
     assert "--head" in refused(*folder, "--head=magic")
     assert "--data.root is missing" in refused("fewshot", "--data.source=folder")
     assert "no unfinished run" in refused(*folder, "--ckpt_path=last")
+    assert "--data.test_fraction" in refused(*folder, "--data.test_fraction=-0.1")
 
 
 def test_a_class_in_two_splits_is_refused(tmp_path, shapes, refused):
@@ -514,3 +515,16 @@ def test_logistic_has_nothing_to_train():
     assert not MetaLearner(5, WIDTH, "logistic").learns
     assert MetaLearner(5, WIDTH, "ridge").learns
     assert isinstance(MetaLearner(5, WIDTH, "logistic").head, Logistic)
+
+
+def test_a_checkpoint_that_is_no_such_heads_is_refused(fewshot, refused, shapes):
+    fewshot("--train", "--head=projection", "--max_epochs=1", "--name=run")
+    last = next(Path("logs/run").glob("*/checkpoints/last.ckpt"))
+    options = ["fewshot", f"--data.root={shapes}", "--data.source=folder", "--model.image_size=32", "--n_query=5"]
+    options += ["--train", "--data.val_episodes=20", "--data.train_episodes=40"]
+    same = [*options, "--head=projection", "--n_way=3"]
+    assert "is no file" in refused(*same, "--ckpt_path=nowhere.ckpt")
+    Path("torn.ckpt").write_bytes(last.read_bytes()[:500])
+    assert "corrupt or no checkpoint" in refused(*same, "--ckpt_path=torn.ckpt")
+    assert "'head': 'projection'" in refused(*options, "--head=anil", "--n_way=3", f"--ckpt_path={last}")
+    assert main([*same, "--max_epochs=2", f"--ckpt_path={last}"])["test/acc"] > 0.3

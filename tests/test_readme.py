@@ -143,6 +143,16 @@ def test_the_speed_benchmark_in_a_small_form(copy, tmp_path):
     shutil.rmtree(tmp_path / "photos")
 
 
+def test_the_fine_tuning_benchmark_in_a_small_form(copy, tmp_path):
+    for split in ("train", "val"):
+        draw(tmp_path / "photos" / split, images=5, seed=len(split))
+    small = ["--splits=1", "--trainer.max_epochs=1"]
+    done = run([sys.executable, "benchmarks/finetune.py", str(tmp_path / "photos"), *small], copy)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for row in ("head alone", "layer4", "all layers", "whole network from random weights"):
+        assert f"\n| {row} | " in done.stdout
+
+
 def test_the_label_benchmark_in_a_small_form(copy):
     done = run([sys.executable, "benchmarks/labels.py", str(draw(copy / "photos", images=12))], copy)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -175,6 +175,8 @@ def _load(net: nn.Module, name: str, weights: str) -> Preprocessing:
         return Preprocessing(resize_size=146, crop_size=128)
     official = _imagenet_weights(name)
     if weights == "imagenet":
+        if official is None:
+            raise UserError(f"--model.weights=imagenet: there are none for {name}; use random or a path")
         path = _download(official.url)
         _load_state(net, _tensors(path, _checked_bytes(path)), path)
     elif weights != "random":
@@ -184,6 +186,8 @@ def _load(net: nn.Module, name: str, weights: str) -> Preprocessing:
                 f"--model.weights={path}: not a .pth or .safetensors file; give one, or bundled, imagenet or random"
             )
         _load_state(net, _tensors(path, path.read_bytes()), path)
+    if official is None:
+        return Preprocessing()
     transforms = official.transforms()
     return Preprocessing(
         resize_size=transforms.resize_size[0],
@@ -195,8 +199,11 @@ def _load(net: nn.Module, name: str, weights: str) -> Preprocessing:
 
 
 def _imagenet_weights(name: str) -> Any:
-    """torchvision's first ImageNet weights for the model: the entry that holds their address and transforms."""
-    entries = models.get_model_weights(name)
+    """torchvision's first ImageNet weights: the entry that holds their address and transforms; None: it has none."""
+    try:
+        entries = models.get_model_weights(name)
+    except ValueError:  # a model that is not torchvision's own
+        return None
     return getattr(entries, "IMAGENET1K_V1", entries.DEFAULT)
 
 

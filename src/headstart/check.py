@@ -84,6 +84,12 @@ class CheckedFolder(ImageFolderData):
 
     fault = ""
 
+    def listed(self) -> list[Item]:
+        """As of any folder; remembers the class of each image, also of one that cannot be read."""
+        found = super().listed()
+        self.class_of = {item.path: self.class_names[item.label] for item in found}
+        return found
+
     def _check_skips(self, items: Sequence[Item]) -> None:
         """Unreadable images are findings."""
 
@@ -140,7 +146,7 @@ def find(data: CheckedFolder, features: Tensor) -> Iterator[Finding]:
     items, names = data.items, data.class_names
     labels = torch.tensor([item.label for item in items])
     for path, reason in data.skipped.items():
-        yield Finding("damaged", path, Path(path).parent.name, note=reason)
+        yield Finding("damaged", path, data.class_of[path], note=reason)
     identical = _groups([item.digest for item in items])
     yield from _group_findings("duplicate", identical, items, names, [1.0] * len(items))
     near, similarity, isolation = neighbours(features, [item.digest for item in items])

@@ -85,7 +85,7 @@ class TransferClassifier(LightningModule):
         self.save_hyperparameters()
         self.class_names = list(class_names)
         self.backbone = FrozenBackbone(backbone, weights, image_size)
-        self.head = nn.Linear(self.backbone.num_features, len(class_names))
+        self.head: nn.Module = nn.Linear(self.backbone.num_features, len(class_names))
         self.val_metrics = metrics(len(class_names), "val")
         self.test_metrics = metrics(len(class_names), "test")
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
@@ -103,6 +103,17 @@ class TransferClassifier(LightningModule):
     def frozen(self) -> FrozenBackbone:
         """What maps an image to the same numbers in every epoch: the whole backbone."""
         return self.backbone
+
+    @property
+    def linear(self) -> nn.Linear:
+        """The head, for what only a linear one can do.
+
+        Raises:
+            UserError: it is of another kind.
+        """
+        if not isinstance(self.head, nn.Linear):
+            raise UserError(f"this needs a linear head, and the checkpoint's is a {type(self.head).__name__}")
+        return self.head
 
     @property
     def logged(self) -> list[str]:

@@ -369,11 +369,12 @@ class ImageFolderData(ImageFiles):
     """A folder of class folders, split by content; or one that holds ``train``, ``val`` and maybe ``test``, used so.
 
     Without a ``val`` folder, ``train`` is split; without a ``test`` folder there is no test. A CSV file lists images
-    that lie in no such folders: columns path (relative to the file) and label, and maybe split and group.
+    that lie in no such folders: columns path (relative to the file) and label, and maybe split and group;
+    images of one group never sit in two splits.
 
     Args:
-        root: the folder.
-        csv: the file, instead of a folder; images of one group never sit in two splits.
+        root: a folder of class folders.
+        csv: a file that lists images, instead of a folder: path, label, and maybe split and group.
         kwargs: as of ``ImageData``.
 
     Attributes:

@@ -1,7 +1,7 @@
 """The verb `evaluate`: a trained head on its own test split, or on any folder with the same classes."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,16 +113,20 @@ def _data(given: Any, checkpoint: Path, class_names: Sequence[str]) -> ImageFold
     """All of the given folder, or the test split of the run that the checkpoint belongs to."""
     options = {name: value for name, value in vars(given.data).items() if name not in SOURCES}
     if given.data.root or given.data.csv:
-        data: ImageFolderData = WholeFolder(given.data.root, given.data.csv, **options)
+        data: ImageFolderData = WholeFolder(**_given_ones(vars(given.data)), **options)
     else:
         config, folder = run_config(checkpoint), checkpoint.resolve().parent.parent
         if not config:
             raise UserError(f"--data.root is missing: {checkpoint} lies in no run's folder that tells its test split")
-        source = (config["data"].get(name) for name in SOURCES)
-        data = ImageFolderData(*source, splits=str(folder / "splits.csv"), **options)
+        data = ImageFolderData(**_given_ones(config["data"]), splits=str(folder / "splits.csv"), **options)
     if data.class_names != list(class_names):
         raise UserError(f"{data.source}: {difference(class_names, data.class_names)}")
     return data
+
+
+def _given_ones(data: Mapping[str, Any]) -> dict[str, str]:
+    """Of the options that say where the images are, those that are given."""
+    return {name: data[name] for name in SOURCES if data.get(name) is not None}
 
 
 def difference(trained: Sequence[str], found: Sequence[str]) -> str:

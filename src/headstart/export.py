@@ -129,7 +129,7 @@ def run_onnx(data: bytes, module: TransferClassifier, images: Tensor) -> Tensor:
 def to_torchvision(module: TransferClassifier) -> bytes:
     """A state dict of torchvision's own model with the new classifier, in which the temperature is contained."""
     net, path = module.backbone.net, module.backbone.classifier_path
-    head = {f"{path}.{name}": tensor / module.temperature for name, tensor in module.head.state_dict().items()}
+    head = {f"{path}.{name}": tensor / module.temperature for name, tensor in module.linear.state_dict().items()}
     file = io.BytesIO()
     torch.save({name: tensor.detach().clone() for name, tensor in (net.state_dict() | head).items()}, file)
     return file.getvalue()

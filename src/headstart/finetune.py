@@ -55,6 +55,7 @@ class FinetuneCLI(TrainCLI):
     module_class = FineTunedClassifier
     parsers = (FinetuneParser, FullFinetuneParser)
     defaults = DEFAULTS
+    ckpt_help = "a trained head, or `last`: go on with the newest unfinished run"
     lean_best = True
 
     start: Path

@@ -109,7 +109,7 @@ class Predictor:
         self.module, self.maps, self.max_pixels = module, maps, max_pixels
         self.top_k = min(top_k, len(module.class_names))
         backbone = module.backbone.for_extraction(feature_dtype(precision, device), device)
-        self._activation = ClassActivation(backbone, module.head.weight.detach()) if maps else None
+        self._activation = ClassActivation(backbone, module.linear.weight.detach()) if maps else None
         self._extractor = Extractor(self._read, backbone, device, workers)
         self._done = 0
 

@@ -84,7 +84,7 @@ def inspect(
         epochs, warmup = int(trainer.max_epochs or 1), float(module.hparams["warmup"])
         curve = learning_curve(data, setting, max(1, epochs), warmup, seed=0)
     pictures = [("Scores by training step", png(curves_figure(scalars)))] if scalars else []
-    pictures += [(TITLES[name], drawn) for name, drawn in figures.items()]
+    pictures += [(TITLES.get(name, name.replace("_", " ")), drawn) for name, drawn in figures.items()]
     write_atomically(folder / REPORT, render(data, evaluation, about, pictures, curve).encode())
 
 

@@ -64,6 +64,7 @@ class TrainCLI(LightningCLI):
     module_class: type[TransferClassifier] = TransferClassifier
     parsers: tuple[type[OptionParser], type[OptionParser]] = (TrainParser, FullHelpParser)
     defaults: Mapping[str, Any] = TRAINER_DEFAULTS
+    ckpt_help = "go on from a checkpoint in a new run, or from `last`: the newest unfinished run, in its own folder"
     lean_best = False  # whether best.ckpt comes without the optimizer, which is twice as large as what learns
 
     def __init__(self, options: Sequence[str], root: Path | None) -> None:
@@ -87,11 +88,7 @@ class TrainCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=str | None, help="of the run; None: the name of the data's folder")
-        parser.add_argument(
-            "--ckpt_path",
-            type=str | None,
-            help="go on from a checkpoint in a new run, or from `last`: the newest unfinished run, in its own folder",
-        )
+        parser.add_argument("--ckpt_path", type=str | None, help=self.ckpt_help)
         parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
         parser.add_argument("--report", type=bool, default=True, help="draw the figures and write report.html")
         if self.root:
@@ -100,7 +97,7 @@ class TrainCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """A run that goes on starts from its own configuration; options of the command line win over it."""
         self.config = parser.parse_args(args)
-        if self.config.data.csv and self.config.data.root == str(self.root):
+        if self.config.data.get("csv") and self.config.data.root == str(self.root):
             self.config.data.root = None  # the demo's folder is for when nothing is given
         if self.config.ckpt_path == "last":
             checkpoint = newest_unfinished(self.logs, self.name)
@@ -139,8 +136,9 @@ class TrainCLI(LightningCLI):
 
     @property
     def name(self) -> str:
-        given = Path(self.config.data.csv or self.config.data.root or "").expanduser().resolve()
-        return str(self.config.name or (given.stem if self.config.data.csv else given.name))
+        data = self.config.data
+        given = Path(data.get("csv") or data.root or "").expanduser().resolve()
+        return str(self.config.name or (given.stem if data.get("csv") else given.name))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.run_folder = RunFolder(
@@ -191,11 +189,11 @@ class TrainCLI(LightningCLI):
     def resolved_config(self) -> str:
         """The configuration as YAML, which means the same in every working directory."""
         config = self.config.clone()
-        config.data.root = None if config.data.csv else str(self.datamodule.root)
+        config.data.root = None if config.data.get("csv") else str(self.datamodule.root)
         config.model.weights = self.model.hparams["weights"]
         config.trainer.default_root_dir = str(self.logs.resolve())
         for option in ("cache_dir", "splits", "csv"):
-            if config.data[option] is not None:
+            if config.data.get(option) is not None:
                 config.data[option] = str(Path(config.data[option]).expanduser().resolve())
         config.name, config.ckpt_path = self.name, self.started_from
         return str(self.parser.dump(config, skip_none=False))
@@ -238,7 +236,8 @@ def train(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
         return {}
     result = fit_and_test(cli, started)
     data = cli.datamodule
-    hint = OWN_PHOTOS if data.source == root else STRONGER.format("csv" if data.table else "root", data.source)
+    option = "root" if data.source == data.root else "csv"
+    hint = OWN_PHOTOS if data.source == root else STRONGER.format(option, data.source)
     say_result(result, cli)
     say(f"next:     {program()} {hint}")
     return result

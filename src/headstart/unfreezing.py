@@ -98,9 +98,9 @@ class FineTunedClassifier(TransferClassifier):
 
     Args:
         class_names: by label.
-        backbone: as of ``TransferClassifier``.
-        weights: likewise.
-        image_size: likewise.
+        backbone: that the head was trained on.
+        weights: of the backbone, before any fine-tuning.
+        image_size: side of the square that the backbone sees, in pixels; None: what its weights were made for.
         unfreeze: the first layer of the backbone that learns, such as layer4; all: every layer.
         lr: peak learning rate of the backbone's last layer.
         head_lr: peak learning rate of the head.

@@ -38,8 +38,8 @@ def save(path: Path, module: TransferClassifier, head: nn.Module, classes: Seque
     with torch.no_grad():
         logits, labels = left_out(head, classes)
         weight, bias = linear_head(head, classes)
-        module.head.weight.copy_(weight)
-        module.head.bias.copy_(bias)
+        module.linear.weight.copy_(weight)
+        module.linear.bias.copy_(bias)
     module.temperature = fit_temperature(logits, labels)
     trainer = make_trainer("cpu", enable_checkpointing=False)
     trainer.strategy.connect(module)

@@ -1,0 +1,71 @@
+"""Gives the template your own name: package, command, environment variables, documents, tests.
+
+usage: python rename.py NAME
+
+Once, in a checkout without changes; NAME is what you will import. Checkpoints and caches of before are left where they
+are, and are not read under the new name.
+"""
+
+import importlib.util
+import keyword
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+OLD = "headstart"
+ROOT = Path(__file__).resolve().parent
+LEFT_ALONE = {"logs", "build", "dist", "__pycache__"}
+
+
+def problem(name: str) -> str | None:
+    """Why this cannot be the name."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
+        return f"{name}: is no name for a package; use small letters, digits and _"
+    if name == OLD or importlib.util.find_spec(name):
+        return f"{name}: there is a package of this name; choose another"
+    if (ROOT / ".git").exists() and subprocess.check_output(["git", "-C", ROOT, "status", "--porcelain"]):
+        return "there are changes; commit them first, so that `git diff` shows what the renaming did"
+    return None
+
+
+def files() -> list[Path]:
+    """The project's own files: nothing hidden but .ci, no environments, nothing that was built."""
+    found = []
+    for path in sorted(ROOT.rglob("*")):
+        parts = path.relative_to(ROOT).parts
+        hidden = any(part.startswith(".") and part not in (".ci", ".gitignore") for part in parts)
+        environment = any((parent / "pyvenv.cfg").exists() for parent in path.parents if parent.is_relative_to(ROOT))
+        built = not LEFT_ALONE.isdisjoint(parts) or any(part.endswith(".egg-info") for part in parts)
+        if path.is_file() and not (hidden or environment or built):
+            found.append(path)
+    return found
+
+
+def rename(name: str) -> int:
+    """Replaces the name in every file of text; gives how many were changed."""
+    changed = 0
+    for path in files():
+        try:
+            text = path.read_bytes().decode()
+        except UnicodeDecodeError:  # a picture, weights
+            continue
+        renamed = text.replace(OLD, name).replace(OLD.upper(), name.upper())
+        if renamed != text:
+            path.write_bytes(renamed.encode())
+            changed += 1
+    (ROOT / "src" / OLD).rename(ROOT / "src" / name)
+    return changed
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
+        sys.exit(__doc__)
+    if why := problem(sys.argv[1]):
+        sys.exit(f"error: {why}")
+    count = rename(sys.argv[1])
+    if importlib.util.find_spec("ruff"):  # imports are sorted by name, and lines have another length
+        for command in (["check", "--quiet", "--fix", "--select=I"], ["format", "--quiet"]):
+            subprocess.run([sys.executable, "-m", "ruff", *command, ROOT], check=True)
+    print(f"{OLD} is {sys.argv[1]} now, in {count} files")
+    print("next:     pip install -e '.[dev]' && pytest")

@@ -1,0 +1,177 @@
+"""Each change of docs/make-it-yours.md, made on a copy of the repository; the copy is checked like the project."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from conftest import REPOSITORY, draw
+
+TEXT = (REPOSITORY / "docs/make-it-yours.md").read_text()
+SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | re.MULTILINE))
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    folder = tmp_path / "copy"
+    subprocess.run(["git", "-C", str(REPOSITORY), "checkout-index", "-a", f"--prefix={folder}/"], check=True)
+    draw(folder / "path/to/photos")
+    return folder
+
+
+def run(copy: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """A command for which `python` and `headstart` are this environment's, and the package is the copy's."""
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": programs, "PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+
+
+def change(copy: Path, section: str) -> None:
+    """Makes the section's new files and replaces its lines."""
+    for kind, name, text in re.findall(r"^```(\w+) (\S+)\n(.*?)^```", SECTIONS[section], re.DOTALL | re.MULTILINE):
+        path = copy / name
+        if kind == "python":
+            assert not path.exists()
+            path.write_text(text)
+            continue
+        assert kind == "diff"
+        lines = text.splitlines()
+        assert all(line[0] in "+-" for line in lines)
+        before, after = ("\n".join(line[1:] for line in lines if line[0] == sign) for sign in "-+")
+        content = path.read_text()
+        assert content.count(before) == 1, f"{name} does not hold once: {before}"
+        path.write_text(content.replace(before, after))
+
+
+def result(copy: Path, name: str) -> tuple[dict, Path]:
+    file = max((copy / "logs" / name).glob("*/result.json"))
+    return json.loads(file.read_text()), file.parent
+
+
+def check_head(copy: Path) -> None:
+    scores, folder = result(copy, "mlp")
+    assert scores["test/acc"] == 1.0
+    state = torch.load(folder / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
+    assert state["head.hidden.weight"].shape == (256, 512)
+    assert (copy / "rows.csv").read_text().count("red") == 2 * 20  # path and label
+    best = folder / "checkpoints/best.ckpt"
+    done = run(copy, "headstart", "export", f"--ckpt_path={best}", "--output=model.pth")
+    assert done.returncode == 2
+    assert "this needs a linear head, and the checkpoint's is a MLP" in done.stderr
+    done = run(copy, "headstart", "finetune", f"--ckpt_path={best}", "--trainer.max_epochs=1", "--report=false")
+    assert done.returncode == 0, done.stderr
+
+
+def check_backbone(copy: Path) -> None:
+    scores, folder = result(copy, "photos")
+    assert scores["backbone"] == "tiny"
+    assert scores["test/acc"] > 0.9  # colours show in random features too
+    state = torch.load(folder / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
+    assert state["head.weight"].shape == (3, 256)
+
+
+def check_data(copy: Path) -> None:
+    scores, folder = result(copy, "flat")
+    assert scores["test/acc"] == 1.0
+    assert scores["classes"] == 3
+    assert "red.000.png" in (folder / "splits.csv").read_text()
+
+
+def check_metric(copy: Path) -> None:
+    scores, folder = result(copy, "photos")
+    assert scores["test/top2"] >= scores["test/acc"]
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert "val/top2" in events.Tags()["scalars"]
+
+
+def check_figure(copy: Path) -> None:
+    _, folder = result(copy, "photos")
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert "test/confidence" in events.Tags()["images"]
+    assert 'alt="confidence"' in (folder / "report.html").read_text()
+
+
+CHECKS = {
+    "Another head": check_head,
+    "Another backbone": check_backbone,
+    "Another kind of data": check_data,
+    "Another metric": check_metric,
+    "Another figure": check_figure,
+}
+
+
+@pytest.mark.parametrize("section", CHECKS)
+def test_a_change_works(section, copy):
+    change(copy, section)
+    for block in re.findall(r"^```bash\n(.*?)^```", SECTIONS[section], re.DOTALL | re.MULTILINE):
+        done = run(copy, "bash", "-euo", "pipefail", "-c", block)
+        assert done.returncode == 0, done.stderr[-3000:]
+    CHECKS[section](copy)
+    for command in (["ruff", "check", "src"], ["ruff", "format", "--check", "src"]):
+        done = run(copy, sys.executable, "-m", *command)
+        assert done.returncode == 0, done.stdout
+
+
+def test_every_section_is_checked():
+    assert set(SECTIONS) == {"The name", *CHECKS}
+    assert "python rename.py mylab" in SECTIONS["The name"]
+
+
+def renamed(copy: Path) -> Path:
+    """A copy under the other name, in a repository of its own."""
+    shutil.rmtree(copy / "path")
+    done = run(copy, sys.executable, "rename.py", "mylab")
+    assert done.returncode == 0, done.stderr
+    who = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
+    for command in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "renamed"]):
+        subprocess.run(["git", "-C", str(copy), *command], check=True)
+    return copy
+
+
+def test_the_name_is_changed_everywhere(copy):
+    renamed(copy)
+    left = subprocess.run(
+        ["git", "-C", str(copy), "grep", "-il", "headstart"], capture_output=True, text=True, check=False
+    )
+    assert left.stdout == ""
+    assert not (copy / "src/headstart").exists()
+    for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."]):
+        done = run(copy, sys.executable, "-m", *command)
+        assert done.returncode == 0, done.stdout
+    done = run(copy, sys.executable, "-m", "pytest", "-q", "tests/test_classifier.py", "tests/test_runs.py")
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.slow
+def test_the_whole_suite_passes_under_the_other_name(copy):
+    renamed(copy)
+    done = run(copy, sys.executable, "-m", "pytest", "-q")
+    assert done.returncode == 0, done.stdout[-3000:]
+    print(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("My-Lab", "small letters"), ("torch", "is a package of this name"), ("class", "small")]
+)
+def test_a_name_that_cannot_be_is_refused(name, said, copy):
+    done = run(copy, sys.executable, "rename.py", name)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert (copy / "src/headstart").exists()
+
+
+def test_changes_have_to_be_committed_first(copy):
+    subprocess.run(["git", "-C", str(copy), "init", "-q"], check=True)
+    done = run(copy, sys.executable, "rename.py", "mylab")
+    assert done.returncode == 1
+    assert "commit them first" in done.stderr
