@@ -116,27 +116,6 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path):
     assert [found.name for found in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-@pytest.mark.parametrize("where", ["torch.save", "os.fsync", "pathlib.Path.replace", "headstart.content._flush_folder"])
-def test_a_kill_at_each_boundary_of_a_save_leaves_a_whole_checkpoint(tmp_path, where):
-    """The second save is killed when it reaches the call; the file is then the first, or the second, whole."""
-    module, name = where.rsplit(".", 1)
-    owner = "pathlib.Path" if module == "pathlib.Path" else module
-    code = f"""
-import os, pathlib, signal, torch, headstart.content
-from headstart.checkpoints import SealedCheckpointIO
-io, path = SealedCheckpointIO(), pathlib.Path({str(tmp_path / "last.ckpt")!r})
-io.save_checkpoint({{"state_dict": {{"a": torch.zeros(5)}}}}, path)
-{owner}.{name} = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
-io.save_checkpoint({{"state_dict": {{"a": torch.ones(5)}}}}, path)
-"""
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    found = SealedCheckpointIO().load_checkpoint(tmp_path / "last.ckpt")["state_dict"]["a"]
-    second = where == "headstart.content._flush_folder"  # after the rename it is there
-    assert torch.equal(found, torch.ones(5) if second else torch.zeros(5))
-
-
 @pytest.mark.fault("Ctrl-C, SIGTERM")
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_end_with_their_status_and_the_run_goes_on(colours, train, sent, status):

@@ -41,6 +41,43 @@ for line in sys.stdin:
     print(pid, flush=True)
     print(os.waitpid(pid, 0)[1], flush=True)
 """
+# Saves a checkpoint of zeros, then one of ones, and is killed at the n-th call into C within the write: before or after
+# each of open, write, flush, fsync, close, rename and the folder's own open, fsync and close. Then tries the next n.
+SAVES = """
+import os, signal, sys
+from pathlib import Path
+import torch
+import headstart.checkpoints
+from headstart.content import write_atomically
+writer, path = headstart.checkpoints.SealedCheckpointIO(), Path(sys.argv[1])
+
+def save(value):
+    writer.save_checkpoint({"state_dict": {"a": torch.full((5,), value)}}, path)
+
+def killed_at(number):
+    calls = 0
+    def count(frame, event, called):
+        nonlocal calls
+        calls += event in ("c_call", "c_return")
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+    def write(*arguments):
+        sys.setprofile(count)
+        write_atomically(*arguments)
+        sys.setprofile(None)
+    headstart.checkpoints.write_atomically = write
+    save(1.0)
+
+number, status = 0, signal.SIGKILL
+while status == signal.SIGKILL:
+    number += 1
+    save(0.0)
+    if (child := os.fork()) == 0:
+        killed_at(number)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    print(float(writer.load_checkpoint(path)["state_dict"]["a"][0]), flush=True)
+"""
 EPOCHS = 12
 SMALL = ["--model.image_size=32", "--report=false", f"--trainer.max_epochs={EPOCHS}"]
 TRAIN = ["train", "--data.root=mixed", *SMALL, "--model.lr=0.05"]
@@ -177,6 +214,22 @@ def test_a_killed_training_ends_with_the_same_bits(runs, kind):
 def test_a_killed_extraction_ends_with_the_same_bits(runs):
     counted, _, identical = kill_extractions(runs, kills=3, seed=1)
     assert counted == identical == 3
+
+
+@pytest.mark.fault("kill -9")
+def test_a_kill_at_every_boundary_of_a_save_leaves_a_whole_checkpoint(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}
+    command = [sys.executable, "-c", SAVES, str(tmp_path / "last.ckpt")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]  # each was read, and its seal compared
+    *found, last = map(float, done.stdout.split())
+    renamed = found.index(1.0)
+    assert found == [0.0] * renamed + [1.0] * (len(found) - renamed)
+    assert last == 1.0  # nothing left to kill at
+    assert renamed > 10
+    print(
+        f"\na save: {len(found)} kills, {renamed} left the checkpoint before, {len(found) - renamed} the new one, 0 none"
+    )
 
 
 @pytest.mark.slow
