@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -126,19 +127,27 @@ def test_every_section_is_checked():
     assert "python rename.py mylab" in SECTIONS["The name"]
 
 
-def renamed(copy: Path) -> Path:
-    """A copy under the other name, in a repository of its own."""
+def renamed(copy: Path) -> str:
+    """Gives the copy its other name, a repository, and an environment with the rest of this one; gives its Python."""
     shutil.rmtree(copy / "path")
     done = run(copy, sys.executable, "rename.py", "mylab")
     assert done.returncode == 0, done.stderr
     who = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
     for command in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "renamed"]):
         subprocess.run(["git", "-C", str(copy), *command], check=True)
-    return copy
+    environment = copy.parent / "environment"
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    python = environment / "bin/python"
+    (packages,) = environment.glob("lib/python*/site-packages")
+    (packages / "rest.pth").write_text(sysconfig.get_path("purelib"))
+    (environment / "bin/ruff").symlink_to(Path(sys.executable).parent / "ruff")
+    done = run(copy, str(python), "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", ".")
+    assert done.returncode == 0, done.stderr
+    return str(python)
 
 
 def test_the_name_is_changed_everywhere(copy):
-    renamed(copy)
+    python = renamed(copy)
     left = subprocess.run(
         ["git", "-C", str(copy), "grep", "-il", "headstart"], capture_output=True, text=True, check=False
     )
@@ -147,14 +156,14 @@ def test_the_name_is_changed_everywhere(copy):
     for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."]):
         done = run(copy, sys.executable, "-m", *command)
         assert done.returncode == 0, done.stdout
-    done = run(copy, sys.executable, "-m", "pytest", "-q", "tests/test_classifier.py", "tests/test_runs.py")
+    done = run(copy, python, "-m", "pytest", "-q", "tests/test_classifier.py", "tests/test_runs.py")
     assert done.returncode == 0, done.stdout[-3000:]
 
 
 @pytest.mark.slow
 def test_the_whole_suite_passes_under_the_other_name(copy):
-    renamed(copy)
-    done = run(copy, sys.executable, "-m", "pytest", "-q")
+    python = renamed(copy)
+    done = run(copy, python, "-m", "pytest", "-q")
     assert done.returncode == 0, done.stdout[-3000:]
     print(done.stdout.splitlines()[-1])
 
