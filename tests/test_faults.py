@@ -244,6 +244,23 @@ def test_what_is_changed_or_left_aside_is_said_once(colours, train, capsys):
         assert out.count(said) == 1, said
 
 
+@pytest.mark.fault("blanks, line breaks and unicode in names")
+def test_a_name_that_is_no_unicode_keeps_its_bytes(colours, train):
+    for number in range(20):  # in every split
+        (colours / f"red/{number:03}.png").rename(colours / "red" / os.fsdecode(b"caf\xe9 %d.png" % number))
+    (colours / "green").rename(colours / "grün, \u2028\n")
+    train(colours, "--trainer.max_epochs=8", "--report=true")
+    run = newest_run()
+    assert b"caf\xe9 1.png" in (run / "splits.csv").read_bytes()
+    assert "caf\\udce9" in (run / "report.html").read_text()
+    best = run / "checkpoints/best.ckpt"
+    assert main(["evaluate", f"--ckpt_path={best}", "--report=false"])["test/acc"] == 1.0
+    main(["predict", f"--ckpt_path={best}", str(colours / "red"), "--output=rows.csv"])
+    assert Path("rows.csv").read_bytes().count(b"caf\xe9") == 20
+    assert main(["check", f"--data.root={colours}"])["damaged"] == 0
+    assert main(["export", f"--ckpt_path={best}", "--output=model.pth"])["images"] == 32
+
+
 def without_roots_rights(*options: str) -> subprocess.CompletedProcess[str]:
     """A process for which the modes of files count, also where root runs the tests."""
     drop = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
@@ -405,4 +422,5 @@ def test_every_row_of_the_table_of_faults_is_tried():
             given = ast.literal_eval(call)
             marks |= {given} if isinstance(given, str) else set(given)
     assert len(rows) == len(set(rows))
+    assert f"about {len(rows)} faults" in (REPOSITORY / "README.md").read_text()
     assert set(rows) == marks

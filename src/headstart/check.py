@@ -1,7 +1,5 @@
 """The verb `check`: what is wrong with a folder of photos, from their cached features."""
 
-import csv
-import io
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from headstart.classifier import TransferClassifier
-from headstart.content import write_atomically
+from headstart.content import csv_bytes, write_atomically
 from headstart.data import ImageData, ImageFolderData
 from headstart.errors import UserError
 from headstart.features import FeatureMatrix
@@ -127,7 +125,7 @@ def check(options: Sequence[str]) -> dict[str, int]:
     features = rooted(data.features_of(data.items).gather(torch.arange(len(data.items))).cpu())
     findings = list(find(data, features))
     folder = claim(Path(given.logs), f"{data.source.stem}-check")
-    write_atomically(folder / "check.csv", _to_csv(findings).encode(errors="surrogateescape"))
+    write_atomically(folder / "check.csv", csv_bytes(_rows(findings)))
     counts = Counter(finding.kind for finding in findings)
     _say_findings(findings, counts, len(data.items))
     if data.fault:
@@ -349,15 +347,11 @@ def _parser() -> OptionParser:
     return parser
 
 
-def _to_csv(findings: Sequence[Finding]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["problem", "path", "class", "split", "note", "score", "group"])
+def _rows(findings: Sequence[Finding]) -> Iterator[list[Any]]:
+    yield ["problem", "path", "class", "split", "note", "score", "group"]
     for found in findings:
-        group: Any = found.group or ""
-        row = [found.kind, found.path, found.class_name, found.split, found.note, f"{found.score:.4f}", group]
-        writer.writerow(row)
-    return text.getvalue()
+        at = found.kind, found.path, found.class_name, found.split, found.note
+        yield [*at, f"{found.score:.4f}", found.group or ""]
 
 
 def _say_findings(findings: Sequence[Finding], counts: Counter[str], images: int) -> None:

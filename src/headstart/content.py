@@ -1,12 +1,14 @@
 """Content hashes of files, with a fast path for files that did not change since they were hashed."""
 
+import csv
 import hashlib
+import io
 import json
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -30,6 +32,13 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def csv_bytes(rows: Iterable[Iterable[object]]) -> bytes:
+    """Rows as the content of a CSV file; a file's name that is no Unicode keeps its bytes."""
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    return text.getvalue().encode("utf-8", "surrogateescape")
 
 
 def _flush_folder(folder: Path) -> None:

@@ -60,7 +60,7 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     scores = {name: float(value) for name, value in trainer.test(module, data, verbose=False)[0].items()}
     evaluation = collector.evaluation
     assert evaluation
-    write_atomically(folder / "predictions.csv", predictions_csv(evaluation).encode())
+    write_atomically(folder / "predictions.csv", predictions_csv(evaluation))
     tested = time.perf_counter()
     if given.report:
         about = About(f"{folder.parent.name}, {folder.name}", command_line(), "", scores)

@@ -1,7 +1,6 @@
 """A run's report: one HTML file with everything in it, to open from a disk, send, or print."""
 
 import base64
-import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from PIL import Image
 from pytorch_lightning import Trainer
 
 from headstart.classifier import TransferClassifier
-from headstart.content import write_atomically
+from headstart.content import csv_bytes, write_atomically
 from headstart.data import ImageData
 from headstart.evaluation import Evaluation
 from headstart.figures import TILES, curves_figure, evaluation_figures, learning_figure, png
@@ -85,7 +84,9 @@ def inspect(
         curve = learning_curve(data, setting, max(1, epochs), warmup, seed=0)
     pictures = [("Scores by training step", png(curves_figure(scalars)))] if scalars else []
     pictures += [(TITLES.get(name, name.replace("_", " ")), drawn) for name, drawn in figures.items()]
-    write_atomically(folder / REPORT, render(data, evaluation, about, pictures, curve).encode())
+    write_atomically(
+        folder / REPORT, render(data, evaluation, about, pictures, curve).encode(errors="backslashreplace")
+    )
 
 
 def render(
@@ -173,12 +174,10 @@ def _tiles(
     return tiles
 
 
-def predictions_csv(evaluation: Evaluation) -> str:
+def predictions_csv(evaluation: Evaluation) -> bytes:
     """Path, true class, predicted class and its probability of each image."""
-    table = io.StringIO()
-    writer = csv.writer(table)
-    writer.writerow(["path", "class", "prediction", "probability"])
+    rows = []
     for position, item in enumerate(evaluation.items):
         names = (evaluation.class_names[int(at[position])] for at in (evaluation.labels, evaluation.predicted))
-        writer.writerow([item.path, *names, f"{float(evaluation.confidence[position]):.6f}"])
-    return table.getvalue()
+        rows.append([item.path, *names, f"{float(evaluation.confidence[position]):.6f}"])
+    return csv_bytes([["path", "class", "prediction", "probability"], *rows])

@@ -1,7 +1,6 @@
 """A run's own folder: claimed once, never overwritten, with all that is needed to repeat and to judge the run."""
 
 import csv
-import io
 import json
 import platform
 import shlex
@@ -24,7 +23,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 import headstart
 from headstart import splits
 from headstart.backbone import FrozenBackbone
-from headstart.content import write_atomically
+from headstart.content import csv_bytes, write_atomically
 from headstart.errors import UserError
 
 RESULT = "result.json"
@@ -169,13 +168,11 @@ class RunFolder(Callback):
 
     def _write_inputs(self, data: Any) -> None:
         assert self.folder
-        table = io.StringIO()
-        csv.writer(table).writerows([["path", "reason"], *data.skipped.items()])
         for path, content in self.kept.items():
             write_atomically(self.folder / path, content)
         (self.folder / "config.yaml").write_text(self.config)
-        (self.folder / "splits.csv").write_text(splits.to_csv(data.items, data.class_names), newline="")
-        (self.folder / "skipped.csv").write_text(table.getvalue(), newline="")
+        (self.folder / "splits.csv").write_bytes(splits.to_csv(data.items, data.class_names))
+        (self.folder / "skipped.csv").write_bytes(csv_bytes([["path", "reason"], *data.skipped.items()]))
 
     def _card(self, data: Any) -> str:
         counts = "\n".join(f"| {split} | {len(data.of(split))} |" for split in splits.SPLITS)
@@ -232,7 +229,7 @@ def files_of_run(checkpoint: Path) -> list[Path]:
         return []
     data = config["data"]
     root = Path(data["csv"]).parent if data.get("csv") else Path(data["root"])
-    with table.open(newline="") as file:
+    with table.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         return [root / row["path"] for row in csv.DictReader(file)]
 
 

@@ -1,7 +1,5 @@
 """The verb `runs`: the run folders with their scores and the settings in which they differ."""
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from headstart.content import write_atomically
+from headstart.content import csv_bytes, write_atomically
 from headstart.errors import UserError
 from headstart.parser import parser_of
 from headstart.run_folder import RESULT
@@ -149,12 +147,9 @@ def _is_score(row: Mapping[str, Any], name: str) -> bool:
 def _write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     if file.exists():
         raise UserError(f"--csv={file}: is there already; give another name")
-    text = io.StringIO()
-    writer = csv.DictWriter(text, _columns(rows))
-    writer.writeheader()
-    writer.writerows(rows)
+    columns = _columns(rows)
     try:
-        write_atomically(file, text.getvalue().encode())
+        write_atomically(file, csv_bytes([columns, *([row.get(name) for name in columns] for row in rows)]))
     except OSError as error:
         raise UserError(f"--csv={file}: cannot be written ({error.strerror})") from error
     say(f"table:    {file}")

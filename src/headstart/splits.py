@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import io
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -10,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from headstart.content import csv_bytes
 from headstart.errors import UserError
 from headstart.terminal import say
 
@@ -146,13 +146,10 @@ def shared_between_splits(items: Iterable[Item]) -> int:
     return sum(len(splits) > 1 for splits in seen.values())
 
 
-def to_csv(items: Iterable[Item], class_names: Sequence[str]) -> str:
+def to_csv(items: Iterable[Item], class_names: Sequence[str]) -> bytes:
     """What ``splits.csv`` holds: split, class, path and content hash of each image."""
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(COLUMNS)
-    writer.writerows([item.split, class_names[item.label], item.path, item.digest.hex()] for item in items)
-    return text.getvalue()
+    rows = ([item.split, class_names[item.label], item.path, item.digest.hex()] for item in items)
+    return csv_bytes([COLUMNS, *rows])
 
 
 def frozen(items: Sequence[Item], file: Path) -> list[Item]:
@@ -166,7 +163,7 @@ def frozen(items: Sequence[Item], file: Path) -> list[Item]:
 
 def _read(file: Path) -> Mapping[str, Split]:
     try:
-        with file.open(newline="") as text:
+        with file.open(newline="", encoding="utf-8", errors="surrogateescape") as text:
             rows = [(row["sha256"], row["split"]) for row in csv.DictReader(text)]
     except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--data.splits={file}: not a run's splits.csv ({', '.join(COLUMNS)})") from error

@@ -182,7 +182,7 @@ class TrainCLI(LightningCLI):
         for name in ("lr", "weight_decay"):
             if name in made and made[name] != self.model.hparams[name]:
                 say(
-                    f"train: --model.{name}={self.model.hparams[name]:g} has no effect: the optimizer goes on with the "
+                    f"--model.{name}={self.model.hparams[name]:g} has no effect: the optimizer goes on with the "
                     f"checkpoint's {made[name]:g}; start a new run for another"
                 )
 

@@ -1,7 +1,5 @@
 """The verb `tune`: a grid of heads trained at once, the exact optimum, then one run with the winner."""
 
-import csv
-import io
 import itertools
 import math
 import random
@@ -17,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from headstart.content import write_atomically
+from headstart.content import csv_bytes, write_atomically
 from headstart.errors import UserError
 from headstart.heads import Head, Scored, Setting, fit_exact, score, train_bank
 from headstart.options import Fraction, NonNegative, Positive, Rate
@@ -181,12 +179,9 @@ def interval(values: Sequence[float]) -> float:
 
 def _write(folder: Path, cli: TuneCLI, ranked: Sequence[tuple[Setting, Scored]]) -> tuple[Path, Path]:
     """The table, a run a head for the HParams tab, the search's configuration, and the winner's as a recipe."""
-    table = io.StringIO()
-    writer = csv.writer(table)
-    writer.writerow([*vars(ranked[0][0]), "val/acc", "val/loss", "epoch"])
-    for setting, found in ranked:
-        writer.writerow([*vars(setting).values(), found.acc, found.loss, found.epoch])
-    write_atomically(folder / "heads.csv", table.getvalue().encode())
+    columns = [*vars(ranked[0][0]), "val/acc", "val/loss", "epoch"]
+    rows = ([*vars(setting).values(), found.acc, found.loss, found.epoch] for setting, found in ranked)
+    write_atomically(folder / "heads.csv", csv_bytes([columns, *rows]))
     with SummaryWriter(str(folder)) as events:
         for number, (setting, found) in enumerate(ranked):
             scores = {"hp/val_acc": found.acc, "hp/val_loss": found.loss}

@@ -163,7 +163,7 @@ class _Verb:
             if tested.rows_of("test", shots + COMPARED_QUERIES)
         }
         rows = compare(heads, samplers, int(self.given.episodes))
-        write_atomically(folder / "heads.csv", to_csv(rows).encode())
+        write_atomically(folder / "heads.csv", to_csv(rows))
         picture = png(shots_figure(rows))
         write_atomically(folder / "heads.png", picture)
         logger = RunLogger()

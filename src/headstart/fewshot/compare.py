@@ -1,7 +1,5 @@
 """An honest comparison: all heads on the same episodes, with intervals and paired differences."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +7,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from headstart.content import csv_bytes
 from headstart.fewshot.episodes import EpisodeSampler
 from headstart.fewshot.heads import HeadName
 from headstart.fewshot.intervals import mean_and_half_width
@@ -68,13 +67,9 @@ def compare(heads: Mapping[str, nn.Module], samplers: Mapping[int, EpisodeSample
     return rows
 
 
-def to_csv(rows: Sequence[Compared]) -> str:
+def to_csv(rows: Sequence[Compared]) -> bytes:
     """The comparison as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(vars(rows[0])))
-    writer.writeheader()
-    writer.writerows(vars(row) for row in rows)
-    return text.getvalue()
+    return csv_bytes([vars(rows[0]), *(vars(row).values() for row in rows)])
 
 
 def shots_figure(rows: Sequence[Compared]) -> Figure:
