@@ -82,7 +82,7 @@ def headstart(data: Path, epochs: int, *options: str) -> dict[str, Any]:
 
     torch.nn.modules.module.register_module_forward_hook(count)
     fixed = [f"--data.root={data}", "--model.weights=random", f"--model.image_size={SIZE}"]
-    fixed += [f"--trainer.max_epochs={epochs}", "--data.num_workers=2"]
+    fixed += [f"--trainer.max_epochs={epochs}", "--data.num_workers=2", "--report=false"]
     started = time.perf_counter()
     result = main(["train", *fixed, *options])
     seconds = time.perf_counter() - started

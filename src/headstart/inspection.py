@@ -15,6 +15,7 @@ from headstart.errors import UserError
 from headstart.evaluation import Evaluation
 from headstart.figures import TILES, pixels, png, tiles_figure
 from headstart.images import UnreadableImage
+from headstart.terminal import one_line
 
 SPRITE_SIDE, TILE_SIDE = 32, 128
 MAX_CLASSES_IN_TEXT = 100
@@ -107,4 +108,4 @@ def _project(
 
 def _one_cell(text: str) -> str:
     """Text for a table of tabs and lines."""
-    return " ".join(text.split())
+    return one_line(" ".join(text.split()))
