@@ -97,10 +97,18 @@ def test_what_cannot_be_read_says_why(data, reason):
         decode(data, 36)
 
 
-@pytest.mark.fault("20,000 x 20,000 pixels", "90 megapixels")
 def test_too_many_pixels_name_the_option():
     with pytest.raises(UnreadableImage, match=r"--data\.max_pixels=1000"):
         decode(encode(gradient()), 36, max_pixels=1000)
+
+
+@pytest.mark.fault("20,000 x 20,000 pixels", "90 megapixels")
+@pytest.mark.parametrize("side", [20_000, 9_500])
+def test_a_decompression_bomb_is_not_decoded(side):
+    bomb = encode(Image.new("1", (side, side)))
+    assert len(bomb) < 100_000
+    with pytest.raises(UnreadableImage, match=r"--data\.max_pixels=89478485"):
+        decode(bomb, 36)
 
 
 @pytest.mark.fault("longer than 20 times its width")
