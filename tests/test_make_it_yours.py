@@ -45,8 +45,8 @@ def change(copy: Path, section: str) -> None:
             continue
         assert kind == "diff"
         lines = text.splitlines()
-        assert all(line[0] in "+-" for line in lines)
-        before, after = ("\n".join(line[1:] for line in lines if line[0] == sign) for sign in "-+")
+        assert all(line[0] in " +-" for line in lines)
+        before, after = ("\n".join(line[1:] for line in lines if line[0] in signs) for signs in (" -", " +"))
         content = path.read_text()
         assert content.count(before) == 1, f"{name} does not hold once: {before}"
         path.write_text(content.replace(before, after))
@@ -67,6 +67,8 @@ def check_head(copy: Path) -> None:
     done = run(copy, "headstart", "export", f"--ckpt_path={best}", "--output=model.pth")
     assert done.returncode == 2
     assert "this needs a linear head, and the checkpoint's is a MLP" in done.stderr
+    done = run(copy, "headstart", "export", f"--ckpt_path={best}", "--output=model.onnx")
+    assert done.returncode == 0, done.stderr
     done = run(copy, "headstart", "finetune", f"--ckpt_path={best}", "--trainer.max_epochs=1", "--report=false")
     assert done.returncode == 0, done.stderr
 
