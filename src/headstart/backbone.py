@@ -108,11 +108,15 @@ def tensor_digests(module: nn.Module) -> dict[str, str]:
     """sha256 of each parameter and buffer of any module, by name."""
     digests = {}
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        data = tensor.detach().cpu().contiguous()
-        content = hashlib.sha256(f"{data.dtype} {tuple(data.shape)}".encode())
-        content.update(data.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
+        content = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        content.update(tensor_bytes(tensor))
         digests[name] = content.hexdigest()
     return digests
+
+
+def tensor_bytes(tensor: Tensor) -> Any:
+    """A tensor's numbers as a buffer, to be hashed."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
 def combined(digests: dict[str, str]) -> str:

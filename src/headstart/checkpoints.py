@@ -11,6 +11,7 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from headstart.backbone import tensor_bytes
 from headstart.content import write_atomically
 from headstart.errors import UserError
 
@@ -97,9 +98,8 @@ def content_digest(value: Any) -> str:
 
 def _add(digest: Any, value: Any) -> None:
     if isinstance(value, Tensor):
-        data = value.detach().cpu().contiguous()
-        digest.update(f"tensor {data.dtype} {tuple(data.shape)} ".encode())
-        digest.update(data.flatten().view(torch.uint8).numpy())
+        digest.update(f"tensor {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(tensor_bytes(value))
     elif isinstance(value, Mapping):
         digest.update(f"dict {len(value)} ".encode())
         for name, entry in value.items():

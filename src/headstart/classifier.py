@@ -1,5 +1,6 @@
 """The module that is trained: a frozen backbone and a linear head."""
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -281,6 +282,17 @@ class TransferClassifier(LightningModule):
         backbone = {f"backbone.{name}": tensor for name, tensor in self.backbone.state_dict().items()}
         checkpoint["state_dict"] = backbone | checkpoint["state_dict"]
 
+    def start_from(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the head, the temperature and what was fine-tuned from the content of a checkpoint.
+
+        Raises:
+            UserError: it belongs to other classes or another backbone.
+        """
+        checkpoint = checkpoint | {"state_dict": dict(checkpoint["state_dict"])}
+        self._take(checkpoint)
+        self.load_state_dict(checkpoint["state_dict"])
+        self._digests = tensor_digests(self.backbone)
+
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
         """As Lightning's, from a local file; no code in the file is executed.
@@ -344,8 +356,11 @@ def load_head(checkpoint: Path, logs: Path = Path("logs")) -> TransferClassifier
     Raises:
         UserError: it is missing, damaged, or its backbone is not here any more.
     """
-    read_checkpoint(checkpoint, logs)
-    return TransferClassifier.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+    content = read_checkpoint(checkpoint, logs)
+    known = inspect.signature(TransferClassifier).parameters  # a fine-tuned one has more
+    module = TransferClassifier(**{name: value for name, value in content["hyper_parameters"].items() if name in known})
+    module.start_from(content)
+    return module.eval()
 
 
 def warmup_cosine(step: int, rising: int, steps: float) -> float:

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from headstart.backbone import FrozenBackbone
-from headstart.content import write_atomically
+from headstart.content import flat, write_atomically
 from headstart.images import DECODER_VERSION, UnreadableImage
 from headstart.terminal import images_bar, say
 
@@ -313,7 +313,8 @@ class FeatureCache:
         rows = random.SystemRandom().sample(known, min(PROBED, len(known)))
         if not rows:
             return True
-        cached = FeatureMatrix([shard for shard in found if not set(rows).isdisjoint(shard.rows)], rows)
+        picked = set(rows)
+        cached = FeatureMatrix([shard for shard in found if not picked.isdisjoint(shard.rows)], rows)
         with torch.no_grad():
             pixels = torch.stack([read(row) for row in rows]).to(next(backbone.parameters()).device)
             now, then = backbone(pixels).cpu(), cached.gather(torch.arange(len(rows)))
@@ -355,11 +356,11 @@ class FeatureCache:
         """How the nearest key that has features differs from this one."""
         if any(self.folder.glob("*.safetensors")):
             return "other images so far"
-        mine = _flat(json.loads(self._key))
+        mine = flat(json.loads(self._key))
         differences = []
         for path in sorted(self.folder.parent.glob("*/key.json")):
             with suppress(OSError, ValueError, AttributeError):
-                other = _flat(json.loads(path.read_text()))
+                other = flat(json.loads(path.read_text()))
                 changed = [name for name in mine | other if mine.get(name) != other.get(name)]
                 if changed and any(path.parent.glob("*.safetensors")):
                     differences.append(sorted(changed))
@@ -444,13 +445,6 @@ def verify(path: Path) -> None:
     """
     if hashlib.sha256(path.read_bytes()).hexdigest() != path.stem.rsplit("-", 1)[-1]:
         raise ValueError("checksum differs")
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 @dataclass(frozen=True)

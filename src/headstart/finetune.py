@@ -10,7 +10,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 
 from headstart.classifier import read_checkpoint
 from headstart.errors import UserError
-from headstart.run_folder import newest_unfinished, run_config
+from headstart.run_folder import files_of_run, newest_unfinished, run_config
 from headstart.terminal import be_calm, say
 from headstart.training import (
     TRAINER_DEFAULTS,
@@ -117,9 +117,8 @@ class FinetuneCLI(TrainCLI):
         """What a frozen front gives is cached where there is one; else images are decoded in every epoch."""
         data, front = self.datamodule, self.model.front
         why = "" if front else "nothing is frozen whose output could be cached"
-        if front and self.start.parent.parent.joinpath("splits.csv").is_file():
-            lines = (self.start.parent.parent / "splits.csv").read_bytes().count(b"\n")
-            size = 4 * front.num_features * lines * data.views
+        if front:
+            size = 4 * front.num_features * len(files_of_run(self.start)) * data.views
             why = f"the front's output would take {size / 1e9:.0f} GB" if size > LARGEST_CACHE else ""
         if data.cache and why:
             data.cache, data.views = False, 1
@@ -172,8 +171,7 @@ def finetune(options: Sequence[str]) -> dict[str, Any]:
     started = time.perf_counter()
     be_calm()
     cli = FinetuneCLI(options, None)
-    if cli.finished:
-        say(f"already finished: {cli.resumed} has {cli.trained_epochs} epochs; raise --trainer.max_epochs")
+    if cli.say_if_finished():
         return {}
     cli.score_the_head()
     result = fit_and_test(cli, started)

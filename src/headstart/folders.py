@@ -9,9 +9,9 @@ from pathlib import Path
 from PIL import Image
 
 from headstart.errors import UserError
-from headstart.images import MAX_ASPECT, decode
+from headstart.images import decode
 from headstart.splits import Item, Split
-from headstart.terminal import say, say_once
+from headstart.terminal import say
 
 # The names under which a folder may hold ready-made splits.
 SPLIT_FOLDERS: Mapping[str, Split] = {
@@ -67,10 +67,7 @@ def read(root: Path, item: Item, shorter_side: int, max_pixels: int) -> Image.Im
         raise UserError(f"{root / item.path}: vanished during the run; start again") from error
     if hashlib.sha256(data).digest() != item.digest:
         raise UserError(f"{root / item.path}: changed during the run; start again")
-    image = decode(data, shorter_side, max_pixels)
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        say_once(f"data: images longer than {MAX_ASPECT} times their width are cut to their centre")
-    return image
+    return decode(data, shorter_side, max_pixels)
 
 
 def existing(root: str) -> Path:

@@ -94,6 +94,7 @@ def _bounded(image: Image.Image) -> Image.Image:
     longest = MAX_ASPECT * min(width, height)
     if max(width, height) <= longest:
         return image
+    say_once(f"data: images longer than {MAX_ASPECT} times their width are cut to their centre")
     centre: Image.Image = functional.center_crop(image, [min(height, longest), min(width, longest)])
     return centre
 

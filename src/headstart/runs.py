@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from headstart.content import csv_bytes, write_atomically
+from headstart.content import csv_bytes, flat, write_atomically
 from headstart.errors import UserError
 from headstart.parser import parser_of
 from headstart.run_folder import RESULT
@@ -82,7 +82,11 @@ def runs(options: Sequence[str]) -> list[dict[str, Any]]:
 def _found(logs: Path) -> Iterator[Run]:
     for folder in sorted({path.parent for name in (RESULT, "config.yaml") for path in logs.glob(f"*/*/{name}")}):
         result, config = _read(folder / RESULT, json.loads), _read(folder / "config.yaml", yaml.safe_load)
-        yield Run(folder.relative_to(logs).as_posix(), result, dict(_flat(config)))
+        yield Run(
+            folder.relative_to(logs).as_posix(),
+            result,
+            {name: value for name, value in flat(config).items() if name not in NO_SETTINGS},
+        )
 
 
 def _read(file: Path, parse: Any) -> dict[str, Any]:
@@ -92,14 +96,6 @@ def _read(file: Path, parse: Any) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        elif prefix + name not in NO_SETTINGS:
-            yield prefix + name, value
 
 
 def differing(found: Sequence[Run]) -> list[str]:

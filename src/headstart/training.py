@@ -130,6 +130,12 @@ class TrainCLI(LightningCLI):
             return False
         return self.trained_epochs > limit or (self.trained_epochs == limit and self.resumed is None)
 
+    def say_if_finished(self) -> bool:
+        """Says that there is nothing left to train, if so."""
+        if self.finished:
+            say(f"already finished: {self.goes_on_from} has {self.trained_epochs} epochs; raise --trainer.max_epochs")
+        return self.finished
+
     @property
     def logs(self) -> Path:
         return Path(self.config.trainer.default_root_dir)
@@ -231,8 +237,7 @@ def train(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
     started = time.perf_counter()
     be_calm()
     cli = TrainCLI(options, root)
-    if cli.finished:
-        say(f"already finished: {cli.goes_on_from} has {cli.trained_epochs} epochs; raise --trainer.max_epochs")
+    if cli.say_if_finished():
         return {}
     result = fit_and_test(cli, started)
     data = cli.datamodule

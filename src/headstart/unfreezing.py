@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.fx import symbolic_trace
 from torch.fx.passes.split_module import split_module
 
-from headstart.backbone import FrozenBackbone, check_frozen, tensor_digests
+from headstart.backbone import FrozenBackbone, check_frozen
 from headstart.classifier import TransferClassifier, resolved
 from headstart.errors import UserError
 from headstart.options import Fraction, ImageSize, NonNegative, Rate, Share
@@ -51,9 +51,7 @@ def learning_names(net: nn.Module, unfreeze: str) -> list[str]:
     Raises:
         UserError: there is no such module, or it has nothing to learn.
     """
-    names = [name for name, _ in [*net.named_parameters(), *net.named_buffers()]]
-    order = {name: place for place, name in enumerate(net.state_dict())}
-    names = sorted((name for name in names if name in order), key=order.__getitem__)
+    names = list(net.state_dict())
     if unfreeze == "all":
         return names
     inside = [place for place, name in enumerate(names) if name.startswith(f"{unfreeze}.")]
@@ -173,17 +171,6 @@ class FineTunedClassifier(TransferClassifier):
             maps = maps.contiguous(memory_format=torch.channels_last)
         computed: Tensor = back(maps)
         return computed.float()
-
-    def start_from(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the head, the temperature and what was fine-tuned before from a checkpoint.
-
-        Raises:
-            UserError: it belongs to other classes or another backbone.
-        """
-        checkpoint = checkpoint | {"state_dict": dict(checkpoint["state_dict"])}
-        self._take(checkpoint)
-        self.load_state_dict(checkpoint["state_dict"])
-        self._digests = tensor_digests(self.backbone)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._take(checkpoint)
