@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -145,7 +144,8 @@ def renamed(copy: Path) -> str:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
     python = environment / "bin/python"
     (packages,) = environment.glob("lib/python*/site-packages")
-    (packages / "rest.pth").write_text(sysconfig.get_path("purelib"))
+    # Every folder of packages, since the .pth files of a folder that is added so are not read.
+    (packages / "rest.pth").write_text("\n".join(path for path in sys.path if "site-packages" in path))
     (environment / "bin/ruff").symlink_to(Path(sys.executable).parent / "ruff")
     done = run(copy, sys.executable, "-m", "pip", "--python", str(python), "install", *PLAINLY, "-e", ".")
     assert done.returncode == 0, done.stderr
