@@ -17,7 +17,7 @@ from conftest import REPOSITORY, draw
 
 TEXT = (REPOSITORY / "docs/make-it-yours.md").read_text()
 # The copy that was renamed runs these tests too.
-OTHER = "mylab" if importlib.util.find_spec("mylab") is None else "yourlab"
+OTHER = next(name for name in ("mylab", "yourlab") if importlib.util.find_spec(name) is None)
 PLAINLY = "-q", "--no-deps", "--no-build-isolation"
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | re.MULTILINE))
 
