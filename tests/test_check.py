@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import draw, newest_run
 from headstart.check import _folds, losses, neighbours, out_of_fold, rooted
 from headstart.cli import main
+from support import draw, newest_run
 
 
 def findings() -> list[dict[str, str]]:

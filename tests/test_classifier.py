@@ -6,11 +6,11 @@ from pytorch_lightning import Callback, Trainer
 from torch.nn import functional
 from torchvision import models
 
-from conftest import draw, newest_run
 from headstart import ImageFolderData, TransferClassifier
 from headstart.checkpoints import SEAL
 from headstart.classifier import metrics, warmup_cosine
 from headstart.errors import UserError
+from support import draw
 
 
 def trainer(*callbacks: Callback, epochs: int = 2) -> Trainer:
@@ -114,14 +114,12 @@ def test_the_learning_rate_rises_and_falls():
     assert warmup_cosine(10**6, 0, float("inf")) == 1
 
 
-def test_a_checkpoint_round_trip_is_exact_and_small(colours, train):
-    train(colours, "--trainer.max_epochs=2")
-    path = newest_run() / "checkpoints/best.ckpt"
-    content = torch.load(path, weights_only=True)
+def test_a_checkpoint_round_trip_is_exact_and_small(checkpoint):
+    content = torch.load(checkpoint, weights_only=True)
     assert set(content["state_dict"]) == {"head.weight", "head.bias"}
     assert content["headstart"]["class_names"] == ["blue", "green", "red"]
     assert content["headstart"]["preprocessing"]["crop_size"] == 32
-    model = TransferClassifier.load_from_checkpoint(path)
+    model = TransferClassifier.load_from_checkpoint(checkpoint)
     assert torch.equal(model.head.weight, content["state_dict"]["head.weight"])
     assert model.backbone.digest() == content["headstart"]["digest"]
 
@@ -149,20 +147,18 @@ def set_names(content):
         (lambda c: c["headstart"].update(digest="0" * 64), "its head belongs to the backbone"),
     ],
 )
-def test_a_checkpoint_of_something_else_is_refused(change, said, colours, train, refused):
-    train(colours, "--trainer.max_epochs=1")
-    path = altered(newest_run() / "checkpoints/last.ckpt", change)
+def test_a_checkpoint_of_something_else_is_refused(change, said, checkpoint, colours, refused):
+    path = altered(checkpoint.with_name("last.ckpt"), change)
     with pytest.raises(UserError, match=said):
         TransferClassifier.load_from_checkpoint(path)
-    options = "--model.image_size=32", "--trainer.max_epochs=2"
+    options = "--model.image_size=32", "--trainer.max_epochs=4"
     assert said in refused("train", f"--data.root={colours}", f"--ckpt_path={path}", *options)
 
 
 @pytest.mark.fault("checkpoint of another backbone", "checkpoint of other classes")
-def test_other_classes_and_other_weights_are_refused(colours, train, refused):
-    train(colours, "--trainer.max_epochs=1")
-    path = newest_run() / "checkpoints/last.ckpt"
-    options = f"--data.root={colours}", "--model.image_size=32", "--trainer.max_epochs=2"
+def test_other_classes_and_other_weights_are_refused(checkpoint, colours, refused):
+    path = checkpoint.with_name("last.ckpt")
+    options = f"--data.root={colours}", "--model.image_size=32", "--trainer.max_epochs=4"
     line = refused("train", *options, f"--ckpt_path={path}", "--model.weights=random")
     assert "bundled" in line
     assert "random" in line
@@ -172,9 +168,8 @@ def test_other_classes_and_other_weights_are_refused(colours, train, refused):
 @pytest.mark.fault(
     "checkpoint that is cut off, empty or text", "missing checkpoint, or a folder", "code in a file that is given"
 )
-def test_a_damaged_checkpoint_is_one_line(colours, train, refused):
-    train(colours, "--trainer.max_epochs=1")
-    path = newest_run() / "checkpoints/last.ckpt"
+def test_a_damaged_checkpoint_is_one_line(checkpoint, colours, refused):
+    path = checkpoint.with_name("last.ckpt")
     content = path.read_bytes()
     for damaged in (b"", b"text", content[: len(content) // 2]):
         path.write_bytes(damaged)

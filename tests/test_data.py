@@ -12,12 +12,12 @@ from PIL import Image
 from pytorch_lightning import Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import COLOURS, draw, newest_run
 from headstart import DatasetData, FrozenBackbone, ImageFolderData, TransferClassifier
 from headstart.cli import main
 from headstart.errors import UserError
 from headstart.loaders import EpochOrder
 from headstart.splits import Item, assign, shared_between_splits
+from support import COLOURS, draw, newest_run
 
 
 def items(count: int, labels: int = 2, prefix: bytes = b"") -> list[Item]:

@@ -1,16 +1,7 @@
 import json
-from pathlib import Path
 
-import pytest
-
-from conftest import COLOURS, draw, newest_run
 from headstart.cli import main
-
-
-@pytest.fixture
-def checkpoint(colours, train) -> Path:
-    train(colours, "--trainer.max_epochs=3")
-    return newest_run() / "checkpoints/best.ckpt"
+from support import COLOURS, draw, newest_run
 
 
 def test_the_own_test_split_gives_the_runs_own_scores(checkpoint, tmp_path):

@@ -8,16 +8,9 @@ import torch
 from torch import nn
 from torchvision import models
 
-from conftest import newest_run
 from headstart import export as exporting
 from headstart.classifier import load_head
 from headstart.cli import main
-
-
-@pytest.fixture
-def checkpoint(colours, train) -> Path:
-    train(colours, "--trainer.max_epochs=3")
-    return newest_run() / "checkpoints/best.ckpt"
 
 
 def images() -> torch.Tensor:

@@ -1,6 +1,8 @@
 """What happens when things go wrong, with real faults: torn and forged files, full disks, signals, moved folders."""
 
 import ast
+import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -9,9 +11,9 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
+import struct
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,6 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import REPOSITORY, draw, newest_run
 from headstart import backbone
 from headstart.checkpoints import SEAL, SealedCheckpointIO, content_digest
 from headstart.classifier import TransferClassifier
@@ -28,31 +29,9 @@ from headstart.cli import main
 from headstart.errors import UserError
 from headstart.features import FeatureCache, Shard
 from headstart.loaders import ImageDataset
+from support import REPOSITORY, draw, newest_run
 
 SMALL = ["--model.image_size=32", "--report=false"]
-
-
-def child(*options: str) -> subprocess.Popen:
-    """A process with the usual handler of Ctrl-C, which one that was started in the background lacks."""
-    program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    program += "from headstart.cli import main; main(sys.argv[1:])"
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src"), "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *options],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for(path: str, process: subprocess.Popen) -> Path:
-    for _ in range(1200):
-        if found := next(Path().glob(path), None):
-            return found
-        assert process.poll() is None, process.communicate()[1][-2000:]
-        time.sleep(0.05)
-    raise AssertionError(f"{path} did not appear")
 
 
 @pytest.mark.fault("flipped bit in a checkpoint")
@@ -114,22 +93,6 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path):
         signal.signal(signal.SIGXFSZ, previous)
     assert torch.equal(io.load_checkpoint(path)["state_dict"]["a"], torch.zeros(3))
     assert [found.name for found in tmp_path.iterdir()] == ["last.ckpt"]
-
-
-@pytest.mark.fault("Ctrl-C, SIGTERM")
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_end_with_their_status_and_the_run_goes_on(colours, train, sent, status):
-    options = [f"--data.root={colours}", *SMALL, "--name=run", "--trainer.max_epochs=400"]
-    process = child("train", *options)
-    last = wait_for("logs/run/*/checkpoints/last.ckpt", process)
-    process.send_signal(sent)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == status, errors[-2000:]
-    assert "Traceback" not in errors
-    reached = torch.load(last, weights_only=True)["epoch"]
-    assert reached < 399
-    train(colours, "--name=run", "--trainer.max_epochs=401", "--ckpt_path=last")
-    assert torch.load(last, weights_only=True)["epoch"] == 400
 
 
 def test_a_killed_run_goes_on_in_a_moved_folder_with_its_best_score_and_no_double_point(colours, train, monkeypatch):
@@ -261,31 +224,37 @@ def test_a_name_that_is_no_unicode_keeps_its_bytes(colours, train):
     assert main(["export", f"--ckpt_path={best}", "--output=model.pth"])["images"] == 32
 
 
-def without_roots_rights(*options: str) -> subprocess.CompletedProcess[str]:
-    """A process for which the modes of files count, also where root runs the tests."""
-    drop = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}
-    command = [*drop, sys.executable, "-m", "headstart", *options]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+@contextlib.contextmanager
+def without_roots_rights() -> Iterator[None]:
+    """Within, the modes of files count for this thread, and those that it starts, also where root runs the tests."""
+    libc, header = ctypes.CDLL(None, use_errno=True), struct.pack("Ii", 0x20080522, 0)  # capabilities, third version
+    before = ctypes.create_string_buffer(24)
+    assert libc.capget(header, before) == 0
+    override = 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    effective, *rest = struct.unpack("6I", before.raw)
+    assert libc.capset(header, struct.pack("6I", effective & ~override, *rest)) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(header, before) == 0
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("setpriv"), reason="root ignores modes, and cannot give up")
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
 @pytest.mark.fault("file without permission", "cache folder without permission", "log folder without permission")
-def test_what_permissions_forbid_is_said(colours, own_cache):
+def test_what_permissions_forbid_is_said(colours, train, refused, own_cache, capsys):
     (colours / "red/000.png").chmod(0)
     for folder in (own_cache, Path("sealed")):
         folder.mkdir()
         folder.chmod(0o500)
-    options = [f"--data.root={colours}", *SMALL, "--trainer.max_epochs=1"]
-    done = without_roots_rights("train", *options)
-    assert done.returncode == 0, done.stderr
-    assert "000.png: unreadable: Permission denied" in done.stdout
-    assert done.stdout.count("cannot be written (Permission denied); computed for this run alone") == 1
-    done = without_roots_rights("train", *options, "--trainer.default_root_dir=sealed")
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert "sealed" in done.stderr
-    assert "--trainer.default_root_dir" in done.stderr
+    with without_roots_rights():
+        train(colours, "--trainer.max_epochs=1")
+        out = capsys.readouterr().out
+        options = [f"--data.root={colours}", *SMALL, "--trainer.max_epochs=1"]
+        line = refused("train", *options, "--trainer.default_root_dir=sealed")
+    assert "000.png: unreadable: Permission denied" in out
+    assert out.count("cannot be written (Permission denied); computed for this run alone") == 1
+    assert "sealed" in line
+    assert "--trainer.default_root_dir" in line
 
 
 @pytest.mark.fault("full disk")

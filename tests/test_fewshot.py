@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from conftest import REPOSITORY, newest_run
 from headstart.cli import main
 from headstart.errors import UserError
 from headstart.features import FeatureMatrix
@@ -35,6 +34,7 @@ from headstart.fewshot.module import MetaLearner
 from headstart.fewshot.sources import Classes, classes_of, split_classes
 from headstart.fewshot.training import make_trainer
 from headstart.heads import fit_exact
+from support import REPOSITORY, newest_run
 
 WIDTH = 16
 SMALL = Shape(5, 2, 3)

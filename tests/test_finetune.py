@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from pytorch_lightning import Trainer
 
-from conftest import draw, newest_run
 from headstart import ImageFolderData, TransferClassifier
 from headstart.backbone import FrozenBackbone, tensor_digests
 from headstart.classifier import load_head, tuned_in
@@ -20,28 +19,43 @@ from headstart.errors import UserError
 from headstart.export import EXTRA
 from headstart.features import FeatureCache
 from headstart.unfreezing import FineTunedClassifier, layer_of, learning_names
+from support import draw, newest_run
 
 SMALL = ["--report=false", "--trainer.max_epochs=2"]
 
 
-@pytest.fixture
-def stripes(tmp_path) -> Path:
-    """Two classes that differ in the direction of fine stripes, which a backbone for 32 pixels half sees."""
+@pytest.fixture(scope="module")
+def striped(tmp_path_factory) -> Path:
+    """A folder with two classes that differ in the direction of fine stripes, which a backbone for 32 pixels half sees;
+    and in `logs` a run on them, with its cache."""
     random = np.random.default_rng(0)
+    root = tmp_path_factory.mktemp("striped")
     for name, axis in (("across", 0), ("down", 1)):
-        folder = tmp_path / "stripes" / name
+        folder = root / "stripes" / name
         folder.mkdir(parents=True)
         for number in range(30):
             wave = 60 * np.sin(np.arange(40) * random.uniform(1.2, 2.2) + random.uniform(0, 6))
             pixels = 128 + np.expand_dims(wave, axis).repeat(40, axis)[..., None] + random.normal(0, 40, (40, 40, 3))
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number:02}.png")
-    return tmp_path / "stripes"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("HEADSTART_CACHE", str(root / "cache"))
+        patched.chdir(root)
+        options = ["--model.image_size=32", "--report=false", "--trainer.max_epochs=3", "--name=head"]
+        main(["train", "--data.root=stripes", *options])
+    return root
 
 
 @pytest.fixture
-def head(stripes, train) -> Path:
-    train(stripes, "--trainer.max_epochs=3", "--name=head")
-    return newest_run() / "checkpoints/best.ckpt"
+def stripes(striped) -> Path:
+    """The images, which tests only read."""
+    return striped / "stripes"
+
+
+@pytest.fixture
+def head(striped, tmp_path, own_cache) -> Path:
+    shutil.copytree(striped / "logs", tmp_path / "logs")
+    shutil.copytree(striped / "cache", own_cache)
+    return next(tmp_path.glob("logs/head/*/checkpoints/best.ckpt"))
 
 
 def finetune(head: Path | str, *options: str) -> dict:
@@ -130,8 +144,8 @@ def test_a_frozen_layer_that_changes_makes_the_run_fail(stripes):
 def test_it_learns_what_the_head_alone_could_not(stripes, train):
     """From random weights, which see no stripes, the whole network learns them."""
     train(stripes, "--trainer.max_epochs=3", "--model.weights=random")
-    whole = ["--unfreeze=all", "--batch_norm=train", "--data.batch_size=8", "--model.lr=0.001"]
-    result = finetune(newest_run() / "checkpoints/best.ckpt", *whole, "--trainer.max_epochs=12")
+    whole = ["--unfreeze=all", "--batch_norm=train", "--data.batch_size=8", "--model.lr=0.002"]
+    result = finetune(newest_run() / "checkpoints/best.ckpt", *whole, "--trainer.max_epochs=8")
     assert result["val/loss"] < result["before/val/loss"]
     assert result["test/acc"] >= 0.9 > result["before/test/acc"]
     assert result["recommended"] == "checkpoints/best.ckpt"
@@ -260,13 +274,13 @@ def test_the_report_is_that_of_the_fine_tuned_head(head):
     assert "Would more photos help" not in report
 
 
-def test_a_mistake_is_one_line(head, refused, stripes):
+def test_a_mistake_is_one_line(head, refused, tmp_path):
     assert "--ckpt_path is missing" in refused("finetune")
     assert "no file" in refused("finetune", "--ckpt_path=nowhere.ckpt")
     assert "no unfinished run" in refused("finetune", "--ckpt_path=last")
     assert "--unfreeze=layer9" in refused("finetune", f"--ckpt_path={head}", "--unfreeze=layer9")
     assert "--model.layer_decay" in refused("finetune", f"--ckpt_path={head}", "--model.layer_decay=2")
-    draw(stripes.parent / "others", images=5)
-    assert "its classes are 2" in refused("finetune", f"--ckpt_path={head}", f"--data.root={stripes.parent / 'others'}")
+    draw(tmp_path / "others", images=5)
+    assert "its classes are 2" in refused("finetune", f"--ckpt_path={head}", f"--data.root={tmp_path / 'others'}")
     shutil.copy(head, "lone.ckpt")
     assert "--data.root" in refused("finetune", "--ckpt_path=lone.ckpt")

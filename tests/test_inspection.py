@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import COLOURS, draw, newest_run
 from headstart.calibration import Temperature, fit_temperature
+from headstart.cli import main
 from headstart.evaluation import Evaluation, spread
 from headstart.figures import curves_figure, evaluation_figures, png
 from headstart.learning_curve import LearningCurve, stratified
 from headstart.splits import Item
+from support import COLOURS, draw, newest_run
 
 FIGURES = {"confusion_matrix", "confusion_normalised", "per_class", "roc", "precision_recall", "reliability"}
 BROWSER = shutil.which("chromium")
@@ -40,19 +41,23 @@ def evaluation_of(classes: int, images: int = 400, temperature: float = 1.0) -> 
     )
 
 
-@pytest.fixture
-def mixed(tmp_path) -> Path:
-    """Classes of which two look alike, so that there are mistakes, with names that HTML has to escape."""
-    folder = draw(tmp_path / "mixed <i>", images=24)
-    draw(folder, images=8, seed=1, colours={"red": COLOURS["green"]})
-    (folder / "blue").rename(folder / "blue & <b>bold")
-    return folder
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run with a report, of classes of which two look alike, so that there are mistakes; all tests only read it."""
+    folder = tmp_path_factory.mktemp("reported")
+    draw(folder / "mixed <i>", images=24)
+    draw(folder / "mixed <i>", images=8, seed=1, colours={"red": COLOURS["green"]})
+    (folder / "mixed <i>/blue").rename(folder / "mixed <i>/blue & <b>bold")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("HEADSTART_CACHE", str(folder / "cache"))
+        patched.chdir(folder)
+        main(["train", "--data.root=mixed <i>", "--model.image_size=32", "--trainer.max_epochs=3"])
+        return newest_run().resolve()
 
 
 @pytest.fixture
-def run(mixed, train) -> Path:
-    train(mixed, "--trainer.max_epochs=3", "--report=true")
-    return newest_run()
+def mixed(run) -> Path:
+    return run.parents[2] / "mixed <i>"
 
 
 def test_a_temperature_that_was_put_in_is_found():
@@ -145,7 +150,7 @@ def test_the_projector_holds_features_labels_and_predictions(run, mixed):
         assert np.abs(colour.astype(int) - np.asarray(image.convert("RGB")).mean(axis=(0, 1))).max() < 30
 
 
-def test_the_report_holds_what_it_promises(run, mixed):
+def test_the_report_holds_what_it_promises(run):
     text = (run / "report.html").read_text()
     result = json.loads((run / "result.json").read_text())
     assert len(text) < 5_000_000

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import COLOURS, draw, newest_run
 from headstart.classifier import load_head
 from headstart.cli import main
 from headstart.explain import ClassActivation
 from headstart.predict import Predictor
+from support import COLOURS, draw, newest_run
 
 
 @pytest.fixture
@@ -24,9 +24,9 @@ def mixed(tmp_path) -> Path:
 
 
 @pytest.fixture
-def checkpoint(mixed, train) -> Path:
-    train(mixed, "--trainer.max_epochs=3")
-    return newest_run() / "checkpoints/best.ckpt"
+def photos(trained) -> Path:
+    """What the checkpoint was trained on."""
+    return trained / "colours"
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -51,9 +51,9 @@ def test_the_test_files_give_the_runs_accuracy(mixed, train, precision, monkeypa
     assert sum(right) / len(right) == pytest.approx(result["test/acc"], abs=1e-7)
 
 
-def test_damaged_files_are_rows_with_their_error(checkpoint, mixed):
-    good = (mixed / "red/000.png").read_bytes()
-    folder = mixed.parent / "mine"
+def test_damaged_files_are_rows_with_their_error(checkpoint, photos, tmp_path):
+    good = (photos / "red/000.png").read_bytes()
+    folder = tmp_path / "mine"
     (folder / "deep").mkdir(parents=True)
     for number in range(40):
         (folder / "deep" / f"{number:02}.png").write_bytes(good)
@@ -74,11 +74,11 @@ def test_damaged_files_are_rows_with_their_error(checkpoint, mixed):
     assert len(first["top"]) == 2
 
 
-def test_rows_go_to_the_standard_output_and_nothing_else_does(checkpoint, mixed, capsys):
-    main(["predict", f"--ckpt_path={checkpoint}", str(mixed / "red/000.png"), "nothing.png"])
+def test_rows_go_to_the_standard_output_and_nothing_else_does(checkpoint, photos, capsys):
+    main(["predict", f"--ckpt_path={checkpoint}", str(photos / "red/000.png"), "nothing.png"])
     out, err = capsys.readouterr()
     rows = list(csv.DictReader(io.StringIO(out)))
-    assert [row["path"] for row in rows] == [str(mixed / "red/000.png"), "nothing.png"]
+    assert [row["path"] for row in rows] == [str(photos / "red/000.png"), "nothing.png"]
     assert rows[1]["error"] == "no such file or directory"
     shares = [float(rows[0][name]) for name in ("probability", "probability_2", "probability_3")]
     assert sum(shares) == pytest.approx(1, abs=1e-5)
@@ -86,8 +86,8 @@ def test_rows_go_to_the_standard_output_and_nothing_else_does(checkpoint, mixed,
     assert "1 files, and 1 that could not be read" in err
 
 
-def test_what_cannot_be_done_is_refused(checkpoint, mixed, refused, capsys):
-    image = str(mixed / "red/000.png")
+def test_what_cannot_be_done_is_refused(checkpoint, photos, refused):
+    image = str(photos / "red/000.png")
     Path("there.csv").write_text("mine")
     assert "is there already" in refused("predict", f"--ckpt_path={checkpoint}", image, "--output=there.csv")
     assert Path("there.csv").read_text() == "mine"
@@ -100,7 +100,7 @@ def test_what_cannot_be_done_is_refused(checkpoint, mixed, refused, capsys):
     assert "none of the 1 files" in refused("predict", f"--ckpt_path={checkpoint}", "x.png", "--output=p.csv")
 
 
-def test_the_input_is_read_as_it_is_needed(checkpoint, mixed):
+def test_the_input_is_read_as_it_is_needed(checkpoint, photos):
     """100,000 files need no more memory than 100: paths are taken a batch at a time."""
     predictor = Predictor(load_head(checkpoint), torch.device("cpu"))
     taken = 0
@@ -109,7 +109,7 @@ def test_the_input_is_read_as_it_is_needed(checkpoint, mixed):
         nonlocal taken
         while True:
             taken += 1
-            yield str(mixed / "red/000.png")
+            yield str(photos / "red/000.png")
 
     stream = predictor(paths())
     for number in range(100):
@@ -117,7 +117,7 @@ def test_the_input_is_read_as_it_is_needed(checkpoint, mixed):
         assert taken <= number + 1 + 2 * 32
 
 
-def test_maps_are_exact(checkpoint, mixed):
+def test_maps_are_exact(checkpoint, photos):
     module = load_head(checkpoint)
     backbone = module.backbone.for_extraction(torch.float32, torch.device("cpu"))
     activation = ClassActivation(backbone, module.head.weight.detach())
@@ -129,16 +129,18 @@ def test_maps_are_exact(checkpoint, mixed):
         torch.testing.assert_close(maps.mean(dim=(1, 2)) + module.head.bias[label].detach(), logits[:, label])
 
 
-def test_explained_files_get_a_picture(checkpoint, mixed):
-    main(["predict", f"--ckpt_path={checkpoint}", str(mixed / "red"), "--explain=maps", "--output=p.csv"])
-    assert len(list(Path("maps").glob("*.png"))) == len(list((mixed / "red").iterdir()))
+def test_explained_files_get_a_picture(checkpoint, photos):
+    main(["predict", f"--ckpt_path={checkpoint}", str(photos / "red"), "--explain=maps", "--output=p.csv"])
+    assert len(list(Path("maps").glob("*.png"))) == len(list((photos / "red").iterdir()))
     with Image.open(min(Path("maps").iterdir())) as image:
         assert image.size == (32, 32)
         assert np.asarray(image).std() > 1
 
 
 def test_a_backbone_without_places_has_no_maps(colours, train, refused):
-    train(colours, "--trainer.max_epochs=1", "--model.backbone=vgg11", "--model.weights=random")
+    train(
+        colours, "--trainer.max_epochs=1", "--model.backbone=alexnet", "--model.weights=random", "--model.image_size=64"
+    )
     checkpoint = newest_run() / "checkpoints/last.ckpt"
     image = str(colours / "red/000.png")
     assert "no mean over places" in refused("predict", f"--ckpt_path={checkpoint}", image, "--explain=maps")

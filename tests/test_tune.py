@@ -11,12 +11,12 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional
 
-from conftest import COLOURS, draw
 from headstart.cli import main
 from headstart.features import FeatureMatrix, Shard
 from headstart.heads import Bank, Setting, fit_exact, score, train_bank
 from headstart.loaders import EpochOrder, FeatureLoader
 from headstart.tune import T95, interval
+from support import COLOURS, draw
 
 
 def matrix(features: torch.Tensor) -> FeatureMatrix:

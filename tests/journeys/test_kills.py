@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import COLOURS, REPOSITORY, draw
+from support import COLOURS, REPOSITORY, draw, features
 
 SERVER = """
 import json, os, sys
@@ -183,12 +183,13 @@ def kill_trainings(runs: Runs, kind: str, kills: int, seed: int) -> tuple[int, i
 
 
 def kill_extractions(runs: Runs, kills: int, seed: int) -> tuple[int, int, int]:
-    """Kills runs on an empty cache before their fit; gives kills, those amid shards, and the identical ends."""
+    """Kills runs on an empty cache before their fit; gives kills, those amid shards, and the identical ends, in which
+    head, optimizer and every row of features are the same."""
     runs(*TRAIN, "--name=warm", "--data.cache_dir=warm")
     started = time.perf_counter()
     assert runs(*TRAIN, "--name=whole", "--data.cache_dir=whole") == 0
     takes = time.perf_counter() - started
-    wanted = state(next(Path("logs/whole").iterdir()))
+    wanted = state(next(Path("logs/whole").iterdir())), features(Path("whole"))
     generator, counted, amid, identical = random.Random(seed), 0, 0, 0
     while counted < kills:
         for folder in ("logs/killed", "killed"):
@@ -200,7 +201,7 @@ def kill_extractions(runs: Runs, kills: int, seed: int) -> tuple[int, int, int]:
         counted += 1
         amid += any(Path("killed").rglob("*.safetensors")) or any(Path("killed").rglob("*.tmp"))
         assert runs(*options) == 0
-        identical += same(state(next(Path("logs/killed").iterdir())), wanted)
+        identical += same((state(next(Path("logs/killed").iterdir())), features(Path("killed"))), wanted)
     return counted, amid, identical
 
 

@@ -2,39 +2,25 @@
 
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import REPOSITORY, draw
+from support import REPOSITORY
 
 TEXT = (REPOSITORY / "docs/make-it-yours.md").read_text()
 # The copy that was renamed runs these tests too.
 OTHER = next(name for name in ("mylab", "yourlab") if importlib.util.find_spec(name) is None)
+Run = Callable[..., subprocess.CompletedProcess[str]]
 PLAINLY = "-q", "--no-deps", "--no-build-isolation"
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | re.MULTILINE))
-
-
-@pytest.fixture
-def copy(tmp_path) -> Path:
-    folder = tmp_path / "copy"
-    subprocess.run(["git", "-C", str(REPOSITORY), "checkout-index", "-a", f"--prefix={folder}/"], check=True)
-    draw(folder / "path/to/photos")
-    return folder
-
-
-def run(copy: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """A command for which `python` and `headstart` are this environment's, and the package is the copy's."""
-    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": programs, "PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
 
 
 def change(copy: Path, section: str) -> None:
@@ -59,23 +45,23 @@ def result(copy: Path, name: str) -> tuple[dict, Path]:
     return json.loads(file.read_text()), file.parent
 
 
-def check_head(copy: Path) -> None:
+def check_head(copy: Path, run: Run) -> None:
     scores, folder = result(copy, "mlp")
     assert scores["test/acc"] == 1.0
     state = torch.load(folder / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
     assert state["head.hidden.weight"].shape == (256, 512)
     assert (copy / "rows.csv").read_text().count("red") == 2 * 20  # path and label
     best = folder / "checkpoints/best.ckpt"
-    done = run(copy, "headstart", "export", f"--ckpt_path={best}", "--output=model.pth")
+    done = run("headstart", "export", f"--ckpt_path={best}", "--output=model.pth")
     assert done.returncode == 2
     assert "this needs a linear head, and the checkpoint's is a MLP" in done.stderr
-    done = run(copy, "headstart", "export", f"--ckpt_path={best}", "--output=model.onnx")
+    done = run("headstart", "export", f"--ckpt_path={best}", "--output=model.onnx")
     assert done.returncode == 0, done.stderr
-    done = run(copy, "headstart", "finetune", f"--ckpt_path={best}", "--trainer.max_epochs=1", "--report=false")
+    done = run("headstart", "finetune", f"--ckpt_path={best}", "--trainer.max_epochs=1", "--report=false")
     assert done.returncode == 0, done.stderr
 
 
-def check_backbone(copy: Path) -> None:
+def check_backbone(copy: Path, run: Run) -> None:
     scores, folder = result(copy, "photos")
     assert scores["backbone"] == "tiny"
     assert scores["test/acc"] > 0.5  # of 3 classes: colours show in random features too
@@ -83,14 +69,14 @@ def check_backbone(copy: Path) -> None:
     assert state["head.weight"].shape == (3, 256)
 
 
-def check_data(copy: Path) -> None:
+def check_data(copy: Path, run: Run) -> None:
     scores, folder = result(copy, "flat")
     assert scores["test/acc"] == 1.0
     assert scores["classes"] == 3
     assert "red.000.png" in (folder / "splits.csv").read_text()
 
 
-def check_metric(copy: Path) -> None:
+def check_metric(copy: Path, run: Run) -> None:
     scores, folder = result(copy, "photos")
     assert scores["test/top2"] >= scores["test/acc"]
     events = EventAccumulator(str(folder))
@@ -98,7 +84,7 @@ def check_metric(copy: Path) -> None:
     assert "val/top2" in events.Tags()["scalars"]
 
 
-def check_figure(copy: Path) -> None:
+def check_figure(copy: Path, run: Run) -> None:
     _, folder = result(copy, "photos")
     events = EventAccumulator(str(folder))
     events.Reload()
@@ -116,14 +102,14 @@ CHECKS = {
 
 
 @pytest.mark.parametrize("section", CHECKS)
-def test_a_change_works(section, copy):
+def test_a_change_works(section, copy, run):
     change(copy, section)
     for block in re.findall(r"^```bash\n(.*?)^```", SECTIONS[section], re.DOTALL | re.MULTILINE):
-        done = run(copy, "bash", "-euo", "pipefail", "-c", block)
+        done = run("bash", "-euo", "pipefail", "-c", block)
         assert done.returncode == 0, done.stderr[-3000:]
-    CHECKS[section](copy)
+    CHECKS[section](copy, run)
     for command in (["ruff", "check", "src"], ["ruff", "format", "--check", "src"]):
-        done = run(copy, sys.executable, "-m", *command)
+        done = run(sys.executable, "-m", *command)
         assert done.returncode == 0, done.stdout
 
 
@@ -132,10 +118,10 @@ def test_every_section_is_checked():
     assert "python rename.py mylab" in SECTIONS["The name"]
 
 
-def renamed(copy: Path) -> str:
+def renamed(copy: Path, run: Run) -> str:
     """Gives the copy its other name, a repository, and an environment with the rest of this one; gives its Python."""
     shutil.rmtree(copy / "path")
-    done = run(copy, sys.executable, "rename.py", OTHER)
+    done = run(sys.executable, "rename.py", OTHER)
     assert done.returncode == 0, done.stderr
     who = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
     for command in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "renamed"]):
@@ -147,29 +133,29 @@ def renamed(copy: Path) -> str:
     # Every folder of packages, since the .pth files of a folder that is added so are not read.
     (packages / "rest.pth").write_text("\n".join(path for path in sys.path if "site-packages" in path))
     (environment / "bin/ruff").symlink_to(Path(sys.executable).parent / "ruff")
-    done = run(copy, sys.executable, "-m", "pip", "--python", str(python), "install", *PLAINLY, "-e", ".")
+    done = run(sys.executable, "-m", "pip", "--python", str(python), "install", *PLAINLY, "-e", ".")
     assert done.returncode == 0, done.stderr
     return str(python)
 
 
-def test_the_name_is_changed_everywhere(copy):
-    python = renamed(copy)
+def test_the_name_is_changed_everywhere(copy, run):
+    python = renamed(copy, run)
     left = subprocess.run(
         ["git", "-C", str(copy), "grep", "-il", "headstart"], capture_output=True, text=True, check=False
     )
     assert left.stdout == ""
     assert not (copy / "src/headstart").exists()
     for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."]):
-        done = run(copy, sys.executable, "-m", *command)
+        done = run(sys.executable, "-m", *command)
         assert done.returncode == 0, done.stdout
-    done = run(copy, python, "-m", "pytest", "-q", "tests/test_classifier.py", "tests/test_runs.py")
+    done = run(python, "-m", "pytest", "-q", "-n0", "tests/test_classifier.py", "tests/test_runs.py")
     assert done.returncode == 0, done.stdout[-3000:]
 
 
 @pytest.mark.slow
-def test_the_whole_suite_passes_under_the_other_name(copy):
-    python = renamed(copy)
-    done = run(copy, python, "-m", "pytest", "-q")
+def test_the_whole_suite_passes_under_the_other_name(copy, run):
+    python = renamed(copy, run)
+    done = run(python, "-m", "pytest", "-q")
     assert done.returncode == 0, done.stdout[-3000:]
     print(done.stdout.splitlines()[-1])
 
@@ -177,16 +163,16 @@ def test_the_whole_suite_passes_under_the_other_name(copy):
 @pytest.mark.parametrize(
     ("name", "said"), [("My-Lab", "small letters"), ("torch", "is a package of this name"), ("class", "small")]
 )
-def test_a_name_that_cannot_be_is_refused(name, said, copy):
-    done = run(copy, sys.executable, "rename.py", name)
+def test_a_name_that_cannot_be_is_refused(name, said, copy, run):
+    done = run(sys.executable, "rename.py", name)
     assert done.returncode == 1
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert (copy / "src/headstart").exists()
 
 
-def test_changes_have_to_be_committed_first(copy):
+def test_changes_have_to_be_committed_first(copy, run):
     subprocess.run(["git", "-C", str(copy), "init", "-q"], check=True)
-    done = run(copy, sys.executable, "rename.py", OTHER)
+    done = run(sys.executable, "rename.py", OTHER)
     assert done.returncode == 1
     assert "commit them first" in done.stderr

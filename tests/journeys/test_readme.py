@@ -4,66 +4,40 @@ A block is tagged with how: `fast` runs here, `slow` under `-m slow`, `install` 
 do, `benchmark` is a script whose figures the README holds: its parts run in a small form.
 """
 
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from conftest import REPOSITORY, draw
+from support import REPOSITORY, draw
 
 BLOCKS = re.findall(r"^```(\w+) ?(\w*)\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-TAGS = {"export", "torchvision", "fast", "slow", "install", "benchmark", "output"}
 
 
 def tagged(language: str, tag: str) -> list[str]:
     return [text for found, given, text in BLOCKS if found == language and given == tag]
 
 
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    """The repository, beside a folder of photos, with `python` and `headstart` those of this environment."""
-    folder = tmp_path / "headstart"
-    subprocess.run(["git", "-C", str(REPOSITORY), "checkout-index", "-a", f"--prefix={folder}/"], check=True)
-    draw(folder / "path/to/photos")
-    return folder
-
-
-def run(command: list[str], copy: Path) -> subprocess.CompletedProcess[str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "PYTHONPATH": str(copy / "src")}
-    return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
-
-
-def test_every_block_is_tagged():
-    assert BLOCKS
-    assert {tag for _, tag, _ in BLOCKS} <= TAGS
-    assert {language for language, _, _ in BLOCKS} <= {"bash", "python", "text"}
-
-
 @pytest.mark.parametrize("block", tagged("bash", "fast"))
-def test_commands(block, copy):
-    done = run(["bash", "-euo", "pipefail", "-c", block], copy)
+def test_commands(block, run):
+    done = run("bash", "-euo", "pipefail", "-c", block)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", tagged("bash", "slow"))
-def test_slow_commands(block, copy):
-    assert run(["bash", "-euo", "pipefail", "-c", block], copy).returncode == 0
+def test_slow_commands(block, run):
+    assert run("bash", "-euo", "pipefail", "-c", block).returncode == 0
 
 
 @pytest.mark.parametrize("block", tagged("python", "fast"))
-def test_python(block, copy):
-    done = run([sys.executable, "-c", block], copy)
+def test_python(block, run):
+    done = run("python", "-c", block)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_exported_models_give_the_labels_of_the_head(copy):
+def test_exported_models_give_the_labels_of_the_head(run, copy):
     """On all of the demo's test images: the ONNX file by the script above, the weights by torchvision alone."""
     import csv
 
@@ -74,10 +48,10 @@ def test_exported_models_give_the_labels_of_the_head(copy):
     from headstart.classifier import load_head
     from headstart.images import preprocess, to_rgb
 
-    done = run(["bash", "-c", "python train.py --report=false && ls logs/clipart/*/checkpoints/best.ckpt"], copy)
+    done = run("bash", "-c", "python train.py --report=false && ls logs/clipart/*/checkpoints/best.ckpt")
     checkpoint = copy / done.stdout.splitlines()[-1]
     for output in ("model.onnx", "resnet18.pth"):
-        done = run(["headstart", "export", f"--ckpt_path={checkpoint}", f"--output={output}"], copy)
+        done = run("headstart", "export", f"--ckpt_path={checkpoint}", f"--output={output}")
         assert done.returncode == 0, done.stderr[-3000:]
     with (checkpoint.parent.parent / "splits.csv").open(newline="") as file:
         paths = [copy / "data/clipart" / row["path"] for row in csv.DictReader(file) if row["split"] == "test"]
@@ -94,7 +68,7 @@ def test_exported_models_give_the_labels_of_the_head(copy):
     assert len(paths) == 94
 
     (script,) = tagged("python", "export")
-    done = run([sys.executable, "-c", script, *map(str, paths)], copy)
+    done = run("python", "-c", script, *map(str, paths))
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line.split(" ", 2) for line in done.stdout.splitlines()]
     labels = torch.tensor([module.class_names.index(name) for name, _, _ in rows])
@@ -107,59 +81,47 @@ def test_exported_models_give_the_labels_of_the_head(copy):
     values = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
     torch.save((images / 255 - values[0]) / values[1], copy / "images.pt")
     script += "torch.save(model.eval()(torch.load('images.pt')).argmax(dim=1), 'labels.pt')"
-    done = run([sys.executable, "-c", script], copy)
+    done = run("python", "-c", script)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (torch.load(copy / "labels.pt") == wanted.argmax(dim=1))[clear].all()
 
 
-def test_the_test_command_is_what_ci_runs():
-    install = "\n".join(tagged("bash", "install"))
-    line = "pip install -e '.[dev]' && pytest"
-    assert line in install
-    assert line in (REPOSITORY / ".ci/run").read_text()
-
-
-@pytest.mark.parametrize("script", sorted(path.name for path in (REPOSITORY / "benchmarks").glob("*.py")))
-def test_every_benchmark_is_in_the_readme(script):
-    assert any(f"benchmarks/{script}" in block for block in tagged("bash", "benchmark"))
-
-
-def test_the_accuracy_benchmark_in_a_small_form(copy):
+def test_the_accuracy_benchmark_in_a_small_form(run, copy):
     for folder in (copy / "data/clipart").iterdir():
         for path in sorted(folder.iterdir())[12:]:
             path.unlink()
     small = ["--splits=1", "--model.image_size=32", "--trainer.max_epochs=1"]
-    done = run([sys.executable, "benchmarks/accuracy.py", *small], copy)
+    done = run("python", "benchmarks/accuracy.py", *small)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "| bundled | 0." in done.stdout
 
 
-def test_the_speed_benchmark_in_a_small_form(copy, tmp_path):
+def test_the_speed_benchmark_in_a_small_form(run, copy, tmp_path):
     for split in ("train", "val"):
         draw(tmp_path / "photos" / split, images=4)
-    done = run([sys.executable, "benchmarks/speed.py", str(tmp_path / "photos"), "--epochs=1"], copy)
+    done = run("python", "benchmarks/speed.py", str(tmp_path / "photos"), "--epochs=1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "times faster than plain" in done.stdout
     shutil.rmtree(tmp_path / "photos")
 
 
-def test_the_fine_tuning_benchmark_in_a_small_form(copy, tmp_path):
+def test_the_fine_tuning_benchmark_in_a_small_form(run, copy, tmp_path):
     for split in ("train", "val"):
         draw(tmp_path / "photos" / split, images=5, seed=len(split))
     small = ["--splits=1", "--trainer.max_epochs=1"]
-    done = run([sys.executable, "benchmarks/finetune.py", str(tmp_path / "photos"), *small], copy)
+    done = run("python", "benchmarks/finetune.py", str(tmp_path / "photos"), *small)
     assert done.returncode == 0, done.stderr[-3000:]
     for row in ("head alone", "layer4", "all layers", "whole network from random weights"):
         assert f"\n| {row} | " in done.stdout
 
 
-def test_the_label_benchmark_in_a_small_form(copy):
-    done = run([sys.executable, "benchmarks/labels.py", str(draw(copy / "photos", images=12))], copy)
+def test_the_label_benchmark_in_a_small_form(run, copy):
+    done = run("python", "benchmarks/labels.py", str(draw(copy / "photos", images=12)))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "| headstart check | " in done.stdout
 
 
-def test_the_fewshot_benchmarks_in_a_small_form(copy):
+def test_the_fewshot_benchmarks_in_a_small_form(run, copy):
     for number in range(16):
         shade = (16 * number, 255 - 16 * number, 128)
         draw(copy / "classes", images=16, seed=number, colours={f"class{number:02}": shade})
@@ -172,31 +134,31 @@ def test_the_fewshot_benchmarks_in_a_small_form(copy):
         "--data.train_episodes=20",
         "--data.val_episodes=20",
     ]
-    done = run([sys.executable, "benchmarks/fewshot.py", "heads", *options, *small], copy)
+    done = run("python", "benchmarks/fewshot.py", "heads", *options, *small)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "| projection (trained) | " in done.stdout
-    done = run([sys.executable, "benchmarks/fewshot.py", "tool", str(copy / "classes")], copy)
+    done = run("python", "benchmarks/fewshot.py", "tool", str(copy / "classes"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "| linear, AdamW, 25 epochs | | " in done.stdout
 
 
-def test_the_fewshot_times_in_a_small_form(copy):
+def test_the_fewshot_times_in_a_small_form(run, copy):
     pytest.importorskip("easyfsl", reason="of the benchmark alone: pip install easyfsl")
     for number in range(30):
         draw(copy / "classes", images=20, seed=number, colours={f"class{number:02}": (8 * number, 100, 128)})
     options = ["--data.source=folder", f"--data.root={copy / 'classes'}"]
-    done = run([sys.executable, "benchmarks/fewshot.py", "times", *options], copy)
+    done = run("python", "benchmarks/fewshot.py", "times", *options)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "episodes of another accuracy: 0" in done.stdout
 
 
-def test_the_scale_benchmarks_in_a_small_form(copy, tmp_path):
-    done = run([sys.executable, "benchmarks/scale.py", "rows", "6000"], copy)
+def test_the_scale_benchmarks_in_a_small_form(run, copy, tmp_path):
+    done = run("python", "benchmarks/scale.py", "rows", "6000")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "peak anonymous memory" in done.stdout
     for folder in (copy / "data/clipart").iterdir():
         for path in sorted(folder.iterdir())[12:]:
             path.unlink()
-    done = run([sys.executable, "benchmarks/scale.py", "heads"], copy)
+    done = run("python", "benchmarks/scale.py", "heads")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "64 heads take" in done.stdout

@@ -1,0 +1,131 @@
+"""What needs processes of its own: signals, several runs at once, several devices, the first command of a new user."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from headstart.features import Shard
+from support import REPOSITORY, draw, features, newest_run
+
+SMALL = ["--model.image_size=32", "--report=false"]
+
+
+def child(*options: str) -> subprocess.Popen:
+    """A process with the usual handler of Ctrl-C, which one that was started in the background lacks."""
+    program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program += "from headstart.cli import main; main(sys.argv[1:])"
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src"), "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *options],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(path: str, process: subprocess.Popen) -> Path:
+    for _ in range(1200):
+        if found := next(Path().glob(path), None):
+            return found
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        time.sleep(0.05)
+    raise AssertionError(f"{path} did not appear")
+
+
+@pytest.mark.fault("Ctrl-C, SIGTERM")
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_end_with_their_status_and_the_run_goes_on(colours, train, sent, status):
+    options = [f"--data.root={colours}", *SMALL, "--name=run", "--trainer.max_epochs=400"]
+    process = child("train", *options)
+    last = wait_for("logs/run/*/checkpoints/last.ckpt", process)
+    process.send_signal(sent)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors[-2000:]
+    assert "Traceback" not in errors
+    reached = torch.load(last, weights_only=True)["epoch"]
+    assert reached < 399
+    train(colours, "--name=run", "--trainer.max_epochs=401", "--ckpt_path=last")
+    assert torch.load(last, weights_only=True)["epoch"] == 400
+
+
+def start(headstart: Path, root: Path, cache: Path, name: str) -> subprocess.Popen[bytes]:
+    options = [f"--data.root={root}", "--model.image_size=32", "--trainer.max_epochs=1", f"--name={name}"]
+    environment = os.environ | {"HEADSTART_CACHE": str(cache), "PYTHONPATH": str(REPOSITORY / "src")}
+    return subprocess.Popen(
+        [headstart, "train", *options], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def together(headstart: Path, root: Path, cache: Path, processes: int) -> int:
+    """Rows that so many processes wrote, started together on one cold cache."""
+    started = [start(headstart, root, cache, f"run{number}") for number in range(processes)]
+    for process in started:
+        _, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err.decode()[-2000:]
+    return sum(len(Shard.open(path).rows) for path in cache.glob("features/*/*.safetensors"))
+
+
+@pytest.mark.fault("two runs on one cold cache")
+def test_processes_share_the_work_and_compute_each_image_once(programs, tmp_path):
+    root = draw(tmp_path / "many", images=100)
+    assert together(programs / "headstart", root, tmp_path / "shared", 2) == 300
+    assert together(programs / "headstart", root, tmp_path / "alone", 1) == 300
+    assert features(tmp_path / "shared") == features(tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_eight_processes_share_one_cold_cache(programs, tmp_path):
+    root = draw(tmp_path / "many", images=200)
+    assert together(programs / "headstart", root, tmp_path / "shared", 8) == 600
+    assert together(programs / "headstart", root, tmp_path / "alone", 1) == 600
+    assert features(tmp_path / "shared") == features(tmp_path / "alone")
+
+
+def test_two_processes_end_with_the_head_of_one(colours, train):
+    options = ["--data.feature_precision=fp32", "--trainer.max_epochs=3", "--name=run"]
+    one = train(colours, *options, "--trainer.default_root_dir=one")
+    command = [sys.executable, "-m", "headstart", "train", f"--data.root={colours}", "--model.image_size=32", *options]
+    command += ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu"]
+    command += ["--trainer.default_root_dir=two"]
+    environment = os.environ | {"HEADSTART_CACHE": str(Path("other").resolve()), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list(Path("two/run").iterdir())) == 1
+    two = json.loads((newest_run(Path("two")) / "result.json").read_text())
+    heads = [
+        torch.load(newest_run(Path(n)) / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for n in ("one", "two")
+    ]
+    torch.testing.assert_close(*heads, rtol=0, atol=1e-5)
+    assert two["test/acc"] == one["test/acc"]
+    assert two["test/loss"] == pytest.approx(one["test/loss"], abs=1e-5)
+    events = EventAccumulator(str(newest_run(Path("two"))))
+    events.Reload()
+    text = events.Tensors("test/confusion_counts/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert sum(int(cell) for line in text.splitlines()[2:] for cell in line.split("|")[2:-1]) == one["images"]["test"]
+
+
+def test_the_demo_reaches_its_floor(tmp_path):
+    """`python train.py` in a copy of the repository, as a new user runs it."""
+    copy = tmp_path / "copy"
+    subprocess.run(["git", "-C", str(REPOSITORY), "checkout-index", "-a", f"--prefix={copy}/"], check=True)
+    environment = os.environ | {"PYTHONPATH": str(copy / "src")}
+    done = subprocess.run(
+        [sys.executable, "train.py"], cwd=copy, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr == ""
+    result = json.loads(next((copy / "logs").glob("clipart/*/result.json")).read_text())
+    assert result["test/acc"] > 0.45
+    assert result["images"] == {"train": 412, "val": 84, "test": 94}
+    for said in ("test", "run:", "tensorboard --logdir", "--data.root="):
+        assert said in done.stdout

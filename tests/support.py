@@ -1,0 +1,32 @@
+"""Small images that the tests draw, and where to find what a run left."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+REPOSITORY = Path(__file__).parent.parent
+COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
+
+
+def draw(folder: Path, images: int = 20, seed: int = 0, colours: dict[str, tuple[int, int, int]] = COLOURS) -> Path:
+    """A folder of noisy squares, a colour a class; a linear head on any features tells them apart."""
+    random = np.random.default_rng(seed)
+    for name, colour in colours.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(images):
+            pixels = np.clip(np.array(colour) + random.integers(-30, 30, (40, 48, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number:03}.png")
+    return folder
+
+
+def newest_run(logs: Path = Path("logs")) -> Path:
+    return max(logs.glob("*/*/"), key=lambda path: path.stat().st_mtime)
+
+
+def features(cache: Path) -> dict[bytes, bytes]:
+    """Every row and its features, to compare caches whose pieces were cut elsewhere."""
+    from headstart.features import Shard
+
+    shards = [Shard.open(path) for path in cache.glob("features/*/*.safetensors")]
+    return {row: line.numpy().tobytes() for each in shards for row, line in zip(each.rows, each.features, strict=True)}
