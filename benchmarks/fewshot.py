@@ -24,7 +24,7 @@ from headstart.fewshot.data import EpisodeData
 from headstart.fewshot.episodes import Shape
 from headstart.fewshot.heads import Prototype
 from headstart.fewshot.intervals import mean_and_half_width
-from headstart.heads import Setting, score, train_bank
+from headstart.search.bank import Setting, score, train_bank
 from headstart.terminal import be_calm
 
 DEMO = Path(__file__).parent.parent / "data" / "clipart"

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from headstart.cli import main
-from headstart.folders import images, of_splits, subfolders
+from headstart.data.folders import images, of_splits, subfolders
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SIZE = 128  # what the bundled weights were made for; random ones would take 224

@@ -12,9 +12,9 @@ import torch
 from torch.nn import functional
 
 from headstart import FrozenBackbone, ImageFolderData
-from headstart.check import FOLDS, losses, neighbours, out_of_fold, rooted
-from headstart.heads import fit_exact
+from headstart.search.bank import fit_exact
 from headstart.terminal import be_calm
+from headstart.verbs.check import FOLDS, losses, neighbours, out_of_fold, rooted
 
 CHANGED, SEEDS, FIRST = 20, 5, (20, 40, 60)
 DEMO = Path(__file__).parent.parent / "data" / "clipart"

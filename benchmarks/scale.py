@@ -29,12 +29,12 @@ from pytorch_lightning import Trainer
 
 from headstart import FrozenBackbone, ImageFolderData, TransferClassifier
 from headstart.cli import main
-from headstart.data import ImageData
-from headstart.features import BATCH, FeatureCache, Shard, cache_key, feature_dtype
-from headstart.heads import Setting, fit_exact, score, train_bank
+from headstart.data.module import ImageData
+from headstart.data.splits import Item
+from headstart.features.cache import BATCH, FeatureCache, Shard, cache_key, feature_dtype
 from headstart.images import decode, preprocess
-from headstart.splits import Item
-from headstart.tune import LABEL_SMOOTHINGS, LRS, WEIGHT_DECAYS
+from headstart.search.bank import Setting, fit_exact, score, train_bank
+from headstart.verbs.tune import LABEL_SMOOTHINGS, LRS, WEIGHT_DECAYS
 
 
 class Memory:

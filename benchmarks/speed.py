@@ -68,10 +68,10 @@ def headstart(data: Path, epochs: int, *options: str) -> dict[str, Any]:
     import torch.fx.experimental.optimization
     from torch.utils import tensorboard  # noqa: F401
 
-    from headstart import training
-    from headstart.backbone import FrozenBackbone
     from headstart.cli import main
-    from headstart.features import Shard
+    from headstart.features.cache import Shard
+    from headstart.fit import cli as training
+    from headstart.model.backbone import FrozenBackbone
 
     assert training  # imported before the clock starts
     images = [0]
@@ -99,9 +99,9 @@ def limit(data: Path, epochs: int) -> dict[str, Any]:
     import torch
     import torch.fx.experimental.optimization
 
-    from headstart.backbone import FrozenBackbone
-    from headstart.features import feature_dtype
+    from headstart.features.cache import feature_dtype
     from headstart.images import decode, preprocess
+    from headstart.model.backbone import FrozenBackbone
 
     cpu = torch.device("cpu")
     dtype = feature_dtype("auto", cpu)

@@ -128,7 +128,7 @@ def stand_in_for_imagenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     import torch
     from torchvision import models
 
-    from headstart import backbone
+    from headstart.model import backbone
 
     torch.manual_seed(1)
     made = tmp_path / "made.pth"

@@ -10,8 +10,8 @@ from torch import nn
 from torchvision import models
 
 from headstart import FrozenBackbone, TransferClassifier
-from headstart.backbone import check_frozen, combined, tensor_digests
 from headstart.errors import UserError
+from headstart.model.backbone import check_frozen, combined, tensor_digests
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_no_network_names_the_file_and_the_ways_out(stand_in_for_imagenet, refus
 
 def test_torchvisions_own_address_and_digest():
     """The real file's name and hash, which cannot be downloaded in a test."""
-    from headstart.backbone import SHA256, _imagenet_weights
+    from headstart.model.backbone import SHA256, _imagenet_weights
 
     name = _imagenet_weights("resnet18").url.rsplit("/", 1)[-1]
     assert name == "resnet18-f37072fd.pth"

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from headstart.check import _folds, losses, neighbours, out_of_fold, rooted
 from headstart.cli import main
+from headstart.verbs.check import _folds, losses, neighbours, out_of_fold, rooted
 from support import draw, newest_run
 
 

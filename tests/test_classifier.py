@@ -7,9 +7,9 @@ from torch.nn import functional
 from torchvision import models
 
 from headstart import ImageFolderData, TransferClassifier
-from headstart.checkpoints import SEAL
-from headstart.classifier import metrics, warmup_cosine
 from headstart.errors import UserError
+from headstart.model.checkpoints import SEAL
+from headstart.model.classifier import metrics, warmup_cosine
 from support import draw
 
 
@@ -57,7 +57,7 @@ def test_a_plain_frozen_model_fails_the_same_check_in_a_fit(colours):
         def forward(self, images):
             return self.net(images.float())
 
-    from headstart.backbone import tensor_digests
+    from headstart.model.backbone import tensor_digests
 
     data = ImageFolderData(str(colours), cache=False, num_workers=0)
     model = TransferClassifier(data.class_names, image_size=32)

@@ -14,9 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from headstart import DatasetData, FrozenBackbone, ImageFolderData, TransferClassifier
 from headstart.cli import main
+from headstart.data.loaders import EpochOrder
+from headstart.data.splits import Item, assign, shared_between_splits
 from headstart.errors import UserError
-from headstart.loaders import EpochOrder
-from headstart.splits import Item, assign, shared_between_splits
 from support import COLOURS, draw, newest_run
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torchvision import models
 
-from headstart import export as exporting
-from headstart.classifier import load_head
 from headstart.cli import main
+from headstart.model.classifier import load_head
+from headstart.verbs import export as exporting
 
 
 def images() -> torch.Tensor:

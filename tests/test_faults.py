@@ -22,13 +22,13 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from headstart import backbone
-from headstart.checkpoints import SEAL, SealedCheckpointIO, content_digest
-from headstart.classifier import TransferClassifier
 from headstart.cli import main
+from headstart.data.loaders import ImageDataset
 from headstart.errors import UserError
-from headstart.features import FeatureCache, Shard
-from headstart.loaders import ImageDataset
+from headstart.features.cache import FeatureCache, Shard
+from headstart.model import backbone
+from headstart.model.checkpoints import SEAL, SealedCheckpointIO, content_digest
+from headstart.model.classifier import TransferClassifier
 from support import REPOSITORY, draw, newest_run
 
 SMALL = ["--model.image_size=32", "--report=false"]

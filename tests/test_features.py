@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from headstart import TransferClassifier
-from headstart.backbone import FrozenBackbone
 from headstart.cli import main
-from headstart.content import write_atomically
-from headstart.features import BATCH, FeatureCache, FeatureMatrix, Shard, cache_key, chunk_size, verify
-from headstart.loaders import EpochOrder, FeatureLoader
+from headstart.data.loaders import EpochOrder, FeatureLoader
+from headstart.features.cache import BATCH, FeatureCache, FeatureMatrix, Shard, cache_key, chunk_size, verify
+from headstart.files import write_atomically
+from headstart.model.backbone import FrozenBackbone
 from support import COLOURS, draw, features
 
 
@@ -74,7 +74,7 @@ def test_added_and_changed_images_are_all_that_is_computed(colours, train, seen,
 
 
 def test_a_change_hidden_from_size_and_mtime_is_seen(colours, train, seen, monkeypatch):
-    monkeypatch.setattr("headstart.content.GRAIN_NS", 2 * 10**8)
+    monkeypatch.setattr("headstart.files.GRAIN_NS", 2 * 10**8)
     once(train, colours)
     seen()
     victim = colours / "green/001.bmp"
@@ -159,7 +159,7 @@ def shard(count: int, start: int = 0) -> Shard:
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_matrix_gives_its_rows_in_order_whether_mapped_or_not(in_memory, monkeypatch):
     if not in_memory:
-        monkeypatch.setattr("headstart.features.IN_MEMORY", 0)
+        monkeypatch.setattr("headstart.features.cache.IN_MEMORY", 0)
     names = rows(20)
     numbers = torch.arange(20, dtype=torch.float32)[:, None].repeat(1, 4)
     shards = [Shard(names[:7], numbers[:7]), Shard([], torch.empty(0, 4)), Shard(names[7:], numbers[7:])]
@@ -173,7 +173,7 @@ def test_a_matrix_gives_its_rows_in_order_whether_mapped_or_not(in_memory, monke
 def test_mapped_and_in_memory_training_end_at_the_same_head(colours, train, monkeypatch):
     results = []
     for limit in (2**30, 0):
-        monkeypatch.setattr("headstart.features.IN_MEMORY", limit)
+        monkeypatch.setattr("headstart.features.cache.IN_MEMORY", limit)
         results.append(once(train, colours))
     assert results[0]["val/loss"] == results[1]["val/loss"]
 
@@ -263,7 +263,7 @@ def test_a_disk_that_fills_up_is_said_once_and_does_without(colours, train, caps
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(
-        "headstart.features.write_atomically", lambda path, data: path.suffix == ".json" or full(path, data)
+        "headstart.features.cache.write_atomically", lambda path, data: path.suffix == ".json" or full(path, data)
     )
     monkeypatch.setattr("os.utime", lambda *args, **kwargs: None)
     result = once(train, colours, "--trainer.max_epochs=8")

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from headstart.cli import main
 from headstart.errors import UserError
-from headstart.features import FeatureMatrix
+from headstart.features.cache import FeatureMatrix
 from headstart.fewshot import glyphs
 from headstart.fewshot.compare import accuracies
 from headstart.fewshot.episodes import Episode, EpisodeLoader, EpisodeOrder, EpisodeSampler, Shape
@@ -33,7 +33,7 @@ from headstart.fewshot.intervals import mean_and_half_width, quantile
 from headstart.fewshot.module import MetaLearner
 from headstart.fewshot.sources import Classes, classes_of, split_classes
 from headstart.fewshot.training import make_trainer
-from headstart.heads import fit_exact
+from headstart.search.bank import fit_exact
 from support import REPOSITORY, newest_run
 
 WIDTH = 16

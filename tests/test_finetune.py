@@ -12,13 +12,13 @@ from PIL import Image
 from pytorch_lightning import Trainer
 
 from headstart import ImageFolderData, TransferClassifier
-from headstart.backbone import FrozenBackbone, tensor_digests
-from headstart.classifier import load_head, tuned_in
 from headstart.cli import main
 from headstart.errors import UserError
-from headstart.export import EXTRA
-from headstart.features import FeatureCache
-from headstart.unfreezing import FineTunedClassifier, layer_of, learning_names
+from headstart.features.cache import FeatureCache
+from headstart.finetune.module import FineTunedClassifier, layer_of, learning_names
+from headstart.model.backbone import FrozenBackbone, tensor_digests
+from headstart.model.classifier import load_head, tuned_in
+from headstart.verbs.export import EXTRA
 from support import draw, newest_run
 
 SMALL = ["--report=false", "--trainer.max_epochs=2"]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from headstart.backbone import Preprocessing
 from headstart.images import UnreadableImage, augment, decode, preprocess
+from headstart.model.backbone import Preprocessing
 
 SMALL = Preprocessing(resize_size=36, crop_size=32)
 

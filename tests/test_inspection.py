@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from headstart.calibration import Temperature, fit_temperature
 from headstart.cli import main
-from headstart.evaluation import Evaluation, spread
-from headstart.figures import curves_figure, evaluation_figures, png
-from headstart.learning_curve import LearningCurve, stratified
-from headstart.splits import Item
+from headstart.data.splits import Item
+from headstart.model.calibration import Temperature, fit_temperature
+from headstart.report.evaluation import Evaluation, spread
+from headstart.report.figures import curves_figure, evaluation_figures, png
+from headstart.report.learning_curve import LearningCurve, stratified
 from support import COLOURS, draw, newest_run
 
 FIGURES = {"confusion_matrix", "confusion_normalised", "per_class", "roc", "precision_recall", "reliability"}

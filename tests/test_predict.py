@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from headstart.classifier import load_head
 from headstart.cli import main
-from headstart.explain import ClassActivation
-from headstart.predict import Predictor
+from headstart.deploy.explain import ClassActivation
+from headstart.model.classifier import load_head
+from headstart.verbs.predict import Predictor
 from support import COLOURS, draw, newest_run
 
 

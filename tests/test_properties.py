@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from headstart.backbone import FrozenBackbone
 from headstart.cli import main
-from headstart.features import cache_key
+from headstart.data.splits import Item, assign
+from headstart.features.cache import cache_key
 from headstart.images import UnreadableImage, decode
-from headstart.splits import Item, assign
+from headstart.model.backbone import FrozenBackbone
 
 CLASSES = ["a", "b", "c"]
 calm = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -12,10 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn import functional
 
 from headstart.cli import main
-from headstart.features import FeatureMatrix, Shard
-from headstart.heads import Bank, Setting, fit_exact, score, train_bank
-from headstart.loaders import EpochOrder, FeatureLoader
-from headstart.tune import T95, interval
+from headstart.data.loaders import EpochOrder, FeatureLoader
+from headstart.features.cache import FeatureMatrix, Shard
+from headstart.search.bank import Bank, Setting, fit_exact, score, train_bank
+from headstart.verbs.tune import T95, interval
 from support import COLOURS, draw
 
 

@@ -5,18 +5,18 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from headstart.backbone import FrozenBackbone
-    from headstart.classifier import TransferClassifier
-    from headstart.data import DatasetData, ImageFolderData
+    from headstart.data.module import DatasetData, ImageFolderData
+    from headstart.model.backbone import FrozenBackbone
+    from headstart.model.classifier import TransferClassifier
 
 __version__ = version("headstart")
 __all__ = ["DatasetData", "FrozenBackbone", "ImageFolderData", "TransferClassifier", "__version__"]
 
 _HOMES = {
-    "DatasetData": "data",
-    "ImageFolderData": "data",
-    "FrozenBackbone": "backbone",
-    "TransferClassifier": "classifier",
+    "DatasetData": "data.module",
+    "ImageFolderData": "data.module",
+    "FrozenBackbone": "model.backbone",
+    "TransferClassifier": "model.classifier",
 }
 
 

@@ -24,19 +24,7 @@ USAGE = """usage: headstart VERB [options]
 
 headstart VERB --help lists the options of a verb."""
 
-# Verb -> module and function.
-VERBS = {
-    "train": ("training", "train"),
-    "tune": ("tune", "tune"),
-    "finetune": ("finetune", "finetune"),
-    "evaluate": ("evaluate", "evaluate"),
-    "predict": ("predict", "predict"),
-    "export": ("export", "export"),
-    "check": ("check", "check"),
-    "fewshot": ("fewshot.command", "fewshot"),
-    "runs": ("runs", "runs"),
-    "cache": ("cache_command", "cache"),
-}
+VERBS = ("train", "tune", "finetune", "evaluate", "predict", "export", "check", "fewshot", "runs", "cache")
 
 WORKER_KILLED = (
     "--data.num_workers: a process that decodes images was killed, for lack of memory or of shared memory (/dev/shm); "
@@ -58,8 +46,7 @@ def main(args: Sequence[str] | None = None, root: Path | None = None) -> Any:
     # torch takes seconds to import, so a verb's module is imported when it is used.
     try:
         if verb in VERBS:
-            module, function = VERBS[verb]
-            run = getattr(import_module(f"headstart.{module}"), function)
+            run = getattr(import_module(f"headstart.verbs.{verb}"), verb)
             return run(options, root) if verb in ("train", "tune") else run(options)
     except BrokenPipeError:  # who read our output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

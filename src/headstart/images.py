@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
-from headstart.backbone import Preprocessing
+from headstart.model.backbone import Preprocessing
 from headstart.terminal import say_once
 
 Augment = Literal["none", "light", "strong"]

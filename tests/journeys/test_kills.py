@@ -23,7 +23,7 @@ from support import COLOURS, REPOSITORY, draw, features
 
 SERVER = """
 import json, os, sys
-import headstart.data, headstart.training
+import headstart.data.module, headstart.fit.cli
 from headstart.cli import main
 for line in sys.stdin:
     pid = os.fork()
@@ -47,9 +47,9 @@ SAVES = """
 import os, signal, sys
 from pathlib import Path
 import torch
-import headstart.checkpoints
-from headstart.content import write_atomically
-writer, path = headstart.checkpoints.SealedCheckpointIO(), Path(sys.argv[1])
+import headstart.model.checkpoints
+from headstart.files import write_atomically
+writer, path = headstart.model.checkpoints.SealedCheckpointIO(), Path(sys.argv[1])
 
 def save(value):
     writer.save_checkpoint({"state_dict": {"a": torch.full((5,), value)}}, path)
@@ -65,7 +65,7 @@ def killed_at(number):
         sys.setprofile(count)
         write_atomically(*arguments)
         sys.setprofile(None)
-    headstart.checkpoints.write_atomically = write
+    headstart.model.checkpoints.write_atomically = write
     save(1.0)
 
 number, status = 0, signal.SIGKILL

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from headstart.features import Shard
+from headstart.features.cache import Shard
 from support import REPOSITORY, draw, features, newest_run
 
 SMALL = ["--model.image_size=32", "--report=false"]

@@ -45,8 +45,8 @@ def test_exported_models_give_the_labels_of_the_head(run, copy):
     import torch
     from PIL import Image
 
-    from headstart.classifier import load_head
     from headstart.images import preprocess, to_rgb
+    from headstart.model.classifier import load_head
 
     done = run("bash", "-c", "python train.py --report=false && ls logs/clipart/*/checkpoints/best.ckpt")
     checkpoint = copy / done.stdout.splitlines()[-1]

@@ -1,1 +1,4 @@
-"""Meta learning on frozen features: episodes of a few examples, and heads that learn from them."""
+"""A wing: meta learning on frozen features. Episodes of a few examples, and heads that learn from them.
+
+Begin with `episodes.py`, then `heads.py`. May import everything but verbs and other wings; only its verb imports it.
+"""

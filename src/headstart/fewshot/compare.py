@@ -7,11 +7,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from headstart.content import csv_bytes
 from headstart.fewshot.episodes import EpisodeSampler
 from headstart.fewshot.heads import HeadName
 from headstart.fewshot.intervals import mean_and_half_width
-from headstart.figures import BLUE, GREEN, GREY, ORANGE
+from headstart.files import csv_bytes
+from headstart.report.figures import BLUE, GREEN, GREY, ORANGE
 
 BASELINE: HeadName = "prototype"
 EPISODES_AT_ONCE = 50

@@ -9,15 +9,15 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from headstart import folders
-from headstart.data import ImageFiles, trained_epochs
+from headstart.data import folders
+from headstart.data.module import ImageFiles, trained_epochs
+from headstart.data.splits import SPLITS, Item, Split
 from headstart.errors import UserError
-from headstart.features import FeaturePrecision, cache_folder
+from headstart.features.cache import FeaturePrecision, cache_folder
 from headstart.fewshot.episodes import EpisodeLoader, EpisodeOrder, EpisodeSampler, Shape
 from headstart.fewshot.sources import SourceName, classes_of, split_classes
 from headstart.images import MAX_PIXELS
-from headstart.options import Count, Fraction, Positive, Share
-from headstart.splits import SPLITS, Item, Split
+from headstart.ranges import Count, Fraction, Positive, Share
 from headstart.terminal import say
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from headstart.data.splits import SPLITS, Split
 from headstart.errors import UserError
-from headstart.splits import SPLITS, Split
 
 Keys = npt.NDArray[np.uint64]
 

@@ -16,8 +16,8 @@ import PIL
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
 
-from headstart.content import claim_by_rename
 from headstart.errors import UserError
+from headstart.files import claim_by_rename
 from headstart.terminal import images_bar
 
 # Part of the folder's name: raise it when the drawings change.

@@ -11,7 +11,7 @@ from headstart.errors import UserError
 from headstart.fewshot.episodes import Episode
 from headstart.fewshot.heads import HeadName, make_head
 from headstart.fewshot.intervals import mean_and_half_width
-from headstart.options import Count, Positive, Rate
+from headstart.ranges import Count, Positive, Rate
 
 
 class MetaLearner(LightningModule):

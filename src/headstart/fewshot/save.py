@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from headstart.calibration import fit_temperature
-from headstart.classifier import TransferClassifier
 from headstart.errors import UserError
 from headstart.fewshot.heads import linear_head
 from headstart.fewshot.training import make_trainer
+from headstart.model.calibration import fit_temperature
+from headstart.model.classifier import TransferClassifier
 
 
 def save(path: Path, module: TransferClassifier, head: nn.Module, classes: Sequence[Tensor]) -> float:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from headstart import folders
-from headstart.content import claim_by_rename
+from headstart.data import folders
+from headstart.data.splits import SPLITS, Split
 from headstart.errors import UserError
 from headstart.fewshot.glyphs import glyphs
-from headstart.splits import SPLITS, Split
+from headstart.files import claim_by_rename
 
 SourceName = Literal["glyphs", "folder", "omniglot"]
 

@@ -8,10 +8,10 @@ import torch
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.callbacks import EarlyStopping
 
-from headstart.checkpoints import RunCheckpoint, SealedCheckpointIO, read_sealed
 from headstart.fewshot.data import EpisodeData
 from headstart.fewshot.module import MetaLearner
-from headstart.run_folder import RunFolder, RunLogger
+from headstart.model.checkpoints import RunCheckpoint, SealedCheckpointIO, read_sealed
+from headstart.runs.folder import RunFolder, RunLogger
 from headstart.terminal import say
 
 

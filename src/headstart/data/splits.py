@@ -1,0 +1,175 @@
+"""Which image trains, which validates, which tests: a function of its content, so that it never moves."""
+
+import csv
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from headstart.errors import UserError
+from headstart.files import csv_bytes
+from headstart.terminal import say
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+COLUMNS = ["split", "class", "path", "sha256"]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """An image: where it is, what it shows, what it holds, where it belongs.
+
+    Attributes:
+        path: relative to the data's root, with forward slashes; of a dataset, its name and the index.
+        label: the index of its class.
+        digest: sha256 of its content.
+        split: None until it is assigned.
+        group: of images that belong together, such as a burst of one scene; empty: it is alone.
+    """
+
+    path: str
+    label: int
+    digest: bytes = b""
+    split: Split | None = None
+    group: str = ""
+
+
+def assign(items: Sequence[Item], class_names: Sequence[str], val: float, test: float, seed: int) -> list[Item]:
+    """Gives each image without a split its own, by the hash of the seed and its content.
+
+    A new image never moves an old one, and identical images share a split, as do those of a group. A class that would
+    be missing from a split gets its lowest-hashed image there, or group; that is said, and is the one case in which a
+    new image can move another.
+
+    Args:
+        items: of which some may have a split already; those keep it.
+        class_names: by label.
+        val: share of the images, in [0, 1).
+        test: likewise.
+        seed: another seed, another split.
+
+    Raises:
+        UserError: a class has fewer different images, or groups, than there are splits.
+    """
+    fractions: dict[Split, float] = {"test": test, "val": val, "train": 1 - val - test}
+    needed = [split for split, fraction in fractions.items() if fraction > 0]
+    units = _units([item for item in items if item.split is None])
+    of_classes: dict[int, set[bytes]] = defaultdict(set)
+    for item in items:
+        if item.split is None:
+            of_classes[item.label].add(units[_own(item)])
+    places = {unit: _place(seed, unit, val, test) for unit in units.values()}
+    for label, of_class in sorted(of_classes.items()):
+        _fill(of_class, places, needed, class_names[label], seed)
+    for label, of_class in of_classes.items():  # a group of several classes may have been moved twice
+        if missing := set(needed) - {places[unit] for unit in of_class}:
+            raise UserError(
+                f"class {class_names[label]!r}: its groups leave it without {', '.join(missing)}; add images, "
+                "or give each image its split"
+            )
+    return [item if item.split else replace(item, split=places[units[_own(item)]]) for item in items]
+
+
+def _own(item: Item) -> bytes:
+    """What an image would be split by, if no other image shared its content or its group."""
+    return hashlib.sha256(b"group " + os.fsencode(item.group)).digest() if item.group else item.digest
+
+
+def _units(items: Sequence[Item]) -> dict[bytes, bytes]:
+    """What is split as a whole, by ``_own``: groups that hold the same image are one.
+
+    It has the lowest name of its groups, so that an image which joins a group moves nothing.
+    """
+    groups = {_own(item) for item in items if item.group}
+    if not groups:
+        return {item.digest: item.digest for item in items}
+    joined: dict[bytes, bytes] = {}
+
+    def root(name: bytes) -> bytes:
+        while joined.setdefault(name, name) != name:
+            name = joined[name]
+        return name
+
+    for item in items:
+        ends = sorted((root(_own(item)), root(item.digest)), key=lambda name: (name not in groups, name))
+        joined[ends[1]] = ends[0]
+    return {name: root(name) for name in list(joined)}
+
+
+def _unit_hash(seed: int, digest: bytes) -> float:
+    """A number in [0, 1), uniform over contents."""
+    return int.from_bytes(hashlib.sha256(b"split %d " % seed + digest).digest()[:6], "big") / 2**48
+
+
+def _place(seed: int, digest: bytes, val: float, test: float) -> Split:
+    value = _unit_hash(seed, digest)
+    if value < test:
+        return "test"
+    return "val" if value < test + val else "train"
+
+
+def _fill(of_class: Set[bytes], places: dict[bytes, Split], needed: Sequence[Split], name: str, seed: int) -> None:
+    """Moves the lowest-hashed image that its split can spare into each split that the class is missing from."""
+    if len(of_class) < len(needed):
+        raise UserError(
+            f"class {name!r}: {len(of_class)} different image(s) or group(s), and {len(needed)} are needed to be in "
+            f"every split ({', '.join(needed)}); add images or remove the class"
+        )
+    for split in needed:
+        sizes = Counter(places[digest] for digest in of_class)
+        if not sizes[split]:
+            spare = (digest for digest in of_class if sizes[places[digest]] > 1)
+            places[min(spare, key=lambda digest: _unit_hash(seed, digest))] = split
+            say(f"data: class {name!r} would be missing from {split}; its lowest-hashed image went there")
+
+
+def limited(items: Sequence[Item], limit: int) -> list[Item]:
+    """Keeps the ``limit`` lowest-hashed training images of each class; validation and test stay whole."""
+    kept: dict[int, int] = Counter()
+    left_out: set[int] = set()
+    for position, item in sorted(enumerate(items), key=lambda entry: entry[1].digest):
+        if item.split == "train":
+            kept[item.label] += 1
+            if kept[item.label] > limit:
+                left_out.add(position)
+    return [item for position, item in enumerate(items) if position not in left_out]
+
+
+def shared_between_splits(items: Iterable[Item]) -> int:
+    """How many contents are in more than one split."""
+    seen: dict[bytes, set[str | None]] = defaultdict(set)
+    for item in items:
+        seen[item.digest].add(item.split)
+    return sum(len(splits) > 1 for splits in seen.values())
+
+
+def to_csv(items: Iterable[Item], class_names: Sequence[str]) -> bytes:
+    """What ``splits.csv`` holds: split, class, path and content hash of each image."""
+    rows = ([item.split, class_names[item.label], item.path, item.digest.hex()] for item in items)
+    return csv_bytes([COLUMNS, *rows])
+
+
+def frozen(items: Sequence[Item], file: Path) -> list[Item]:
+    """Gives each image the split that it has in a run's ``splits.csv``, found by content; leaves out the others."""
+    places = _read(file)
+    known = [replace(item, split=places[item.digest.hex()]) for item in items if item.digest.hex() in places]
+    if len(known) < len(items):
+        say(f"data: {len(items) - len(known)} images are not in {file} and are left out")
+    return known
+
+
+def _read(file: Path) -> Mapping[str, Split]:
+    try:
+        with file.open(newline="", encoding="utf-8", errors="surrogateescape") as text:
+            rows = [(row["sha256"], row["split"]) for row in csv.DictReader(text)]
+    except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--data.splits={file}: not a run's splits.csv ({', '.join(COLUMNS)})") from error
+    places: dict[str, Split] = {}
+    for digest, split in rows:
+        if split not in SPLITS:
+            raise UserError(f"--data.splits={file}: unknown split {split!r}; use {', '.join(SPLITS)}")
+        places[digest] = split
+    return places

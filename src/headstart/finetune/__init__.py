@@ -1,0 +1,4 @@
+"""A wing: the backbone's last layers learn too, on the cached output of the frozen ones.
+
+Begin with `module.py`. May import everything but verbs and other wings; only `verbs/finetune.py` imports it.
+"""

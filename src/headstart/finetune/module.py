@@ -1,0 +1,203 @@
+"""The module that is fine-tuned: the last layers of the backbone learn with the head, the rest stays frozen."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.fx import symbolic_trace
+from torch.fx.passes.split_module import split_module
+
+from headstart.errors import UserError
+from headstart.model.backbone import FrozenBackbone, check_frozen
+from headstart.model.classifier import TransferClassifier, resolved
+from headstart.ranges import Fraction, ImageSize, NonNegative, Rate, Share
+
+
+class Front(FrozenBackbone):
+    """The layers before the unfrozen ones, as a backbone of their own, so that its output is cached like any features.
+
+    It shares all tensors with the whole.
+
+    Args:
+        whole: the backbone.
+        layers: its first ones; from normalised images to what the next layer takes.
+        before: the name of the next layer.
+
+    Attributes:
+        shape: of that output for one image, such as (256, 8, 8).
+    """
+
+    def __init__(self, whole: FrozenBackbone, layers: nn.Module, before: str) -> None:
+        nn.Module.__init__(self)
+        self.name, self.weights = f"{whole.name} before {before}", whole.weights
+        self.preprocessing = whole.preprocessing
+        self.net = nn.Sequential(layers, nn.Flatten())
+        self.register_buffer("mean", whole.mean)
+        self.register_buffer("std", whole.std)
+        side = self.preprocessing.crop_size
+        with torch.no_grad():
+            self.shape = tuple(layers(torch.zeros(1, 3, side, side, device=whole.mean.device)).shape[1:])
+        self.num_features = int(torch.Size(self.shape).numel())
+        self.eval()
+
+
+def learning_names(net: nn.Module, unfreeze: str) -> list[str]:
+    """The names of the parameters and buffers from the named layer to the last, in the order of the network.
+
+    Args:
+        net: the backbone's network.
+        unfreeze: the name of one of its modules, or ``all``.
+
+    Raises:
+        UserError: there is no such module, or it has nothing to learn.
+    """
+    names = list(net.state_dict())
+    if unfreeze == "all":
+        return names
+    inside = [place for place, name in enumerate(names) if name.startswith(f"{unfreeze}.")]
+    if not inside:
+        layers = [name for name, child in net.named_children() if any(True for _ in child.parameters())]
+        raise UserError(f"--unfreeze={unfreeze}: no layer that can learn; give all, or one such as {', '.join(layers)}")
+    return names[inside[0] :]
+
+
+def divided(backbone: FrozenBackbone, unfreeze: str) -> tuple[Front, nn.Module] | None:
+    """The backbone in two, before the named layer; None where one value alone cannot pass between the two.
+
+    So it is with a vision transformer, whose tokens are used in several places.
+    """
+    try:
+        traced = symbolic_trace(backbone.net)
+    except Exception:  # fx's tracer raises many kinds at data-dependent Python
+        return None
+    place = {node: number for number, node in enumerate(traced.graph.nodes)}
+    own = [number for node, number in place.items() if f"{node.target}.".startswith(f"{unfreeze}.")]
+    first = min(own, default=0)
+    parts: Any = split_module(traced, backbone.net, lambda node: int(place[node] >= first))
+    calls = [node for node in parts.graph.nodes if node.op == "call_module"]
+    if first == 0 or [len(call.args) for call in calls] != [1, 1]:
+        return None
+    return Front(backbone, parts.get_submodule(calls[0].target), unfreeze), parts.get_submodule(calls[1].target)
+
+
+def layer_of(name: str) -> str:
+    """The layer that a tensor belongs to: its path up to the first part that ends in a digit, such as layer4.1."""
+    parts = name.split(".")
+    stage = next((place for place, part in enumerate(parts) if part[-1].isdigit()), len(parts) - 2)
+    within = stage + 1 < len(parts) and parts[stage + 1].isdigit()
+    return ".".join(parts[: stage + 1 + within])
+
+
+class FineTunedClassifier(TransferClassifier):
+    """A linear head, and a backbone of which the last layers learn.
+
+    Batches are images, or what the frozen front makes of them, which is cached. The checkpoint holds what learns, so it
+    is an ordinary one to whoever evaluates, predicts and exports.
+
+    Args:
+        class_names: by label.
+        backbone: that the head was trained on.
+        weights: of the backbone, before any fine-tuning.
+        image_size: side of the square that the backbone sees, in pixels; None: what its weights were made for.
+        unfreeze: the first layer of the backbone that learns, such as layer4; all: every layer.
+        lr: peak learning rate of the backbone's last layer.
+        head_lr: peak learning rate of the head.
+        layer_decay: each layer before the last learns at so many times the rate of the next; 1: all at the same.
+        batch_norm: of the layers that learn: eval keeps the running statistics, train updates them.
+        weight_decay: of AdamW.
+        label_smoothing: of the training loss.
+        class_weights: balanced weighs each class in the training loss by the inverse of its frequency.
+        warmup: share of the steps in which the learning rate rises, before it falls as a cosine.
+
+    Raises:
+        UserError: the backbone has no such layer; and as of ``FrozenBackbone``.
+    """
+
+    def __init__(
+        self,
+        class_names: list[str],
+        backbone: str = "resnet18",
+        weights: str = "bundled",
+        image_size: ImageSize | None = None,
+        unfreeze: str = "layer4",
+        lr: Rate = 0.0003,
+        head_lr: Rate = 0.001,
+        layer_decay: Share = 1.0,
+        batch_norm: Literal["eval", "train"] = "eval",
+        weight_decay: NonNegative = 0.01,
+        label_smoothing: Fraction = 0.1,
+        class_weights: Literal["none", "balanced"] = "none",
+        warmup: Fraction = 0.1,
+    ) -> None:
+        # What is saved with a checkpoint are these values; see the base class.
+        weights, image_size = resolved(weights), None if image_size is None else int(image_size)
+        lr, head_lr, layer_decay = float(lr), float(head_lr), float(layer_decay)
+        weight_decay, label_smoothing, warmup = float(weight_decay), float(label_smoothing), float(warmup)
+        super().__init__(
+            class_names, backbone, weights, image_size, lr, weight_decay, label_smoothing, class_weights, warmup
+        )
+        self.learning = [f"net.{name}" for name in learning_names(self.backbone.net, unfreeze)]
+        self.tuned = sorted(self.learning)
+        for name, parameter in self.backbone.named_parameters():
+            parameter.requires_grad_(name in self.learning)
+        # Not a submodule: both halves are of the backbone's own layers.
+        self._halves = [divided(self.backbone, unfreeze)]
+
+    @property
+    def front(self) -> Front | None:
+        """The frozen layers, if their output can be cached."""
+        return self._halves[0][0] if self._halves[0] else None
+
+    @property
+    def frozen(self) -> FrozenBackbone:
+        """What maps an image to the same numbers in every epoch: the layers before those that learn.
+
+        Raises:
+            UserError: all layers learn, or the backbone cannot be divided there.
+        """
+        if self.front is None:
+            raise UserError("--data.cache=false is needed: nothing is frozen whose output could be cached")
+        return self.front
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """Images [B, 3, H, W] uint8, or the front's output [B, D] -> features [B, num_features]."""
+        if inputs.ndim != 2:
+            features: Tensor = self.backbone(inputs)
+            return features
+        assert self._halves[0]
+        front, back = self._halves[0]
+        maps = inputs.view(-1, *front.shape)
+        if maps.ndim == 4:
+            maps = maps.contiguous(memory_format=torch.channels_last)
+        computed: Tensor = back(maps)
+        return computed.float()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._take(checkpoint)
+
+    def on_train_epoch_start(self) -> None:
+        """The backbone stays in eval mode whatever it is asked, so this is said to each layer."""
+        if self.hparams["batch_norm"] == "train":
+            for name, module in self.backbone.named_modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.weight" in self.learning:
+                    module.train()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The head, and each layer that learns from the last to the first, at a smaller rate each."""
+        layers: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self.backbone.named_parameters():
+            if name in self.learning:
+                layers.setdefault(layer_of(name.removeprefix("net.")), []).append(parameter)
+        backbone = [
+            {"params": parameters, "lr": self.hparams["lr"] * self.hparams["layer_decay"] ** depth}
+            for depth, parameters in enumerate(reversed(layers.values()))
+        ]
+        return [{"params": list(self.head.parameters()), "lr": self.hparams["head_lr"]}, *backbone]
+
+    def check_frozen(self) -> None:
+        """Compares the layers that do not learn with what they were.
+
+        Raises:
+            RuntimeError: one changed.
+        """
+        check_frozen(self.backbone, self._digests, but=self.learning)

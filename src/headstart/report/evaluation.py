@@ -1,0 +1,195 @@
+"""What a head said of each image of a split: the one thing that every figure and the report are made of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.trainer.states import TrainerFn
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
+
+from headstart.data.loaders import EpochOrder
+from headstart.data.splits import Item, Split
+
+# Features are kept of so many images, evenly spread over the split: the embedding projector shows no more.
+MAX_PROJECTED = 2000
+CALIBRATION_BINS = 15
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A split's images, and the head's logits of each.
+
+    Attributes:
+        split: that was evaluated.
+        class_names: by label.
+        items: the N images.
+        labels: [N].
+        logits: [N, C].
+        temperature: the logits are divided by it for calibrated probabilities.
+        projected: the positions of at most 2,000 images, evenly spread, [M].
+        features: of those, [M, D].
+    """
+
+    split: Split
+    class_names: list[str]
+    items: Sequence[Item]
+    labels: Tensor
+    logits: Tensor
+    temperature: float
+    projected: Tensor
+    features: Tensor
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """Calibrated, [N, C]."""
+        return (self.logits / self.temperature).softmax(dim=1)
+
+    @cached_property
+    def predicted(self) -> Tensor:
+        """The label of the highest logit, [N]."""
+        return self.logits.argmax(dim=1)
+
+    @cached_property
+    def confidence(self) -> Tensor:
+        """The calibrated probability of the predicted class, [N]."""
+        return self.probabilities.gather(1, self.predicted[:, None])[:, 0]
+
+    @cached_property
+    def right(self) -> Tensor:
+        """Whether the prediction is the true class, [N] bool."""
+        return self.predicted == self.labels
+
+    @cached_property
+    def confusion(self) -> Tensor:
+        """[true, predicted] counts, [C, C]."""
+        return multiclass_confusion_matrix(self.predicted, self.labels, num_classes=len(self.class_names))
+
+    @property
+    def acc(self) -> float:
+        """The share that is right."""
+        return float(self.right.float().mean())
+
+    def by_class(self) -> dict[str, Tensor]:
+        """Precision, recall, F1 (NaN where they are not defined) and the number of images, each [C]."""
+        right, true, predicted = self.confusion.diag(), self.confusion.sum(dim=1), self.confusion.sum(dim=0)
+        return {
+            "precision": right / predicted,
+            "recall": right / true,
+            "f1": 2 * right / (true + predicted),
+            "images": true,
+        }
+
+    def calibration_error(self, temperature: float) -> float:
+        """Expected calibration error of softmax(logits / temperature), in [0, 1], over 15 bins of confidence."""
+        error = multiclass_calibration_error(
+            (self.logits / temperature).softmax(dim=1),
+            self.labels,
+            num_classes=len(self.class_names),
+            n_bins=CALIBRATION_BINS,
+        )
+        return float(error)
+
+    def surest(self, right: bool, count: int) -> list[int]:
+        """The positions of the images that it is surest of among the right, or among the wrong; the surest first."""
+        among = (self.right == right).nonzero()[:, 0]
+        order = self.confidence[among].argsort(descending=True, stable=True)
+        return cast("list[int]", among[order[:count]].tolist())
+
+
+def spread(size: int, count: int) -> Tensor:
+    """``count`` positions among ``size``, evenly spread; all where there are fewer."""
+    return torch.linspace(0, size - 1, min(size, count)).round().long() if size else torch.empty(0, dtype=torch.long)
+
+
+@dataclass
+class _Share:
+    """What one rank saw: positions in the split, logits, and the features of those that are projected."""
+
+    positions: list[Tensor] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    features: list[Tensor] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
+
+
+class EvaluationCollector(Callback):
+    """Keeps the ``Evaluation`` of the last test, or of the last validation outside a fit.
+
+    Attributes:
+        evaluation: None until then, and on ranks other than zero.
+    """
+
+    def __init__(self) -> None:
+        self.evaluation: Evaluation | None = None
+        self._share = _Share()
+        self._batches: list[Tensor] = []
+        self._projected = torch.empty(0, dtype=torch.long)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(trainer.test_dataloaders)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._start(trainer.val_dataloaders)
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, _: int = 0
+    ) -> None:
+        self._add(outputs, batch_idx)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, _: int = 0
+    ) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._add(outputs, batch_idx)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(trainer, pl_module, "test")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._finish(trainer, pl_module, "val")
+
+    def _start(self, loader: Any) -> None:
+        order = loader.batch_sampler
+        assert isinstance(order, EpochOrder)
+        self._share, self._batches = _Share(), order.batches()
+        self._projected = spread(order.size, MAX_PROJECTED)
+
+    def _add(self, outputs: dict[str, Tensor], batch: int) -> None:
+        positions = self._batches[batch]
+        self._share.positions.append(positions)
+        self._share.logits.append(outputs["logits"].cpu())
+        kept = torch.isin(positions, self._projected)
+        self._share.kept.append(positions[kept])
+        self._share.features.append(outputs["features"].cpu()[kept].float())
+
+    def _finish(self, trainer: Trainer, module: LightningModule, split: Split) -> None:
+        shares = [trainer.strategy.broadcast(self._share, src=rank) for rank in range(trainer.world_size)]
+        if not trainer.is_global_zero:
+            return
+        positions, logits = _in_order(shares, "positions", "logits")
+        kept, features = _in_order(shares, "kept", "features")
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        items = data.of(split)
+        self.evaluation = Evaluation(
+            split=split,
+            class_names=cast("list[str]", module.class_names),
+            items=[items[position] for position in positions.tolist()],
+            labels=data.labels(split)[positions],
+            logits=logits,
+            temperature=cast(float, module.temperature),
+            projected=torch.searchsorted(positions, kept),
+            features=features,
+        )
+
+
+def _in_order(shares: Sequence[_Share], positions: str, values: str) -> tuple[Tensor, Tensor]:
+    """The ranks' rows, put together in the order of the split."""
+    at = torch.cat([part for share in shares for part in getattr(share, positions)])
+    rows = torch.cat([part for share in shares for part in getattr(share, values)])
+    order = at.argsort()
+    return at[order], rows[order]

@@ -1,0 +1,121 @@
+"""Do I need more photos? The head trained again on shares of them, from the cached features."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from headstart.data.module import ImageData
+from headstart.features.cache import FeatureMatrix
+from headstart.search.bank import Head, Setting, train_bank
+from headstart.terminal import images_bar
+
+SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)
+# A share of few images gets more epochs, up to so many steps, or it would measure too short a training.
+MIN_STEPS = 300
+# Of few images several draws are averaged.
+DRAWS, MAX_IMAGES_DRAWN_OFTEN = 3, 10_000
+
+
+@dataclass(frozen=True)
+class LearningCurve:
+    """Test accuracy by training images.
+
+    Attributes:
+        images: how many trained each point.
+        accuracies: of the test images, a mean over draws.
+        gain: of accuracy, from half of the training images to all.
+        error: the standard error of the gain, over the test images.
+    """
+
+    images: list[int]
+    accuracies: list[float]
+    gain: float
+    error: float
+
+    @property
+    def advice(self) -> str:
+        """Whether more photos would help, in a sentence."""
+        half, whole = self.images[-2:]
+        points, noise = 100 * self.gain, 200 * self.error
+        found = f"From {half} to {whole} training images the test accuracy rose by {points:.1f} points"
+        if points < 0:
+            found = f"From {half} to {whole} training images the test accuracy fell by {-points:.1f} points"
+        if points > noise and points > 0.5:
+            return f"{found} (± {noise:.1f}): more photos like these would probably help."
+        if points + noise < 2:
+            return f"{found} (± {noise:.1f}): more photos like these would help little; other ones or weights might."
+        return f"{found}, within ± {noise:.1f}: too few test images to tell whether more photos would help."
+
+
+def learning_curve(data: ImageData, setting: Setting, epochs: int, warmup: float, seed: int) -> LearningCurve:
+    """Trains on 5, 10, 25, 50 and 100 % of the training images of each class, and tests.
+
+    Each head is kept at its lowest validation loss, as `train` does.
+
+    Args:
+        data: loaded, with a cache and a test split.
+        setting: of the optimizer.
+        epochs: on all images.
+        warmup: share of the steps in which the learning rate rises.
+        seed: of the initial values, the order and the draws.
+    """
+    labels, tested = data.labels("train"), data.labels("test")
+    batch_size, classes = data.batch_size, len(data.class_names)
+    wanted_steps = min(epochs * math.ceil(len(labels) / batch_size), MIN_STEPS)
+    draws = DRAWS if len(labels) <= MAX_IMAGES_DRAWN_OFTEN else 1
+    parts = [
+        (share, stratified(labels, share, seed + draw)) for share in SHARES for draw in range(draws if share < 1 else 1)
+    ]
+    lengths = [max(epochs, math.ceil(wanted_steps / math.ceil(len(part) / batch_size))) for _, part in parts]
+    right: dict[float, list[Tensor]] = {share: [] for share in SHARES}
+    sizes: dict[float, int] = {}
+    total = sum(len(part) * length for (_, part), length in zip(parts, lengths, strict=True))
+    with images_bar("learning curve", total) as advance:
+        for (share, part), length in zip(parts, lengths, strict=True):
+            scored = train_bank(
+                [setting],
+                [view.take(part) for view in data.views_of("train")],
+                labels[part],
+                (data.features("val"), data.labels("val")),
+                classes,
+                length,
+                batch_size,
+                warmup,
+                seed,
+                advance,
+            )
+            right[share].append(_right(scored[0].head, data.features("test"), tested))
+            sizes[share] = len(part)
+    means = {share: torch.stack(found).mean(dim=0) for share, found in right.items()}
+    gain = means[1.0] - means[0.5]
+    return LearningCurve(
+        images=list(sizes.values()),
+        accuracies=[float(mean.mean()) for mean in means.values()],
+        gain=float(gain.mean()),
+        error=float(gain.std(correction=0)) / math.sqrt(len(gain)),
+    )
+
+
+def stratified(labels: Tensor, share: float, seed: int) -> Tensor:
+    """The positions of a random share of each class, at least one image; of one seed, a larger share holds a smaller.
+
+    Args:
+        labels: [N].
+        share: in (0, 1].
+        seed: of the draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(labels), generator=generator)
+    classes = [shuffled[labels[shuffled] == label] for label in sorted(set(labels.tolist()))]
+    return torch.cat([of_class[: max(1, round(share * len(of_class)))] for of_class in classes]).sort().values
+
+
+def _right(head: Head, features: FeatureMatrix, labels: Tensor) -> Tensor:
+    """Whether each image's prediction is right, [N] float."""
+    predicted = [
+        functional.linear(block, head.weight, head.bias).argmax(dim=1).cpu() for block in features.blocks(65_536)
+    ]
+    return (torch.cat(predicted) == labels).float()
