@@ -128,7 +128,8 @@ def stand_in_for_imagenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     import torch
     from torchvision import models
 
-    from headstart.model import backbone
+    from headstart.images import Preprocessing
+    from headstart.model import weights
 
     torch.manual_seed(1)
     made = tmp_path / "made.pth"
@@ -136,12 +137,6 @@ def stand_in_for_imagenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     digest = hashlib.sha256(made.read_bytes()).hexdigest()
     served = made.rename(tmp_path / f"resnet18-{digest[:8]}.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    official = models.ResNet18_Weights.IMAGENET1K_V1
-
-    class StandIn:
-        url = served.as_uri()
-        transforms = staticmethod(official.transforms)
-
-    monkeypatch.setattr(backbone, "_imagenet_weights", lambda name: StandIn)
-    monkeypatch.setitem(backbone.SHA256, served.name, digest)
+    monkeypatch.setattr(weights.Torchvision, "official", lambda self, name: (served.as_uri(), Preprocessing()))
+    monkeypatch.setitem(weights.SHA256, served.name, digest)
     return served

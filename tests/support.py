@@ -26,7 +26,7 @@ def newest_run(logs: Path = Path("logs")) -> Path:
 
 def features(cache: Path) -> dict[bytes, bytes]:
     """Every row and its features, to compare caches whose pieces were cut elsewhere."""
-    from headstart.features.cache import Shard
+    from headstart.features.matrix import Shard
 
     shards = [Shard.open(path) for path in cache.glob("features/*/*.safetensors")]
     return {row: line.numpy().tobytes() for each in shards for row, line in zip(each.rows, each.features, strict=True)}

@@ -12,6 +12,7 @@ from torchvision import models
 from headstart import FrozenBackbone, TransferClassifier
 from headstart.errors import UserError
 from headstart.model.backbone import check_frozen, combined, tensor_digests
+from headstart.model.weights import SHA256, Torchvision
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_a_torchvision_model_without_gradients_alone_fails_the_check(pixels):
     plain.train()
     plain(pixels.float())
     with pytest.raises(RuntimeError, match=r"bn1\.running_mean"):
-        check_frozen(plain, before)
+        check_frozen(tensor_digests(plain), before)
 
 
 def test_a_changed_parameter_or_buffer_changes_the_digest():
@@ -43,9 +44,31 @@ def test_a_changed_parameter_or_buffer_changes_the_digest():
     digests = {backbone.digest()}
     backbone.net.layer4[1].bn2.running_var[7] += 1e-6
     digests.add(backbone.digest())
-    backbone.net.conv1.weight.data[0, 0, 0, 0] += 1e-6
+    with torch.no_grad():
+        backbone.net.conv1.weight[0, 0, 0, 0] += 1e-6
     digests.add(backbone.digest())
-    assert len(digests) == 3
+    backbone.net.load_state_dict(models.resnet18().state_dict(), strict=False)
+    digests.add(backbone.digest())
+    assert len(digests) == 4
+
+
+def test_tensors_that_did_not_change_are_hashed_once(monkeypatch):
+    backbone = FrozenBackbone(weights="random")
+    digest, hashed = backbone.digest(), []
+    monkeypatch.setattr("headstart.model.backbone.tensor_bytes", lambda tensor: hashed.append(tensor) or b"")
+    assert backbone.digest() == digest
+    assert not hashed
+    backbone.net.bn1.running_mean += 1
+    backbone.digest()
+    assert len(hashed) == 1
+
+
+def test_a_change_without_a_trace_is_found_by_hashing_all():
+    backbone = FrozenBackbone(weights="random")
+    before = backbone.digests()
+    backbone.net.conv1.weight.data[0, 0, 0, 0] += 1
+    with pytest.raises(RuntimeError, match=r"net\.conv1\.weight"):
+        check_frozen(tensor_digests(backbone), before)
 
 
 def test_bundled_weights_are_the_default_and_not_random(pixels):
@@ -160,9 +183,7 @@ def test_no_network_names_the_file_and_the_ways_out(stand_in_for_imagenet, refus
 
 def test_torchvisions_own_address_and_digest():
     """The real file's name and hash, which cannot be downloaded in a test."""
-    from headstart.model.backbone import SHA256, _imagenet_weights
-
-    name = _imagenet_weights("resnet18").url.rsplit("/", 1)[-1]
+    name = Torchvision().official("resnet18")[0].rsplit("/", 1)[-1]
     assert name == "resnet18-f37072fd.pth"
     assert SHA256[name].startswith("f37072fd")
 

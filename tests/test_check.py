@@ -6,8 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
+from headstart.audit.findings import near_groups, rooted
+from headstart.audit.labels import _folds, losses, out_of_fold
 from headstart.cli import main
-from headstart.verbs.check import _folds, losses, neighbours, out_of_fold, rooted
+from headstart.search.neighbours import neighbours
 from support import draw, newest_run
 
 
@@ -129,6 +131,7 @@ def test_neighbours_join_chains_and_skip_identical_contents():
     features[20] = features[21]
     digests = [bytes([number]) for number in range(50)]
     digests[20] = digests[21]
-    groups, similarity, _ = neighbours(features, digests)
-    assert groups == [[10, 11, 12]]
-    assert similarity[20] < 0.9
+    found = neighbours(features, digests, k=5, threshold=0.9)
+    assert near_groups(found.pairs, digests) == [[10, 11, 12]]
+    assert found.similarities.shape == (50, 5)
+    assert found.similarities[20, 0] < 0.9

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from headstart import DatasetData, FrozenBackbone, ImageFolderData, TransferClassifier
 from headstart.cli import main
-from headstart.data.loaders import EpochOrder
+from headstart.data.loaders import BatchOrder
 from headstart.data.splits import Item, assign, shared_between_splits
 from headstart.errors import UserError
 from support import COLOURS, draw, newest_run
@@ -59,7 +59,7 @@ def test_identical_images_share_a_split():
 
 def test_the_order_is_a_function_of_seed_and_epoch():
     def order(seed, epoch):
-        return [index for batch in EpochOrder(100, 32, seed, lambda: epoch) for index, _ in batch]
+        return [index for batch in BatchOrder(100, 32, seed, lambda: epoch) for index, _ in batch]
 
     assert order(0, 3) == order(0, 3)
     assert order(0, 3) != order(0, 4)
@@ -69,10 +69,10 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 
 @pytest.mark.parametrize("size", [64, 65, 100, 101])
 def test_ranks_share_without_overlap(size):
-    evaluated = [EpochOrder(size, 32, None, int, rank, 2) for rank in range(2)]
+    evaluated = [BatchOrder(size, 32, None, int, rank, 2) for rank in range(2)]
     seen = sorted(index for order in evaluated for batch in order for index, _ in batch)
     assert seen == list(range(size))
-    trained = [EpochOrder(size, 32, 0, int, rank, 2) for rank in range(2)]
+    trained = [BatchOrder(size, 32, 0, int, rank, 2) for rank in range(2)]
     sizes = [[len(batch) for batch in order] for order in trained]
     assert sizes[0] == sizes[1]
     assert len(trained[0]) == len(sizes[0])
@@ -226,15 +226,15 @@ def test_folders_that_cannot_be_trained_on(how, said, colours, refused):
 def test_a_limit_is_a_prefix_of_the_training_images(colours):
     small, large = (setup(ImageFolderData(str(colours), limit=limit)) for limit in (3, 6))
     assert small.counts("train").tolist() == [3, 3, 3]
-    assert {i.path for i in small.of("train")} < {i.path for i in large.of("train")}
-    assert small.of("test") == large.of("test")
+    assert {i.path for i in small.items_in("train")} < {i.path for i in large.items_in("train")}
+    assert small.items_in("test") == large.items_in("test")
 
 
 @pytest.mark.fault("file that vanishes or changes during the run")
 def test_a_file_that_changes_during_the_run_is_named(colours):
     data = setup(ImageFolderData(str(colours), cache=False, num_workers=0))
-    victim = data.of("train")[0]
-    read = data.reader(36)
+    victim = data.items_in("train")[0]
+    read = data.store.read
     draw(colours, images=20, seed=4)
     with pytest.raises(UserError, match=victim.path):
         read(victim)
@@ -245,10 +245,9 @@ def test_a_file_that_changes_during_the_run_is_named(colours):
 
 def test_another_backbone_never_gets_the_features_of_the_one_before(colours):
     data = setup(ImageFolderData(str(colours)))
-    index = torch.arange(len(data.of("train")))
-    before = data.features("train").gather(index)
+    before = data.labelled("train").views[0].whole()
     data.load(FrozenBackbone(weights="bundled", image_size=32), torch.device("cpu"))
-    assert not torch.allclose(before, data.features("train").gather(index), atol=0.1)
+    assert not torch.allclose(before, data.labelled("train").views[0].whole(), atol=0.1)
 
 
 class Squares(torch.utils.data.Dataset):

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torchvision import models
 
+from headstart import TransferClassifier
 from headstart.cli import main
-from headstart.model.classifier import load_head
 from headstart.verbs import export as exporting
 
 
@@ -19,7 +19,7 @@ def images() -> torch.Tensor:
 
 
 def probabilities(checkpoint: Path) -> torch.Tensor:
-    module = load_head(checkpoint)
+    module = TransferClassifier.load_from_checkpoint(checkpoint)
     with torch.no_grad():
         return (module(images()) / module.temperature).softmax(dim=1)
 
@@ -67,5 +67,5 @@ def test_what_cannot_be_done_is_refused(checkpoint, refused, monkeypatch):
     line = refused("export", f"--ckpt_path={checkpoint}", "--output=a.pth", "--data.root=empty")
     assert "no readable image" in line
     assert "no file" in refused("export", "--ckpt_path=nowhere.ckpt", "--output=a.onnx")
-    monkeypatch.setattr(exporting, "EXTRA", ("not_installed",))
+    monkeypatch.setattr(exporting, "NEEDED", ("not_installed",))
     assert "pip install 'headstart[export]'" in refused("export", f"--ckpt_path={checkpoint}", "--output=a.onnx")

@@ -26,9 +26,9 @@ from headstart.cli import main
 from headstart.data.loaders import ImageDataset
 from headstart.errors import UserError
 from headstart.features.cache import FeatureCache, Shard
-from headstart.model import backbone
-from headstart.model.checkpoints import SEAL, SealedCheckpointIO, content_digest
+from headstart.model import weights
 from headstart.model.classifier import TransferClassifier
+from headstart.model.sealed import SEAL, SealedCheckpointIO, content_digest
 from support import REPOSITORY, draw, newest_run
 
 SMALL = ["--model.image_size=32", "--report=false"]
@@ -70,8 +70,8 @@ def test_no_file_that_is_given_executes_code(colours, forced, refused, monkeypat
         for verb in (["evaluate", f"--data.root={colours}"], ["predict", str(colours)], ["export", "--output=a.pth"]):
             refused(verb[0], *option, *verb[1:])
         refused("train", f"--data.root={colours}", *option, *SMALL)
-    for weights in ("evil.pth", "evil.pt"):
-        refused("train", f"--data.root={colours}", f"--model.weights={weights}", *SMALL)
+    for name in ("evil.pth", "evil.pt"):
+        refused("train", f"--data.root={colours}", f"--model.weights={name}", *SMALL)
     refused("evaluate", "--ckpt_path=http://localhost/evil.ckpt", f"--data.root={colours}")
     with pytest.raises(Exception, match=r"(?i)weights"):
         SealedCheckpointIO().load_checkpoint("evil.ckpt", weights_only=False)
@@ -108,7 +108,7 @@ def test_a_killed_run_goes_on_in_a_moved_folder_with_its_best_score_and_no_doubl
         with pytest.raises(RuntimeError, match="killed"):
             train(colours, "--name=run", "--trainer.max_epochs=6", "--model.lr=0.5")
     shutil.move("logs", "moved")
-    train(colours, "--name=run", "--trainer.max_epochs=6", "--ckpt_path=last", "--trainer.default_root_dir=moved")
+    train(colours, "--name=run", "--trainer.max_epochs=6", "--ckpt_path=last", "--logs=moved")
     run = newest_run(Path("moved"))
     assert run.parent.name == "run"
     parts = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
@@ -250,11 +250,11 @@ def test_what_permissions_forbid_is_said(colours, train, refused, own_cache, cap
         train(colours, "--trainer.max_epochs=1")
         out = capsys.readouterr().out
         options = [f"--data.root={colours}", *SMALL, "--trainer.max_epochs=1"]
-        line = refused("train", *options, "--trainer.default_root_dir=sealed")
+        line = refused("train", *options, "--logs=sealed")
     assert "000.png: unreadable: Permission denied" in out
     assert out.count("cannot be written (Permission denied); computed for this run alone") == 1
     assert "sealed" in line
-    assert "--trainer.default_root_dir" in line
+    assert "--logs" in line
 
 
 @pytest.mark.fault("full disk")
@@ -308,13 +308,10 @@ def test_which_learning_rate_wins_is_said(colours, train, capsys):
 
 @pytest.mark.fault("killed worker process")
 def test_a_killed_worker_names_the_option(colours, refused, monkeypatch):
-    def killed(self, item, view):
-        if torch.utils.data.get_worker_info() is not None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(self, item, view)
+    def killed(self, key):
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    real = ImageDataset.view
-    monkeypatch.setattr(ImageDataset, "view", killed)
+    monkeypatch.setattr(ImageDataset, "__getitem__", killed)
     options = "--data.cache=false", "--data.num_workers=1", "--trainer.max_epochs=1"
     line = refused("train", f"--data.root={colours}", *SMALL, *options)
     assert "--data.num_workers" in line
@@ -325,8 +322,8 @@ def test_a_killed_worker_names_the_option(colours, refused, monkeypatch):
 def test_a_cache_that_is_pruned_meanwhile(colours, train, monkeypatch):
     write, pruned = FeatureCache._write, []
 
-    def pruning(self, chunk, shard):
-        write(self, chunk, shard)
+    def pruning(self, name, shard):
+        write(self, name, shard)
         if len(pruned) < 2:
             pruned.append(main(["cache", "prune", "--days=0"])["pruned"])
 
@@ -377,7 +374,7 @@ def test_no_file_that_lies_about_executes_code(colours, train, refused, own_cach
     hub.write_bytes(Path("made.pth").read_bytes())
     assert "sha256 differs" in refused("train", f"--data.root={colours}", "--model.weights=imagenet")
     # A file that was made to have the right digits in its hash.
-    monkeypatch.setitem(backbone.SHA256, hub.name, hashlib.sha256(hub.read_bytes()).hexdigest())
+    monkeypatch.setitem(weights.SHA256, hub.name, hashlib.sha256(hub.read_bytes()).hexdigest())
     assert "plain tensors" in refused("train", f"--data.root={colours}", "--model.weights=imagenet")
     assert not Path("executed").exists()
 

@@ -13,11 +13,14 @@ from PIL import Image
 
 from headstart import TransferClassifier
 from headstart.cli import main
-from headstart.data.loaders import EpochOrder, FeatureLoader
-from headstart.features.cache import BATCH, FeatureCache, FeatureMatrix, Shard, cache_key, chunk_size, verify
+from headstart.data.loaders import BatchOrder, FeatureLoader
+from headstart.features.cache import FeatureCache, cache_key, chunk_size
+from headstart.features.extract import BATCH
+from headstart.features.hashes import verify
+from headstart.features.matrix import FeatureMatrix, Labelled, Shard
 from headstart.files import write_atomically
 from headstart.model.backbone import FrozenBackbone
-from support import COLOURS, draw, features
+from support import COLOURS, draw, features, newest_run
 
 
 @pytest.fixture
@@ -74,7 +77,7 @@ def test_added_and_changed_images_are_all_that_is_computed(colours, train, seen,
 
 
 def test_a_change_hidden_from_size_and_mtime_is_seen(colours, train, seen, monkeypatch):
-    monkeypatch.setattr("headstart.files.GRAIN_NS", 2 * 10**8)
+    monkeypatch.setattr("headstart.features.hashes.GRAIN_NS", 2 * 10**8)
     once(train, colours)
     seen()
     victim = colours / "green/001.bmp"
@@ -143,7 +146,7 @@ def test_views_are_kept_and_more_views_cost_only_themselves(colours, train, seen
 def test_an_epoch_takes_its_view():
     matrices = [FeatureMatrix([shard(5, start=100 * view)], rows(5)) for view in range(3)]
     for epoch in range(7):
-        loader = FeatureLoader(matrices, torch.arange(5), EpochOrder(5, 2, 0, lambda epoch=epoch: epoch))
+        loader = FeatureLoader(Labelled(matrices, torch.arange(5)), BatchOrder(5, 2, 0, lambda epoch=epoch: epoch))
         for batch, labels in loader:
             assert torch.equal(batch[:, 0], labels + 100.0 * (epoch % 3))
 
@@ -159,7 +162,7 @@ def shard(count: int, start: int = 0) -> Shard:
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_matrix_gives_its_rows_in_order_whether_mapped_or_not(in_memory, monkeypatch):
     if not in_memory:
-        monkeypatch.setattr("headstart.features.cache.IN_MEMORY", 0)
+        monkeypatch.setattr("headstart.features.matrix.IN_MEMORY", 0)
     names = rows(20)
     numbers = torch.arange(20, dtype=torch.float32)[:, None].repeat(1, 4)
     shards = [Shard(names[:7], numbers[:7]), Shard([], torch.empty(0, 4)), Shard(names[7:], numbers[7:])]
@@ -173,7 +176,7 @@ def test_a_matrix_gives_its_rows_in_order_whether_mapped_or_not(in_memory, monke
 def test_mapped_and_in_memory_training_end_at_the_same_head(colours, train, monkeypatch):
     results = []
     for limit in (2**30, 0):
-        monkeypatch.setattr("headstart.features.cache.IN_MEMORY", limit)
+        monkeypatch.setattr("headstart.features.matrix.IN_MEMORY", limit)
         results.append(once(train, colours))
     assert results[0]["val/loss"] == results[1]["val/loss"]
 
@@ -322,12 +325,11 @@ def test_the_command_lists_verifies_and_prunes(colours, train, own_cache, capsys
 
 def test_predictions_of_a_checkpoint_agree_with_its_cached_features(colours, train):
     result = once(train, colours, "--data.feature_precision=fp32", "--trainer.max_epochs=4")
-    from conftest import newest_run
-
     model = TransferClassifier.load_from_checkpoint(newest_run() / "checkpoints/best.ckpt")
     lines = [line.split(",") for line in (newest_run() / "splits.csv").read_text().splitlines()]
     tested = [(name, path) for split, name, path, _ in lines if split == "test"]
-    right = sum(
-        model.class_names[int(model.predict(Image.open(colours / path)).argmax())] == name for name, path in tested
-    )
+    right = 0
+    for name, path in tested:
+        with Image.open(colours / path) as image:
+            right += model.class_names[int(model.predict(image).argmax())] == name
     assert right / len(tested) == pytest.approx(result["test/acc"])

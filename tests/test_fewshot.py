@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+import statistics
 import zipfile
 from pathlib import Path
 
@@ -13,10 +15,10 @@ from torch.nn import functional
 
 from headstart.cli import main
 from headstart.errors import UserError
-from headstart.features.cache import FeatureMatrix
+from headstart.features.matrix import Labelled
 from headstart.fewshot import glyphs
 from headstart.fewshot.compare import accuracies
-from headstart.fewshot.episodes import Episode, EpisodeLoader, EpisodeOrder, EpisodeSampler, Shape
+from headstart.fewshot.episodes import Episode, EpisodeLoader, EpisodeSampler, TaskSize
 from headstart.fewshot.heads import (
     Anil,
     Logistic,
@@ -25,27 +27,27 @@ from headstart.fewshot.heads import (
     Ridge,
     adaptation,
     fit_logistic,
-    linear_head,
+    learnt,
     make_head,
     ridge_dual,
 )
-from headstart.fewshot.intervals import mean_and_half_width, quantile
 from headstart.fewshot.module import MetaLearner
 from headstart.fewshot.sources import Classes, classes_of, split_classes
 from headstart.fewshot.training import make_trainer
-from headstart.search.bank import fit_exact
+from headstart.search.exact import fit_exact
+from headstart.search.intervals import mean_and_half_width
 from support import REPOSITORY, newest_run
 
 WIDTH = 16
-SMALL = Shape(5, 2, 3)
+SMALL = TaskSize(5, 2, 3)
 
 
-def sampler(classes: int = 12, images: int = 20, shape: Shape = SMALL, seed: int = 0) -> EpisodeSampler:
+def sampler(classes: int = 12, images: int = 20, size: TaskSize = SMALL, seed: int = 0) -> EpisodeSampler:
     generator = torch.Generator().manual_seed(7)
     centres = torch.randn(classes, 1, WIDTH, generator=generator)
     features = centres + 0.5 * torch.randn(classes, images, WIDTH, generator=generator)
     rows = torch.arange(classes * images).view(classes, images).tolist()
-    return EpisodeSampler(features.flatten(0, 1), rows, shape, "test", seed)
+    return EpisodeSampler(features.flatten(0, 1), rows, size, "test", seed)
 
 
 def task(batch: int = 3, n_way: int = 4, k_shot: int = 3, n_query: int = 2, dtype=torch.float64) -> Episode:
@@ -103,7 +105,7 @@ def test_too_few_classes_or_images_are_said():
 
 def test_training_episodes_are_new_in_each_epoch_and_validation_is_fixed():
     epoch = 0
-    loader = EpisodeLoader(sampler(), EpisodeOrder(10, 4, lambda: epoch * 10))
+    loader = EpisodeLoader(sampler(), 10, 4, lambda: epoch * 10)
     first = [batch.support for batch in loader]
     epoch = 1
     second = [batch.support for batch in loader]
@@ -206,7 +208,7 @@ def test_logistic_is_the_exact_optimum():
     labels = torch.arange(4).repeat_interleave(5)
     coefficients, bias = fit_logistic(rows, labels, 4, c=1.0)
     for number in range(2):
-        exact = fit_exact(FeatureMatrix.of(rows[number]), labels, 4, 1 / len(labels), tolerance=1e-7)
+        exact = fit_exact(Labelled.of(rows[number], labels), 4, 1 / len(labels), tolerance=1e-7)
         queries = functional.normalize(episode.query[number].flatten(0, 1), dim=-1)
         wanted = (queries @ exact.weight.T + exact.bias).softmax(dim=1)
         found = (queries @ rows[number].T @ coefficients[number] + bias[number]).softmax(dim=1)
@@ -235,14 +237,14 @@ def test_prototypes_by_hand_and_their_variants():
 @pytest.mark.parametrize("head", [Prototype(), Prototype(centre=True), Ridge()])
 def test_the_linear_head_says_what_the_head_says(head):
     episode = task(batch=1)
-    weight, bias = linear_head(head.double(), list(episode.support[0]))
+    weight, bias = learnt(head.double(), list(episode.support[0]))
     found = (episode.query[0].flatten(0, 1) @ weight.T + bias).softmax(dim=1)
     torch.testing.assert_close(found, head(*episode)[0].softmax(dim=1))
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_every_head_tells_separate_classes_apart(name):
-    assert accuracies(make_head(name, 5, WIDTH), sampler(shape=Shape(5, 5, 5)), 100).mean() > 0.95
+    assert accuracies(make_head(name, 5, WIDTH), sampler(size=TaskSize(5, 5, 5)), 100).mean() > 0.95
 
 
 # Intervals
@@ -257,9 +259,13 @@ def test_the_interval_covers_the_mean_95_times_in_100():
     assert 0.93 <= covered / 2000 <= 0.97
 
 
-@pytest.mark.parametrize(("freedom", "value"), [(4, 2.7764), (9, 2.2622), (29, 2.0452), (599, 1.9639)])
-def test_quantiles_are_those_of_the_tables(freedom, value):
-    assert quantile(freedom) == pytest.approx(value, abs=0.01)
+def test_the_interval_is_students():
+    values = [0.5, 0.6, 0.55, 0.65, 0.58]
+    mean, half_width = mean_and_half_width(values)
+    assert mean == pytest.approx(statistics.mean(values))
+    assert half_width == pytest.approx(2.7764 * statistics.stdev(values) / math.sqrt(5), rel=1e-4)
+    assert mean_and_half_width([0.5, 0.7])[1] == pytest.approx(12.7062 * 0.1, rel=1e-4)
+    assert mean_and_half_width(torch.tensor([0.5])) == (0.5, math.inf)
 
 
 # The module
@@ -269,17 +275,17 @@ class Tasks:
     """A data module's loaders, of episodes that are drawn from made features."""
 
     def __init__(self) -> None:
-        self.loader = EpisodeLoader(sampler(shape=Shape(5, 2, 3)), EpisodeOrder(20, 5))
+        self.loader = EpisodeLoader(sampler(size=TaskSize(5, 2, 3)), 20, 5)
 
 
 def test_adaptation_is_alive_inside_the_trainers_test():
     module = MetaLearner(5, WIDTH, "anil")
-    result = make_trainer("cpu", enable_checkpointing=False).test(module, Tasks().loader, verbose=False)[0]
+    result = make_trainer("cpu").test(module, Tasks().loader, verbose=False)[0]
     assert result["test/acc"] > 0.9  # a head that does not adapt says 0.2
     assert result["test/acc_ci95"] < 0.1
     assert not module.head.weight.any()  # the start itself did not move
     module = MetaLearner(5, WIDTH, "anil", inner_steps=0)
-    result = make_trainer("cpu", enable_checkpointing=False).test(module, Tasks().loader, verbose=False)[0]
+    result = make_trainer("cpu").test(module, Tasks().loader, verbose=False)[0]
     assert result["test/acc"] == pytest.approx(0.2)
 
 
@@ -319,10 +325,10 @@ def test_omniglot_zips_are_read_and_repeated_characters_are_there_once(tmp_path)
                 for character in range(3):
                     file.write(image, f"images_background_small/{alphabet}/character{character:02}/0001_01.png")
     found = classes_of("omniglot", f"{tmp_path / 'one.zip'},{tmp_path / 'two.zip'}", tmp_path / "cache")
-    assert len(found.names) == 9
+    assert len(found.class_names) == 9
     assert set(found.groups) == {"Greek", "Latin", "Tifinagh"}
     again = classes_of("omniglot", str(found.root), tmp_path / "cache")
-    assert again.names == found.names
+    assert again.class_names == found.class_names
     (tmp_path / "bad.zip").write_text("no zip")
     with pytest.raises(UserError, match="no zip file"):
         classes_of("omniglot", str(tmp_path / "bad.zip"), tmp_path / "cache")

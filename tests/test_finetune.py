@@ -13,12 +13,12 @@ from pytorch_lightning import Trainer
 
 from headstart import ImageFolderData, TransferClassifier
 from headstart.cli import main
+from headstart.deploy.onnx import NEEDED
 from headstart.errors import UserError
 from headstart.features.cache import FeatureCache
 from headstart.finetune.module import FineTunedClassifier, layer_of, learning_names
 from headstart.model.backbone import FrozenBackbone, tensor_digests
-from headstart.model.classifier import load_head, tuned_in
-from headstart.verbs.export import EXTRA
+from headstart.model.checkpoints import finetuned_in
 from support import draw, newest_run
 
 SMALL = ["--report=false", "--trainer.max_epochs=2"]
@@ -88,7 +88,7 @@ def test_the_front_and_the_rest_give_what_the_whole_gives(unfreeze, front):
 def test_other_backbones_are_divided_or_do_without(name):
     net = FrozenBackbone(name, "random").net
     layer = [child for child, module in net.named_modules() if child and len(list(module.parameters())) > 4][-1]
-    module = FineTunedClassifier(["a", "b"], name, "random", unfreeze=layer).eval()
+    module = FineTunedClassifier(["a", "b"], layer, backbone=name, weights="random").eval()
     side = module.backbone.preprocessing.crop_size
     images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
     logits = module(images)
@@ -119,9 +119,9 @@ def test_layers_learn_at_falling_rates():
 @pytest.mark.parametrize("batch_norm", ["eval", "train"])
 @pytest.mark.parametrize("cache", ["true", "false"])
 def test_what_is_before_the_layer_keeps_its_digest(head, cache, batch_norm):
-    before = tensor_digests(load_head(head).backbone)
+    before = tensor_digests(TransferClassifier.load_from_checkpoint(head).backbone)
     finetune(head, f"--data.cache={cache}", f"--batch_norm={batch_norm}", "--model.lr=0.01")
-    after = tensor_digests(load_head(newest_run() / "checkpoints/last.ckpt").backbone)
+    after = tensor_digests(TransferClassifier.load_from_checkpoint(newest_run() / "checkpoints/last.ckpt").backbone)
     changed = {name for name in before if before[name] != after[name]}
     layer = {name for name in before if name.startswith("net.layer4.")}
     buffers = {name for name in layer if "running_" in name or "num_batches" in name}
@@ -155,7 +155,7 @@ def test_the_checkpoint_holds_what_learnt_and_all_verbs_take_it(head, stripes, t
     result = finetune(head, "--model.lr=0.003", "--trainer.precision=32-true", "--data.feature_precision=fp32")
     run = newest_run()
     best = run / "checkpoints/best.ckpt"
-    tuned = tuned_in(torch.load(best, weights_only=True))
+    tuned = finetuned_in(torch.load(best, weights_only=True))
     assert tuned
     assert all(name.startswith("net.layer4.") for name in tuned)
     assert (run / "checkpoints/head.ckpt").read_bytes() == head.read_bytes()
@@ -181,7 +181,7 @@ def test_the_checkpoint_holds_what_learnt_and_all_verbs_take_it(head, stripes, t
 def missing() -> list[str]:
     import importlib.util
 
-    return [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 
 def test_the_fit_of_a_head_refuses_a_backbone_that_was_fine_tuned(head, stripes, refused):
@@ -197,7 +197,7 @@ def test_fine_tuning_goes_on_from_fine_tuned_layers(head):
     trained = torch.load(first, weights_only=True)
     result = finetune(first, "--unfreeze=layer4.1", "--name=second")
     second = torch.load(newest_run() / "checkpoints/best.ckpt", weights_only=True)
-    assert set(tuned_in(second)) == set(tuned_in(trained))
+    assert set(finetuned_in(second)) == set(finetuned_in(trained))
     name = "backbone.net.layer4.0.conv1.weight"  # frozen now, at what it had learnt
     assert torch.equal(second["state_dict"][name], trained["state_dict"][name])
     scores = json.loads((first.parent.parent / "result.json").read_text())

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from headstart.cli import main
 from headstart.data.splits import Item
 from headstart.model.calibration import Temperature, fit_temperature
-from headstart.report.evaluation import Evaluation, spread
+from headstart.report.evaluation import Evaluation, evenly_spaced
 from headstart.report.figures import curves_figure, evaluation_figures, png
 from headstart.report.learning_curve import LearningCurve, stratified
 from support import COLOURS, draw, newest_run
@@ -36,7 +36,7 @@ def evaluation_of(classes: int, images: int = 400, temperature: float = 1.0) -> 
         labels=labels,
         logits=logits,
         temperature=temperature,
-        projected=spread(images, 50),
+        projected=evenly_spaced(images, 50),
         features=torch.randn(50, 8),
     )
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from headstart import TransferClassifier
 from headstart.cli import main
 from headstart.deploy.explain import ClassActivation
-from headstart.model.classifier import load_head
+from headstart.features.stream import FileStream
 from headstart.verbs.predict import Predictor
 from support import COLOURS, draw, newest_run
 
@@ -102,7 +103,8 @@ def test_what_cannot_be_done_is_refused(checkpoint, photos, refused):
 
 def test_the_input_is_read_as_it_is_needed(checkpoint, photos):
     """100,000 files need no more memory than 100: paths are taken a batch at a time."""
-    predictor = Predictor(load_head(checkpoint), torch.device("cpu"))
+    module = TransferClassifier.load_from_checkpoint(checkpoint)
+    predictor = Predictor(module, FileStream(module.backbone, torch.device("cpu")))
     taken = 0
 
     def paths():
@@ -118,7 +120,7 @@ def test_the_input_is_read_as_it_is_needed(checkpoint, photos):
 
 
 def test_maps_are_exact(checkpoint, photos):
-    module = load_head(checkpoint)
+    module = TransferClassifier.load_from_checkpoint(checkpoint)
     backbone = module.backbone.for_extraction(torch.float32, torch.device("cpu"))
     activation = ClassActivation(backbone, module.head.weight.detach())
     images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)

@@ -185,7 +185,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(cached, colours, train, monk
     options = [f"--data.cache={cached}", "--data.num_workers=1", "--trainer.max_epochs=4", "--name=run"]
     if cached == "false":
         options.append("--data.augment=light")
-    train(colours, *options, "--trainer.default_root_dir=whole")
+    train(colours, *options, "--logs=whole")
 
     def stop(self: TransferClassifier) -> None:
         if self.current_epoch == 2:
@@ -194,9 +194,9 @@ def test_an_interrupted_run_goes_on_to_the_same_end(cached, colours, train, monk
     with monkeypatch.context() as patched:
         patched.setattr(TransferClassifier, "on_train_epoch_start", stop)
         with pytest.raises(RuntimeError, match="killed"):
-            train(colours, *options, "--trainer.default_root_dir=parts")
+            train(colours, *options, "--logs=parts")
     assert not list(Path("parts/run").glob("*/result.json"))
-    train(colours, *options, "--trainer.default_root_dir=parts", "--ckpt_path=last")
+    train(colours, *options, "--logs=parts", "--ckpt_path=last")
     assert len(list(Path("parts/run").iterdir())) == 1
     whole, parts = (
         torch.load(newest_run(Path(logs)) / "checkpoints/last.ckpt", weights_only=True) for logs in ("whole", "parts")

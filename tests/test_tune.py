@@ -1,8 +1,6 @@
 """The bank of heads, the exact optimum, and the search that uses them."""
 
 import csv
-import math
-import statistics
 from pathlib import Path
 
 import pytest
@@ -12,16 +10,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn import functional
 
 from headstart.cli import main
-from headstart.data.loaders import EpochOrder, FeatureLoader
-from headstart.features.cache import FeatureMatrix, Shard
-from headstart.search.bank import Bank, Setting, fit_exact, score, train_bank
-from headstart.verbs.tune import T95, interval
+from headstart.data.loaders import BatchOrder, FeatureLoader
+from headstart.features.matrix import Labelled
+from headstart.search.bank import Bank, HeadSettings, Schedule, train_bank
+from headstart.search.exact import accuracy_and_loss, fit_exact
 from support import COLOURS, draw
-
-
-def matrix(features: torch.Tensor) -> FeatureMatrix:
-    rows = [number.to_bytes(32, "big") for number in range(len(features))]
-    return FeatureMatrix([Shard(rows, features)], rows)
 
 
 @pytest.fixture
@@ -32,14 +25,14 @@ def problem():
     return centres[labels] + 1.5 * torch.randn(200, 16, generator=generator), labels
 
 
-SETTINGS = [Setting(0.01, 0.0, 0.0), Setting(0.003, 0.5, 0.1), Setting(0.1, 0.01, 0.2)]
+SETTINGS = [HeadSettings(0.01, 0.0, 0.0), HeadSettings(0.003, 0.5, 0.1), HeadSettings(0.1, 0.01, 0.2)]
 
 
 def test_every_head_of_a_bank_is_what_adamw_makes_of_it_alone(problem):
     features, labels = problem
     bank = Bank(SETTINGS, 4, 16, seed=3, device=torch.device("cpu"))
-    order = EpochOrder(200, 32, seed=1)
-    batches = list(FeatureLoader([matrix(features)], labels, order)) * 4
+    order = BatchOrder(200, 32, seed=1)
+    batches = list(FeatureLoader(Labelled.of(features, labels), order)) * 4
     alone = []
     for setting in SETTINGS:
         torch.manual_seed(3)
@@ -60,7 +53,7 @@ def test_every_head_of_a_bank_is_what_adamw_makes_of_it_alone(problem):
 def test_a_bank_scores_like_cross_entropy(problem):
     features, labels = problem
     bank = Bank(SETTINGS, 4, 16, seed=3, device=torch.device("cpu"))
-    acc, loss = bank.scores(matrix(features), labels)
+    acc, loss = bank.scores(Labelled.of(features, labels))
     logits = functional.linear(features, bank.weight[1], bank.bias[1])
     assert loss[1].item() == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-5)
     assert acc[1].item() == pytest.approx((logits.argmax(1) == labels).float().mean().item())
@@ -68,8 +61,9 @@ def test_a_bank_scores_like_cross_entropy(problem):
 
 def test_the_exact_optimum_has_no_gradient_and_nothing_below_it(problem):
     features, labels = problem
-    head = fit_exact(matrix(features), labels, 4, strength=0.01)
-    weight, bias = head.weight.double().requires_grad_(), head.bias.double().requires_grad_()
+    train = Labelled.of(features, labels)
+    head = fit_exact(train, 4, l2=0.01)
+    weight, bias = head.weight.detach().double().requires_grad_(), head.bias.detach().double().requires_grad_()
 
     def objective(weight, bias):
         logits = functional.linear(features.double(), weight, bias)
@@ -82,25 +76,19 @@ def test_the_exact_optimum_has_no_gradient_and_nothing_below_it(problem):
     for _ in range(20):
         moved = weight + 0.01 * torch.randn(weight.shape, generator=generator)
         assert objective(moved, bias) > least
-    again = fit_exact(matrix(features), labels, 4, strength=0.01, start=fit_exact(matrix(features), labels, 4, 1.0))
+    again = fit_exact(train, 4, l2=0.01, start=fit_exact(train, 4, 1.0))
     torch.testing.assert_close(again.weight, head.weight, rtol=1e-2, atol=1e-3)
 
 
 def test_the_best_epoch_is_kept_or_the_last(problem):
     features, labels = problem
-    train, val = (matrix(features[:120]), labels[:120]), (matrix(features[120:]), labels[120:])
-    arguments = [train[0]], train[1], val, 4, 12, 32, 0.1, 0
-    best = train_bank([Setting(0.3, 0.0, 0.0)], *arguments)[0]
-    last = train_bank([Setting(0.3, 0.0, 0.0)], *arguments, keep_last=True)[0]
+    train, val = Labelled.of(features[:120], labels[:120]), Labelled.of(features[120:], labels[120:])
+    arguments = train, val, 4, Schedule(epochs=12, batch_size=32, warmup=0.1, seed=0)
+    best = train_bank([HeadSettings(0.3, 0.0, 0.0)], *arguments)[0]
+    last = train_bank([HeadSettings(0.3, 0.0, 0.0)], *arguments, keep_last=True)[0]
     assert best.epoch < last.epoch == 11
     assert best.loss < last.loss
-    assert score(best.head, *val) == pytest.approx((best.acc, best.loss), rel=1e-5)
-
-
-def test_the_interval_is_students():
-    values = [0.5, 0.6, 0.55, 0.65, 0.58]
-    assert interval(values) == pytest.approx(2.776 * statistics.stdev(values) / math.sqrt(5))
-    assert sorted(T95) == list(range(1, 10))
+    assert accuracy_and_loss(best.head, val) == pytest.approx((best.acc, best.loss), rel=1e-5)
 
 
 @pytest.fixture
@@ -149,8 +137,9 @@ def test_draws_lie_between_the_ends_of_the_grid(mixed):
     ("option", "said"),
     [
         ("--tune.lr=[-1]", "--tune.lr"),
-        ("--folds=1", "give 2 to 10"),
-        ("--folds=11", "give 2 to 10"),
+        ("--folds=1", "give 2 or more"),
+        ("--folds=50", "a fold has no image"),
+        ("--model.head=mlp", "the search is of linear heads"),
         ("--data.cache=false", "leave the cache on"),
         ("--tune.lrs=[1]", "did you mean --tune.lr?"),
     ],

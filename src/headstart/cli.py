@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from headstart.errors import UserError
+from headstart.terminal import one_line
 
 USAGE = """usage: headstart VERB [options]
 
@@ -43,7 +44,7 @@ def main(args: Sequence[str] | None = None, root: Path | None = None) -> Any:
         What the verb gives; of `train`, the content of its `result.json`.
     """
     verb, *options = list(sys.argv[1:] if args is None else args) or ["--help"]
-    # torch takes seconds to import, so a verb's module is imported when it is used.
+    # torch takes seconds to import, so a verb is imported when it is used.
     try:
         if verb in VERBS:
             run = getattr(import_module(f"headstart.verbs.{verb}"), verb)
@@ -67,24 +68,20 @@ def main(args: Sequence[str] | None = None, root: Path | None = None) -> Any:
 
 def _say_error(message: str) -> int:
     """Prints it as one line; gives the exit status of a user's mistake."""
-    from headstart.terminal import one_line
-
     print(f"error: {one_line(message)}", file=sys.stderr)
     return 2
 
 
 def _end_as_signalled(ended: BaseException) -> NoReturn:
     """Ends with 130 at Ctrl-C and 143 at SIGTERM; Lightning, which ends a fit in good order, would give 1 and 0."""
-    from pytorch_lightning.utilities.exceptions import SIGTERMException
-
     status = None
     if isinstance(ended, KeyboardInterrupt) or isinstance(ended.__context__, KeyboardInterrupt):
         status = 130
-    elif isinstance(ended, SIGTERMException):
+    elif type(ended).__name__ == "SIGTERMException":  # Lightning's, which this module does not import
         status = 143
     if status is None:
         raise ended
-    print("interrupted: with --ckpt_path=last a run goes on", file=sys.stderr)
+    print("interrupted; resume with --ckpt_path=last", file=sys.stderr)
     sys.exit(status)
 
 

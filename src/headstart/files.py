@@ -1,22 +1,16 @@
-"""Content hashes of files, with a fast path for files that did not change since they were hashed."""
+"""Files of any kind: written whole or not at all, never written over, read with errors of one line."""
 
 import csv
-import hashlib
 import io
-import json
 import os
 import secrets
 import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# A file changed this shortly before it was hashed could change again within the clock's grain, unseen.
-GRAIN_NS = 2 * 10**9
-
-Stamp = list[int]
+from headstart.errors import UserError
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -35,21 +29,6 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
-def csv_bytes(rows: Iterable[Iterable[object]]) -> bytes:
-    """Rows as the content of a CSV file; a file's name that is no Unicode keeps its bytes."""
-    text = io.StringIO()
-    csv.writer(text).writerows(rows)
-    return text.getvalue().encode("utf-8", "surrogateescape")
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by their dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return found
-
-
 def _flush_folder(folder: Path) -> None:
     """Makes a rename last through a power failure, where the system can."""
     if os.name == "posix":
@@ -58,6 +37,32 @@ def _flush_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def new_path(option: str, given: str | Path) -> Path:
+    """The path of a file to write.
+
+    Raises:
+        UserError: it exists already.
+    """
+    path = Path(given).expanduser()
+    if path.exists():
+        raise UserError(f"{option}={path}: is there already; give another name")
+    return path
+
+
+def write_new(option: str, given: str | Path, data: bytes) -> Path:
+    """Writes a file that does not exist yet.
+
+    Raises:
+        UserError: it exists already, or cannot be written.
+    """
+    path = new_path(option, given)
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise UserError(f"{option}={path}: cannot be written ({error.strerror})") from error
+    return path
 
 
 @contextmanager
@@ -77,65 +82,40 @@ def claim_by_rename(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def sha256(path: Path) -> bytes:
-    """The digest of a file's content."""
-    return hashlib.sha256(path.read_bytes()).digest()
+def csv_bytes(rows: Iterable[Iterable[object]]) -> bytes:
+    """Rows as the content of a CSV file; a file name that is not Unicode keeps its bytes."""
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    return text.getvalue().encode("utf-8", "surrogateescape")
 
 
-class ContentIndex:
-    """The hashes of a folder's files, remembered between runs.
-
-    A remembered hash counts only while the file's size, mtime, ctime and inode are the same; ctime cannot be set back,
-    so a change hidden from mtime is seen too. The file carries its own checksum, and a damaged one is made anew.
+def read_csv(option: str, file: Path, columns: Sequence[str], errors: str = "strict") -> list[dict[str, str]]:
+    """The rows of a CSV file by column name.
 
     Args:
-        root: the folder that the paths are relative to.
-        folder: where the index lies; None: nothing is remembered.
+        option: the option that names the file, for messages.
+        file: its path.
+        columns: the names that its first line must have.
+        errors: what to do with bytes that are not UTF-8.
+
+    Raises:
+        UserError: it cannot be read as CSV, or lacks a column.
     """
+    try:
+        with file.open(newline="", encoding="utf-8-sig", errors=errors) as text:
+            reader = csv.DictReader(text, strict=True)
+            names = [name.strip() for name in reader.fieldnames or []]
+            rows = [dict(zip(names, (value or "" for value in row.values()), strict=False)) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{option}={file}: cannot be read as CSV ({error})") from error
+    if missing := [name for name in columns if name not in names]:
+        raise UserError(f"{option}={file}: lacks {', '.join(missing)}; its first line names {', '.join(columns)}")
+    return rows
 
-    def __init__(self, root: Path, folder: Path | None) -> None:
-        self.root = root
-        self._file = folder / f"{hashlib.sha256(str(root).encode()).hexdigest()[:32]}.json" if folder else None
-        self._known: dict[str, tuple[Stamp, str]] = self._load()
 
-    def digests(self, paths: list[str], advance: Callable[[int], None]) -> tuple[dict[str, bytes], dict[str, str]]:
-        """The sha256 of each file by its path, and the reason for each that cannot be read."""
-        found: dict[str, tuple[Stamp, str]] = {}
-        unreadable: dict[str, str] = {}
-        now = time.time_ns()
-        for path in paths:
-            try:
-                stat = (self.root / path).stat()
-                stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-                known = self._known.get(path)
-                settled = max(stat.st_mtime_ns, stat.st_ctime_ns) < now - GRAIN_NS
-                if known and known[0] == stamp:
-                    found[path] = known
-                else:
-                    found[path] = (stamp if settled else [], sha256(self.root / path).hex())
-            except FileNotFoundError:
-                unreadable[path] = "missing, or a broken symbolic link"
-            except OSError as error:
-                unreadable[path] = f"unreadable: {error.strerror}"
-            advance(1)
-        if found != self._known:
-            self._save(found)
-        return {path: bytes.fromhex(digest) for path, (_, digest) in found.items()}, unreadable
-
-    def _load(self) -> dict[str, tuple[Stamp, str]]:
-        if self._file is None or not self._file.is_file():
-            return {}
-        try:
-            checksum, body = self._file.read_bytes().split(b"\n", 1)
-            if checksum.decode() != hashlib.sha256(body).hexdigest():
-                return {}
-            return {path: (stamp, digest) for path, (stamp, digest) in json.loads(body).items()}
-        except (OSError, ValueError):
-            return {}
-
-    def _save(self, found: dict[str, tuple[Stamp, str]]) -> None:
-        if self._file is None:
-            return
-        body = json.dumps(found).encode()
-        with suppress(OSError):  # only the fast path is lost; the features say it if the folder cannot be written
-            write_atomically(self._file, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import threading
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -12,7 +13,6 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
-from headstart.model.backbone import Preprocessing
 from headstart.terminal import say_once
 
 Augment = Literal["none", "light", "strong"]
@@ -24,6 +24,29 @@ MAX_ASPECT = 20
 MAX_PIXELS = 89_478_485  # PIL's own limit against decompression bombs
 
 _random = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What happens to an image before the backbone: resize the shorter side, crop the centre, normalise.
+
+    Attributes:
+        resize_size: the shorter side after resizing, in pixels.
+        crop_size: the side of the centre crop, in pixels.
+        interpolation: a name of torchvision's ``InterpolationMode``, antialiased.
+        mean: per channel, of values in [0, 1].
+        std: per channel, of values in [0, 1].
+    """
+
+    resize_size: int = 256
+    crop_size: int = 224
+    interpolation: str = "bilinear"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def resized(self, image_size: int) -> "Preprocessing":
+        """The same with another crop size, the resize in proportion."""
+        return replace(self, crop_size=image_size, resize_size=round(image_size * self.resize_size / self.crop_size))
 
 
 class UnreadableImage(Exception):
@@ -119,6 +142,28 @@ def _policy(policy: Augment, preprocessing: Preprocessing) -> v2.Transform:
     return v2.Compose(steps)
 
 
-def view_seed(seed: int, digest: bytes, view: int) -> int:
-    """The seed of an image's view: a function of the content, not of the order in which images come."""
-    return int.from_bytes(hashlib.sha256(b"%d %d " % (seed, view) + digest).digest()[:8], "big", signed=True)
+@dataclass(frozen=True)
+class Views:
+    """How training images vary; view 0 of an image is the image itself.
+
+    Attributes:
+        policy: of augmentation.
+        seed: of the augmented views.
+    """
+
+    policy: Augment = "none"
+    seed: int = 0
+
+    def view(self, image: Image.Image, digest: bytes, number: int, preprocessing: Preprocessing) -> Tensor:
+        """The view of that number -> [3, H, W] uint8: a function of the content, not of the order of images.
+
+        Args:
+            image: RGB.
+            digest: sha256 of its content.
+            number: of the view.
+            preprocessing: the backbone's.
+        """
+        if number == 0 or self.policy == "none":
+            return preprocess(image, preprocessing)
+        content = hashlib.sha256(b"%d %d " % (self.seed, number) + digest).digest()
+        return augment(image, self.policy, preprocessing, int.from_bytes(content[:8], "big", signed=True))

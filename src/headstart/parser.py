@@ -6,26 +6,35 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from pytorch_lightning.cli import LightningArgumentParser
+from jsonargparse import ArgumentParser
 
 from headstart.errors import UserError
 
 # The trainer's options that the short help shows.
-SHORT_HELP = ("max_epochs", "accelerator", "devices", "precision", "default_root_dir")
+SHORT_HELP = ("max_epochs", "accelerator", "devices", "precision")
 
 
-class OptionParser(LightningArgumentParser):
-    """Short help, and errors of one line with the nearest valid name."""
+class OptionParser(ArgumentParser):
+    """Short help, and errors of one line with the nearest valid name.
+
+    Attributes:
+        usage_line: the first line of the help.
+        last_line: the last line of the short help; empty: none.
+        full: whether the help is jsonargparse's own page of every option.
+    """
 
     usage_line = "headstart VERB [options]"
     last_line = ""
+    full = False
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises ``UserError``."""
         raise UserError(self._one_line(message)) from ex
 
     def format_help(self, formatter: Any = None) -> str:
-        """A line an option; of the Trainer's, those that are often used."""
+        """One line per option; of the Trainer's, those that are often used."""
+        if self.full:
+            return super().format_help(formatter)
         lines = [f"usage: {self.usage_line}", ""]
         for action in self._actions:
             name = next((option for option in action.option_strings if option.startswith("--")), "")
@@ -79,8 +88,33 @@ def parser_of(verb: str, arguments: str = "") -> OptionParser:
 
 def add_options(parser: OptionParser, of: type, group: str, names: Sequence[str]) -> None:
     """Adds some of a class's arguments, as ``--group.name``, with their types, defaults and descriptions."""
-    others = set(inspect.signature(of.__init__).parameters) - {"self", *names}  # type: ignore[misc]
-    parser.add_class_arguments(of, group, skip=set(others), as_group=False)
+    # Along the bases too, whose arguments a class may take as ``**kwargs``.
+    known = {name for base in of.__mro__ if "__init__" in vars(base) for name in inspect.signature(base).parameters}
+    parser.add_class_arguments(of, group, skip=known - set(names), as_group=False)
+
+
+def add_checkpoint(parser: OptionParser) -> None:
+    """Adds ``--ckpt_path``, of a trained head."""
+    parser.add_argument("--ckpt_path", type=str | None, help="a trained head, such as logs/…/checkpoints/best.ckpt")
+
+
+def add_accelerator(parser: OptionParser) -> None:
+    """Adds ``--accelerator``."""
+    parser.add_argument(
+        "--accelerator", type=str, default="auto", help="auto, cpu, gpu, or another of Lightning's names"
+    )
+
+
+def add_run(parser: OptionParser, name: str) -> None:
+    """Adds where a verb works and where its folder goes.
+
+    Args:
+        parser: to which they are added.
+        name: what the folder is called when no name is given, for the help.
+    """
+    add_accelerator(parser)
+    parser.add_argument("--name", type=str | None, help=f"name of the run; None: {name}")
+    parser.add_argument("--logs", type=str, default="logs", help="where the run's folder goes")
 
 
 def required(given: Any, *options: str) -> None:

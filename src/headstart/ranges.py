@@ -1,6 +1,6 @@
 """The ranges that options may take: checked when the command line and the config files are read."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # to a type checker they are the plain numbers
     Count = int
@@ -23,3 +23,14 @@ else:
     Rate = typing.restricted_number_type("Rate", float, [(">", 0), ("<=", 1000)])
     NonNegative = typing.restricted_number_type("NonNegative", float, [(">=", 0), ("<=", 1000)])
     Fraction = typing.restricted_number_type("Fraction", float, [(">=", 0), ("<", 1)])
+
+
+def plain(value: Any) -> Any:
+    """Numbers of the ranges above, and of numpy, as Python's own: a checkpoint and a YAML file hold nothing else."""
+    if isinstance(value, dict):
+        return {name: plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return int(value) if isinstance(value, int) else float(value)

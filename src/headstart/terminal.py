@@ -5,20 +5,26 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import rich
-from pytorch_lightning.utilities import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only  # Lightning sets its rank; it imports no torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 
-@rank_zero_only
+def rank() -> int:
+    """The number of this process among those that train together; 0 where there is one."""
+    return getattr(rank_zero_only, "rank", 0)
+
+
 def say(message: str | Table) -> None:
-    """Prints a line, as it is: a path with brackets is no markup, and a long one is not broken."""
+    """Prints a line, as it is: a path with brackets is not markup, and a long one is not broken."""
+    if rank() != 0:
+        return
     shown = one_line(message) if isinstance(message, str) else message
     rich.get_console().print(shown, markup=False, highlight=False, soft_wrap=isinstance(message, str))
 
@@ -38,8 +44,7 @@ def one_line(message: str) -> str:
 @contextmanager
 def images_bar(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A progress bar with images a second and the time left; what it gives is called with the images newly done."""
-    rank = getattr(rank_zero_only, "rank", 0)  # set by Lightning at run time
-    hidden = rank != 0 or not rich.get_console().is_terminal
+    hidden = rank() != 0 or not rich.get_console().is_terminal
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.0f} images/s"), TimeRemainingColumn()
     started, done = time.perf_counter(), 0
     with Progress(TextColumn(description), *columns, transient=True, disable=hidden) as progress:
@@ -53,17 +58,44 @@ def images_bar(description: str, total: int | None) -> Iterator[Callable[[int], 
         yield advance
 
 
+class Seconds(dict[str, float]):
+    """What the parts of a run took, by name, and with ``total`` the time since it was made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        """Measures what happens within."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self[part] = time.perf_counter() - started
+
+    def with_total(self) -> dict[str, float]:
+        """The parts and the total."""
+        return self | {"total": time.perf_counter() - self._started}
+
+
+def score_rows(scores: Mapping[str, Any], splits: Sequence[str] = ("val", "test")) -> list[tuple[str, list[str]]]:
+    """Each score's name with its values of the splits, where they are there."""
+    names = dict.fromkeys(name.split("/")[1] for name in scores if name.startswith(("val/", "test/")))
+    rows = [(name, [scores.get(f"{split}/{name}") for split in splits]) for name in names]
+    return [(name, ["" if value is None else f"{value:.3f}" for value in values]) for name, values in rows]
+
+
 def say_scores(result: Mapping[str, Any], title: str) -> None:
-    """A table of the scores in a run's result, a column a split."""
+    """A table of the scores in a run's result, one column per split."""
     splits = [split for split in ("val", "test") if f"{split}/acc" in result]
     table = Table("", *splits, title=title)
-    for name in dict.fromkeys(name.split("/")[1] for name in result if name.startswith(("val/", "test/"))):
-        scores = (result.get(f"{split}/{name}") for split in splits)
-        table.add_row(name, *("" if score is None else f"{score:.3f}" for score in scores))
+    for name, values in score_rows(result, splits):
+        table.add_row(name, *values)
     say(table)
 
 
-def be_calm() -> None:
+def quiet_libraries() -> None:
     """Hides what Lightning and its libraries say that a user can do nothing about."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -23,7 +23,7 @@ from support import COLOURS, REPOSITORY, draw, features
 
 SERVER = """
 import json, os, sys
-import headstart.data.module, headstart.fit.cli
+import headstart.data.module, headstart.fit.run
 from headstart.cli import main
 for line in sys.stdin:
     pid = os.fork()
@@ -47,9 +47,9 @@ SAVES = """
 import os, signal, sys
 from pathlib import Path
 import torch
-import headstart.model.checkpoints
+import headstart.model.sealed
 from headstart.files import write_atomically
-writer, path = headstart.model.checkpoints.SealedCheckpointIO(), Path(sys.argv[1])
+writer, path = headstart.model.sealed.SealedCheckpointIO(), Path(sys.argv[1])
 
 def save(value):
     writer.save_checkpoint({"state_dict": {"a": torch.full((5,), value)}}, path)
@@ -65,7 +65,7 @@ def killed_at(number):
         sys.setprofile(count)
         write_atomically(*arguments)
         sys.setprofile(None)
-    headstart.model.checkpoints.write_atomically = write
+    headstart.model.sealed.write_atomically = write
     save(1.0)
 
 number, status = 0, signal.SIGKILL

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from headstart.features.cache import Shard
+from headstart.features.matrix import Shard
 from support import REPOSITORY, draw, features, newest_run
 
 SMALL = ["--model.image_size=32", "--report=false"]
@@ -92,10 +92,10 @@ def test_eight_processes_share_one_cold_cache(programs, tmp_path):
 
 def test_two_processes_end_with_the_head_of_one(colours, train):
     options = ["--data.feature_precision=fp32", "--trainer.max_epochs=3", "--name=run"]
-    one = train(colours, *options, "--trainer.default_root_dir=one")
+    one = train(colours, *options, "--logs=one")
     command = [sys.executable, "-m", "headstart", "train", f"--data.root={colours}", "--model.image_size=32", *options]
     command += ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu"]
-    command += ["--trainer.default_root_dir=two"]
+    command += ["--logs=two"]
     environment = os.environ | {"HEADSTART_CACHE": str(Path("other").resolve()), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

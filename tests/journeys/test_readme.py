@@ -45,8 +45,8 @@ def test_exported_models_give_the_labels_of_the_head(run, copy):
     import torch
     from PIL import Image
 
+    from headstart import TransferClassifier
     from headstart.images import preprocess, to_rgb
-    from headstart.model.classifier import load_head
 
     done = run("bash", "-c", "python train.py --report=false && ls logs/clipart/*/checkpoints/best.ckpt")
     checkpoint = copy / done.stdout.splitlines()[-1]
@@ -55,7 +55,7 @@ def test_exported_models_give_the_labels_of_the_head(run, copy):
         assert done.returncode == 0, done.stderr[-3000:]
     with (checkpoint.parent.parent / "splits.csv").open(newline="") as file:
         paths = [copy / "data/clipart" / row["path"] for row in csv.DictReader(file) if row["split"] == "test"]
-    module = load_head(checkpoint)
+    module = TransferClassifier.load_from_checkpoint(checkpoint)
     pixels = []
     for path in paths:
         with Image.open(path) as image:

@@ -5,19 +5,19 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
+from pytorch_lightning import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from headstart.data.splits import Item
-from headstart.features.cache import FeatureMatrix
-from headstart.images import Augment, augment, preprocess, view_seed
-from headstart.model.backbone import Preprocessing
+from headstart.features.matrix import Labelled
+from headstart.images import Preprocessing, Views
 
 # Rows are gathered for so many batches at once, so that a batch itself is a slice.
 BATCHES_A_BLOCK = 64
 
 
-class EpochOrder(Sampler[list[tuple[int, int]]]):
+class BatchOrder(Sampler[list[tuple[int, int]]]):
     """Batches of (index, epoch), whose order is a function of the seed and the epoch alone.
 
     So a resumed run sees the batches that the uninterrupted run would have seen, and every rank knows the others'.
@@ -81,33 +81,18 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         items: the images.
         read: decodes one to RGB; may raise ``UnreadableImage``.
         preprocessing: the backbone's.
-        policy: of augmentation.
-        seed: of augmentation.
+        views: how they are augmented.
     """
 
     def __init__(
-        self,
-        items: Sequence[Item],
-        read: Callable[[Item], Image],
-        preprocessing: Preprocessing,
-        policy: Augment = "none",
-        seed: int = 0,
+        self, items: Sequence[Item], read: Callable[[Item], Image], preprocessing: Preprocessing, views: Views
     ) -> None:
-        self.items, self.read, self.preprocessing = items, read, preprocessing
-        self.policy: Augment = policy
-        self.seed = seed
-
-    def view(self, item: Item, view: int) -> Tensor:
-        """[3, H, W] uint8 of an image: itself for view 0, else the augmented view of that number."""
-        image = self.read(item)
-        if view == 0:
-            return preprocess(image, self.preprocessing)
-        return augment(image, self.policy, self.preprocessing, view_seed(self.seed, item.digest, view))
+        self.items, self.read, self.preprocessing, self.views = items, read, preprocessing, views
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         index, epoch = key
         item = self.items[index]
-        return self.view(item, 0 if self.policy == "none" else epoch + 1), item.label
+        return self.views.view(self.read(item), item.digest, epoch + 1, self.preprocessing), item.label
 
     def __len__(self) -> int:
         return len(self.items)
@@ -128,17 +113,16 @@ class FeatureLoader:
     """Batches of (features [B, D], labels [B]), sliced from the matrix: no worker, no collation.
 
     Args:
-        features: one matrix a view, of the same samples; an epoch takes the view of its number modulo their count.
-        labels: the class index of each sample.
-        order: of the samples.
+        labelled: the samples; an epoch takes the view of its number modulo their count.
+        order: the order of the samples.
     """
 
-    def __init__(self, features: Sequence[FeatureMatrix], labels: Tensor, order: EpochOrder) -> None:
-        self.features, self.labels = features, labels
+    def __init__(self, labelled: Labelled, order: BatchOrder) -> None:
+        self.views, self.labels = labelled.views, labelled.labels
         self.batch_sampler = order
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        view = self.features[self.batch_sampler.epoch % len(self.features)]
+        view = self.views[self.batch_sampler.epoch % len(self.views)]
         batches = self.batch_sampler.batches()
         for start in range(0, len(batches), BATCHES_A_BLOCK):
             block = batches[start : start + BATCHES_A_BLOCK]
@@ -148,3 +132,9 @@ class FeatureLoader:
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
+
+
+def trained_epochs(trainer: Trainer) -> int:
+    """How many epochs were trained; unlike ``current_epoch`` right when a resumed run makes its first batch."""
+    processed: int = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+    return processed

@@ -1,21 +1,26 @@
 """Which image trains, which validates, which tests: a function of its content, so that it never moves."""
 
-import csv
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor
+
 from headstart.errors import UserError
-from headstart.files import csv_bytes
+from headstart.files import csv_bytes, read_csv
 from headstart.terminal import say
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 COLUMNS = ["split", "class", "path", "sha256"]
+TABLE_ROWS = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +57,12 @@ def assign(items: Sequence[Item], class_names: Sequence[str], val: float, test: 
         seed: another seed, another split.
 
     Raises:
-        UserError: a class has fewer different images, or groups, than there are splits.
+        UserError: a class has no image, or fewer different images or groups than there are splits.
     """
+    present = {item.label for item in items}
+    for label, name in enumerate(class_names):
+        if label not in present:
+            raise UserError(f"class {name!r}: no readable image; add some or remove its folder")
     fractions: dict[Split, float] = {"test": test, "val": val, "train": 1 - val - test}
     needed = [split for split, fraction in fractions.items() if fraction > 0]
     units = _units([item for item in items if item.split is None])
@@ -86,17 +95,18 @@ def _units(items: Sequence[Item]) -> dict[bytes, bytes]:
     groups = {_own(item) for item in items if item.group}
     if not groups:
         return {item.digest: item.digest for item in items}
-    joined: dict[bytes, bytes] = {}
+    from scipy.sparse import coo_array  # where it is used: most data has no groups
+    from scipy.sparse.csgraph import connected_components
 
-    def root(name: bytes) -> bytes:
-        while joined.setdefault(name, name) != name:
-            name = joined[name]
-        return name
-
-    for item in items:
-        ends = sorted((root(_own(item)), root(item.digest)), key=lambda name: (name not in groups, name))
-        joined[ends[1]] = ends[0]
-    return {name: root(name) for name in list(joined)}
+    names = list(dict.fromkeys(name for item in items for name in (_own(item), item.digest)))
+    number = {name: place for place, name in enumerate(names)}
+    ends = [[number[_own(item)] for item in items], [number[item.digest] for item in items]]
+    pairs = coo_array((np.ones(len(items), dtype=bool), ends), shape=(len(names), len(names)))
+    _, component = connected_components(pairs, directed=False)
+    first: dict[int, bytes] = {}
+    for name in sorted(names, key=lambda name: (name not in groups, name)):
+        first.setdefault(component[number[name]], name)
+    return {name: first[component[number[name]]] for name in names}
 
 
 def _unit_hash(seed: int, digest: bytes) -> float:
@@ -154,22 +164,32 @@ def to_csv(items: Iterable[Item], class_names: Sequence[str]) -> bytes:
 
 def frozen(items: Sequence[Item], file: Path) -> list[Item]:
     """Gives each image the split that it has in a run's ``splits.csv``, found by content; leaves out the others."""
-    places = _read(file)
+    places: dict[str, Split] = {}
+    for row in read_csv("--data.splits", file, COLUMNS, errors="surrogateescape"):
+        split = next((split for split in SPLITS if split == row["split"]), None)
+        if split is None:
+            raise UserError(f"--data.splits={file}: unknown split {row['split']!r}; use {', '.join(SPLITS)}")
+        places[row["sha256"]] = split
     known = [replace(item, split=places[item.digest.hex()]) for item in items if item.digest.hex() in places]
     if len(known) < len(items):
         say(f"data: {len(items) - len(known)} images are not in {file} and are left out")
     return known
 
 
-def _read(file: Path) -> Mapping[str, Split]:
-    try:
-        with file.open(newline="", encoding="utf-8", errors="surrogateescape") as text:
-            rows = [(row["sha256"], row["split"]) for row in csv.DictReader(text)]
-    except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--data.splits={file}: not a run's splits.csv ({', '.join(COLUMNS)})") from error
-    places: dict[str, Split] = {}
-    for digest, split in rows:
-        if split not in SPLITS:
-            raise UserError(f"--data.splits={file}: unknown split {split!r}; use {', '.join(SPLITS)}")
-        places[digest] = split
-    return places
+def counts_table(items: Sequence[Item], class_names: Sequence[str]) -> Table:
+    """Images per class and split, for the terminal; of many classes the first."""
+    counts = {split: Counter(item.label for item in items if item.split == split) for split in SPLITS}
+    counts = {split: found for split, found in counts.items() if found}
+    table = Table("class", *counts, title=f"{len(items)} images")
+    for label, name in list(enumerate(class_names))[:TABLE_ROWS]:
+        table.add_row(name, *(str(count[label]) for count in counts.values()))
+    if len(class_names) > TABLE_ROWS:
+        table.add_row(f"… {len(class_names) - TABLE_ROWS} more", *("…" for _ in counts))
+    table.add_section()
+    table.add_row("all", *(str(count.total()) for count in counts.values()))
+    return table
+
+
+def labels_of(items: Sequence[Item]) -> Tensor:
+    """The class index of each image, [N]."""
+    return torch.tensor([item.label for item in items], dtype=torch.long)

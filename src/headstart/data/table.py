@@ -1,76 +1,40 @@
 """A CSV file that lists images, their classes, and maybe their splits and groups."""
 
-import csv
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from headstart.data.folders import SPLIT_FOLDERS
 from headstart.data.splits import Item, Split
 from headstart.errors import UserError
+from headstart.files import read_csv
 
-NEEDED, OPTIONAL = ("path", "label"), ("split", "group")
+NEEDED = ("path", "label")
 
 
-@dataclass(frozen=True)
-class ImageTable:
-    """The images that a file lists.
+def read_table(file: Path) -> tuple[list[str], list[Item]]:
+    """The class names, sorted, and the images of the columns path and label, and split and group if they are there.
 
-    Attributes:
-        file: its absolute path.
-        class_names: the different labels, sorted.
-        items: the images, by their path relative to the file; with a split where the file gives one.
+    Without an image for val, those of train are split; then, or with the empty split, a hash decides.
+
+    Raises:
+        UserError: columns are missing, values are empty or unknown, or the lines contradict each other.
     """
-
-    file: Path
-    class_names: list[str]
-    items: list[Item]
-
-    @classmethod
-    def read(cls, file: Path) -> "ImageTable":
-        """Reads the columns path and label, and split and group if they are there.
-
-        Without an image for val, those of train are split; then, or with the empty split, a hash decides.
-
-        Raises:
-            UserError: columns are missing, values are empty or unknown, or the lines contradict each other.
-        """
-        rows = _rows(file)
-        labels = sorted({row["label"] for row in rows})
-        if len(labels) < 2:
-            raise UserError(f"--data.csv={file}: {len(labels)} class(es), and at least 2 are needed")
-        number = {label: place for place, label in enumerate(labels)}
-        items: dict[str, Item] = {}
-        for line, row in enumerate(rows, start=2):
-            item = Item(row["path"], number[row["label"]], split=_split(row, file, line), group=row.get("group") or "")
-            if items.setdefault(item.path, item) != item:
-                raise UserError(f"--data.csv={file}, line {line}: {item.path} was listed before, otherwise; keep one")
-        return cls(file, labels, _ready(list(items.values()), file))
-
-
-def _rows(file: Path) -> Sequence[Mapping[str, str]]:
-    """The lines with their values stripped."""
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as text:
-            reader = csv.DictReader(text, strict=True)
-            columns = [name.strip() for name in reader.fieldnames or []]
-            rows = [dict(zip(columns, map(_stripped, row.values()), strict=False)) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--data.csv={file}: cannot be read as CSV ({error})") from error
-    if missing := [name for name in NEEDED if name not in columns]:
-        raise UserError(
-            f"--data.csv={file}: lacks {', '.join(missing)}; its first line names the columns {', '.join(NEEDED)}, "
-            f"and maybe {', '.join(OPTIONAL)}"
-        )
+    rows = [{name: value.strip() for name, value in row.items()} for row in read_csv("--data.csv", file, NEEDED)]
     for line, row in enumerate(rows, start=2):
         if empty := [name for name in NEEDED if not row.get(name)]:
             raise UserError(f"--data.csv={file}, line {line}: no {empty[0]}; fill it in or remove the line")
-    return rows
-
-
-def _stripped(value: object) -> str:
-    return value.strip() if isinstance(value, str) else ""
+    labels = sorted({row["label"] for row in rows})
+    if len(labels) < 2:
+        raise UserError(f"--data.csv={file}: {len(labels)} class(es), and at least 2 are needed")
+    number = {label: place for place, label in enumerate(labels)}
+    items: dict[str, Item] = {}
+    for line, row in enumerate(rows, start=2):
+        item = Item(row["path"], number[row["label"]], split=_split(row, file, line), group=row.get("group") or "")
+        if items.setdefault(item.path, item) != item:
+            raise UserError(f"--data.csv={file}, line {line}: {item.path} was listed before, otherwise; keep one")
+    return labels, _ready(list(items.values()), file)
 
 
 def _split(row: Mapping[str, str], file: Path, line: int) -> Split | None:

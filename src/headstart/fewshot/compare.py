@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from headstart.fewshot.episodes import EpisodeSampler
 from headstart.fewshot.heads import HeadName
-from headstart.fewshot.intervals import mean_and_half_width
 from headstart.files import csv_bytes
 from headstart.report.figures import BLUE, GREEN, GREY, ORANGE
+from headstart.search.intervals import mean_and_half_width
 
 BASELINE: HeadName = "prototype"
 EPISODES_AT_ONCE = 50

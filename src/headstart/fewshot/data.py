@@ -1,46 +1,48 @@
 """The data module of episodes: classes, not images, are split, and batches are tasks."""
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from pytorch_lightning import LightningDataModule
 from rich.table import Table
 from torch import Tensor
 
-from headstart.data import folders
-from headstart.data.module import ImageFiles, trained_epochs
+from headstart.data.loaders import trained_epochs
 from headstart.data.splits import SPLITS, Item, Split
+from headstart.data.store import FeatureStore
 from headstart.errors import UserError
-from headstart.features.cache import FeaturePrecision, cache_folder
-from headstart.fewshot.episodes import EpisodeLoader, EpisodeOrder, EpisodeSampler, Shape
+from headstart.features.extract import FeaturePrecision
+from headstart.features.hashes import cache_folder
+from headstart.fewshot.episodes import EpisodeLoader, EpisodeSampler, TaskSize
 from headstart.fewshot.sources import SourceName, classes_of, split_classes
 from headstart.images import MAX_PIXELS
+from headstart.model.backbone import FrozenBackbone
 from headstart.ranges import Count, Fraction, Positive, Share
 from headstart.terminal import say
 
 
-class EpisodeData(ImageFiles):
+class EpisodeData(LightningDataModule):
     """Episodes of the cached features of a source's classes; batches are ``Episode``s.
 
     Validation and test episodes are the same in every epoch and for every method; those of training are new in each.
 
     Args:
         source: glyphs (characters, drawn here), folder (of class folders), or omniglot (its zip files or folders).
-        root: of folder and omniglot; of omniglot also several, separated by commas.
-        n_way: classes a task.
-        k_shot: examples a class.
-        n_query: images to classify a class.
-        episodes: of the test.
-        val_episodes: of each validation.
-        train_episodes: of each epoch.
-        batch_size: episodes a step.
+        root: the folder, or Omniglot's zip file or folder; for omniglot also several, separated by commas.
+        n_way: classes per task.
+        k_shot: examples per class.
+        n_query: images to classify per class.
+        episodes: tasks of the test.
+        val_episodes: tasks of each validation.
+        train_episodes: tasks of each epoch.
+        batch_size: tasks per step.
         val_fraction: share of the classes for validation.
         test_fraction: share of the classes for the test; 1: all, where nothing is trained.
         split_seed: another seed, another split of the classes.
         episode_seed: another seed, other episodes.
-        num_workers: threads that decode images; None: one a processor core, at most 8.
+        num_workers: threads that decode images; None: one per processor core, at most 8.
         cache_dir: where features are kept; None: $HEADSTART_CACHE, else the user's cache folder.
         feature_precision: arithmetic of the features; auto: bf16 where the device computes it fast, else fp32.
         max_pixels: images of more pixels are left out.
@@ -69,40 +71,39 @@ class EpisodeData(ImageFiles):
         feature_precision: FeaturePrecision = "auto",
         max_pixels: Positive = MAX_PIXELS,
     ) -> None:
-        self.source: SourceName = source
+        super().__init__()
         self.classes = classes_of(source, root, cache_folder(cache_dir))
-        self.root = self.classes.root
-        self.shape = Shape(n_way, k_shot, n_query)
+        self.store = FeatureStore(self.classes, num_workers, cache_dir, feature_precision, max_pixels)
+        self.class_names, self.title = self.classes.class_names, f"{source}: {self.classes.root.name}"
+        self.size, self.batch_size = TaskSize(n_way, k_shot, n_query), batch_size
         self.episodes, self.val_episodes, self.train_episodes = episodes, val_episodes, train_episodes
         self.episode_seed = episode_seed
         everything = test_fraction >= 1
         self.parts = split_classes(self.classes, 0.0 if everything else val_fraction, test_fraction, split_seed)
-        super().__init__(
-            class_names=self.classes.names,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            cache_dir=cache_dir,
-            feature_precision=feature_precision,
-            split_seed=split_seed,
-            max_pixels=max_pixels,
-        )
+        self.items: list[Item] = []
         self._features = torch.empty(0)
 
-    def listed(self) -> list[Item]:
-        found = folders.images_of_classes([self.root / name for name in self.class_names])
-        return [
-            Item(path.relative_to(self.root).as_posix(), label) for label, paths in enumerate(found) for path in paths
-        ]
+    def load(self, backbone: FrozenBackbone, device: torch.device) -> None:
+        """Scans, splits the classes, and computes or reads the features."""
+        self.store.load(backbone, device)
+        self.store.check_skips()
+        self.items = self._split(self.store.items)
+        self._say_counts()
+        self._features = self.store.matrix(self.items).whole().to(device)
 
     def setup(self, stage: str) -> None:
         """The backbone is in no module here: ``load`` comes first."""
-        if self._loaded is None:
+        if not self.items:
             raise UserError("EpisodeData: call load(backbone, device) first")
 
     @property
     def width(self) -> int:
-        """Of the features."""
+        """The width D of the features."""
         return self._features.shape[1]
+
+    def items_in(self, split: Split) -> list[Item]:
+        """The images of a split's classes."""
+        return [item for item in self.items if item.split == split]
 
     def rows_of(self, split: Split, images: int) -> list[list[int]]:
         """The rows of the split's classes that have so many images; an image's row is its place in ``items``."""
@@ -112,19 +113,19 @@ class EpisodeData(ImageFiles):
                 rows.setdefault(item.label, []).append(row)
         return [of_class for of_class in rows.values() if len(of_class) >= images]
 
-    def sampler(self, split: Split, shape: Shape | None = None) -> EpisodeSampler:
+    def sampler(self, split: Split, size: TaskSize | None = None) -> EpisodeSampler:
         """Draws the split's episodes.
 
         Args:
-            split: whose classes they are of.
-            shape: of the tasks; None: the data's own.
+            split: the split whose classes they are of.
+            size: the size of a task; None: the data's own.
 
         Raises:
             UserError: too few classes have images enough.
         """
-        shape = shape or self.shape
-        rows = self.rows_of(split, shape.k_shot + shape.n_query)
-        return EpisodeSampler(self._features, rows, shape, split, self.episode_seed)
+        size = size or self.size
+        rows = self.rows_of(split, size.k_shot + size.n_query)
+        return EpisodeSampler(self._features, rows, size, split, self.episode_seed)
 
     def all_support(self) -> list[Tensor]:
         """The features of each class's images, [K, D] each."""
@@ -135,32 +136,31 @@ class EpisodeData(ImageFiles):
 
     def train_dataloader(self) -> Any:
         def start() -> int:
-            return trained_epochs(self._attached()) * self.train_episodes
+            assert self.trainer
+            return trained_epochs(self.trainer) * self.train_episodes
 
-        return EpisodeLoader(self.sampler("train"), EpisodeOrder(self.train_episodes, self.batch_size, start))
+        return EpisodeLoader(self.sampler("train"), self.train_episodes, self.batch_size, start)
 
     def val_dataloader(self) -> Any:
-        return EpisodeLoader(self.sampler("val"), EpisodeOrder(self.val_episodes, self.batch_size))
+        return EpisodeLoader(self.sampler("val"), self.val_episodes, self.batch_size)
 
     def test_dataloader(self) -> Any:
-        return EpisodeLoader(self.sampler("test"), EpisodeOrder(self.episodes, self.batch_size))
+        return EpisodeLoader(self.sampler("test"), self.episodes, self.batch_size)
 
-    def _split(self, items: Sequence[Item]) -> list[Item]:
+    def _split(self, items: list[Item]) -> list[Item]:
         """By class; an image whose content is in two splits would be known before, so that is refused."""
         place = {name: split for split in SPLITS for name in self.parts[split]}
         split = [replace(item, split=place[self.class_names[item.label]]) for item in items]
         seen: dict[bytes, str | None] = {}
         for item in split:
             if seen.setdefault(item.digest, item.split) != item.split:
-                raise UserError(f"{self.root / item.path}: the same image is in a class of another split; remove one")
+                path = self.classes.root / item.path
+                raise UserError(f"{path}: the same image is in a class of another split; remove one")
         return split
 
-    def _arrange(self) -> None:
-        self._features = self.features_of(self.items).gather(torch.arange(len(self.items))).to(self._device)
-
     def _say_counts(self) -> None:
-        table = Table("split", "groups", "classes", "images", title=f"{self.source}: {self.root.name}")
-        group = dict(zip(self.classes.names, self.classes.groups, strict=True))
+        table = Table("split", "groups", "classes", "images", title=self.title)
+        group = dict(zip(self.class_names, self.classes.groups, strict=True))
         images = Counter(item.split for item in self.items)
         for split in SPLITS:
             names = self.parts[split]

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
 
 from headstart.data.splits import SPLITS, Split
 from headstart.errors import UserError
@@ -35,7 +34,7 @@ class Episode(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shape:
+class TaskSize:
     """The size of a task.
 
     Attributes:
@@ -56,10 +55,10 @@ class EpisodeSampler:
     of the episode), so episode i is the same whatever was drawn before, and methods meet identical episodes.
 
     Args:
-        features: of all images, [R, D].
+        features: the features of all images, [R, D].
         classes: the rows of each class of the split.
-        shape: of the tasks.
-        split: whose classes they are.
+        size: the size of a task.
+        split: the split whose classes they are.
         seed: another seed, other episodes.
 
     Raises:
@@ -67,17 +66,17 @@ class EpisodeSampler:
     """
 
     def __init__(
-        self, features: Tensor, classes: Sequence[Sequence[int]], shape: Shape, split: Split, seed: int
+        self, features: Tensor, classes: Sequence[Sequence[int]], size: TaskSize, split: Split, seed: int
     ) -> None:
-        self.shape = shape
-        needed = shape.k_shot + shape.n_query
-        if len(classes) < shape.n_way:
+        self.size = size
+        needed = size.k_shot + size.n_query
+        if len(classes) < size.n_way:
             raise UserError(
-                f"--n_way={shape.n_way}: the {split} split has {len(classes)} classes of at least {needed} images "
+                f"--n_way={size.n_way}: the {split} split has {len(classes)} classes of at least {needed} images "
                 f"(k_shot + n_query); lower --n_way, --k_shot or --n_query, or change the fractions of the splits"
             )
         if small := [len(rows) for rows in classes if len(rows) < needed]:
-            raise UserError(f"--n_query={shape.n_query}: a class has {min(small)} images, and {needed} are needed")
+            raise UserError(f"--n_query={size.n_query}: a class has {min(small)} images, and {needed} are needed")
         self._features = features
         self._sizes = np.array([len(rows) for rows in classes])
         padded = [list(rows) + [0] * (int(self._sizes.max()) - len(rows)) for rows in classes]
@@ -86,42 +85,20 @@ class EpisodeSampler:
 
     def rows(self, numbers: Sequence[int]) -> Tensor:
         """The rows of features of the episodes of those numbers, [B, N, K + Q]."""
-        shape = self.shape
+        size = self.size
         base = _mixed(_mixed(_mixed(np.array(list(numbers), dtype=np.uint64)) ^ self._key[0]) ^ self._key[1])
         by_class = _mixed(base[:, None] + np.arange(1, len(self._sizes) + 1).astype(np.uint64))
-        classes = by_class.argsort(axis=1, kind="stable")[:, : shape.n_way]
+        classes = by_class.argsort(axis=1, kind="stable")[:, : size.n_way]
         own: Keys = np.take_along_axis(by_class, classes, axis=1)
         by_image = _mixed(own[..., None] ^ np.arange(1, self._rows.shape[1] + 1).astype(np.uint64))
         by_image[np.arange(self._rows.shape[1]) >= self._sizes[classes][..., None]] = np.iinfo(np.uint64).max
-        images = by_image.argsort(axis=2, kind="stable")[..., : shape.k_shot + shape.n_query]
+        images = by_image.argsort(axis=2, kind="stable")[..., : size.k_shot + size.n_query]
         return self._rows[torch.from_numpy(classes)[..., None], torch.from_numpy(images)]
 
     def batch(self, numbers: Sequence[int]) -> Episode:
         """The episodes of those numbers."""
         drawn = self._features[self.rows(numbers)]
-        return Episode(drawn[:, :, : self.shape.k_shot], drawn[:, :, self.shape.k_shot :])
-
-
-class EpisodeOrder(Sampler[range]):
-    """The numbers of the episodes of each batch.
-
-    Args:
-        episodes: how many.
-        batch_size: episodes a batch.
-        start: tells the number of the first one, when the first batch is asked for.
-    """
-
-    def __init__(self, episodes: int, batch_size: int, start: Callable[[], int] = int) -> None:
-        self.episodes, self.batch_size, self._start = episodes, batch_size, start
-
-    def __iter__(self) -> Iterator[range]:
-        first = self._start()
-        end = first + self.episodes
-        for number in range(first, end, self.batch_size):
-            yield range(number, min(number + self.batch_size, end))
-
-    def __len__(self) -> int:
-        return -(-self.episodes // self.batch_size)
+        return Episode(drawn[:, :, : self.size.k_shot], drawn[:, :, self.size.k_shot :])
 
 
 class EpisodeLoader:
@@ -129,17 +106,22 @@ class EpisodeLoader:
 
     Args:
         sampler: draws them.
-        order: their numbers.
+        episodes: how many.
+        batch_size: episodes per batch.
+        start: tells the number of the first one, when the first batch is asked for.
     """
 
-    def __init__(self, sampler: EpisodeSampler, order: EpisodeOrder) -> None:
-        self.sampler, self.batch_sampler = sampler, order
+    def __init__(self, sampler: EpisodeSampler, episodes: int, batch_size: int, start: Callable[[], int] = int) -> None:
+        self._sampler, self._episodes, self._batch_size, self._start = sampler, episodes, batch_size, start
 
     def __iter__(self) -> Iterator[Episode]:
-        return map(self.sampler.batch, self.batch_sampler)
+        first = self._start()
+        end = first + self._episodes
+        for number in range(first, end, self._batch_size):
+            yield self._sampler.batch(range(number, min(number + self._batch_size, end)))
 
     def __len__(self) -> int:
-        return len(self.batch_sampler)
+        return -(-self._episodes // self._batch_size)
 
 
 def _mixed(keys: Keys) -> Keys:

@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import PIL
-from fontTools.ttLib import TTFont
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from headstart.errors import UserError
@@ -61,7 +61,7 @@ def _typefaces() -> dict[Path, set[int]]:
     """The text typefaces and the characters of each; DejaVu and STIX have many scripts."""
     fonts = sorted((Path(matplotlib.get_data_path()) / "fonts/ttf").glob("*.ttf"))
     wanted = [path for path in fonts if path.stem.startswith(("DejaVu", "STIXGeneral")) and "Display" not in path.stem]
-    return {path: set(TTFont(path).getBestCmap()) for path in wanted}
+    return {path: set(FT2Font(str(path)).get_charmap()) for path in wanted}
 
 
 def _draw(typefaces: dict[Path, set[int]], folder: Path) -> None:

@@ -270,7 +270,7 @@ def make_head(
     return Projection(width)
 
 
-def linear_head(head: nn.Module, classes: Sequence[Tensor]) -> Linear:
+def learnt(head: nn.Module, classes: Sequence[Tensor]) -> Linear:
     """What a prototype or ridge head learns of one task, as an ordinary linear head.
 
     Args:

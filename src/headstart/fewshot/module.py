@@ -10,8 +10,8 @@ from torch.nn import functional
 from headstart.errors import UserError
 from headstart.fewshot.episodes import Episode
 from headstart.fewshot.heads import HeadName, make_head
-from headstart.fewshot.intervals import mean_and_half_width
-from headstart.ranges import Count, Positive, Rate
+from headstart.ranges import Count, Positive, Rate, plain
+from headstart.search.intervals import mean_and_half_width
 
 
 class MetaLearner(LightningModule):
@@ -44,9 +44,8 @@ class MetaLearner(LightningModule):
         first_order: bool = False,
     ) -> None:
         super().__init__()
-        n_way, width, inner_steps = int(n_way), int(width), int(inner_steps)
-        lr, inner_lr = float(lr), float(inner_lr)
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)
+        self.hparams.update(plain(dict(self.hparams)))
         self.head = make_head(head, n_way, width, metric, centre, l2, inner_lr, inner_steps, first_order)
         self.accuracies: list[Tensor] = []
 

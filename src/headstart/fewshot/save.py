@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from headstart.errors import UserError
-from headstart.fewshot.heads import linear_head
+from headstart.fewshot.heads import learnt
 from headstart.fewshot.training import make_trainer
+from headstart.files import new_path
 from headstart.model.calibration import fit_temperature
 from headstart.model.classifier import TransferClassifier
+from headstart.model.heads import linear_head
 
 
 def save(path: Path, module: TransferClassifier, head: nn.Module, classes: Sequence[Tensor]) -> float:
@@ -31,30 +33,30 @@ def save(path: Path, module: TransferClassifier, head: nn.Module, classes: Seque
     Raises:
         UserError: the file is there already, or a class has one picture alone.
     """
-    if path.exists():
-        raise UserError(f"--save={path}: is there already; give another name")
+    new_path("--save", path)
     if alone := [name for name, rows in zip(module.class_names, classes, strict=True) if len(rows) < 2]:
         raise UserError(f"--save={path}: {', '.join(alone[:5])}: one picture, and at least 2 a class are needed")
     with torch.no_grad():
-        logits, labels = left_out(head, classes)
-        weight, bias = linear_head(head, classes)
-        module.linear.weight.copy_(weight)
-        module.linear.bias.copy_(bias)
+        logits, labels = leave_one_out(head, classes)
+        weight, bias = learnt(head, classes)
+        target = linear_head(module.head)
+        target.weight.copy_(weight)
+        target.bias.copy_(bias)
     module.temperature = fit_temperature(logits, labels)
-    trainer = make_trainer("cpu", enable_checkpointing=False)
+    trainer = make_trainer("cpu")
     trainer.strategy.connect(module)
     module.trainer = trainer
     trainer.save_checkpoint(path)
     return float((logits.argmax(dim=1) == labels).float().mean())
 
 
-def left_out(head: nn.Module, classes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def leave_one_out(head: nn.Module, classes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The logits of each picture by a head that was learnt without it, [M, N], and the labels, [M]."""
     logits, labels = [], []
     for label, rows in enumerate(classes):
         for number in range(len(rows)):
             kept = torch.arange(len(rows)) != number
             without = [others[kept] if other == label else others for other, others in enumerate(classes)]
-            logits.append(functional.linear(rows[number], *linear_head(head, without)))
+            logits.append(functional.linear(rows[number], *learnt(head, without)))
             labels.append(label)
     return torch.stack(logits), torch.tensor(labels)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from headstart.data import folders
-from headstart.data.splits import SPLITS, Split
+from headstart.data.sources import FileSource
+from headstart.data.splits import SPLITS, Item, Split
 from headstart.errors import UserError
 from headstart.fewshot.glyphs import glyphs
 from headstart.files import claim_by_rename
@@ -17,21 +18,31 @@ from headstart.files import claim_by_rename
 SourceName = Literal["glyphs", "folder", "omniglot"]
 
 
-@dataclass(frozen=True)
-class Classes:
+@dataclass
+class Classes(FileSource):
     """A folder of classes, and how they belong together.
 
     Attributes:
         root: the folder.
-        names: of the classes: their folders' paths below the root.
-        groups: of each class: its script or alphabet; classes of one group are never in two splits.
-        split: of the classes for which the folder says so; the others are split by hash.
+        class_names: the paths of the classes' folders below the root.
+        groups: the script or alphabet of each class; classes of one group are never in two splits.
+        split: the split of the classes for which the folder says so; the others are split by hash.
     """
 
     root: Path
-    names: list[str]
+    class_names: list[str]
     groups: list[str]
     split: Mapping[str, Split]
+
+    def __post_init__(self) -> None:
+        self.path = self.root
+
+    def listed(self) -> list[Item]:
+        """The images of each class."""
+        found = folders.images_of_classes([self.root / name for name in self.class_names])
+        return [
+            Item(path.relative_to(self.root).as_posix(), label) for label, paths in enumerate(found) for path in paths
+        ]
 
 
 def classes_of(source: SourceName, root: str | None, cache: Path) -> Classes:
@@ -128,7 +139,7 @@ def split_classes(classes: Classes, val_fraction: float, test_fraction: float, s
     """
     parts: dict[Split, list[str]] = {split: [] for split in SPLITS}
     members: dict[str, list[str]] = defaultdict(list)
-    for name, group in zip(classes.names, classes.groups, strict=True):
+    for name, group in zip(classes.class_names, classes.groups, strict=True):
         if name in classes.split:
             parts[classes.split[name]].append(name)
         else:

@@ -8,9 +8,9 @@ from torch.fx import symbolic_trace
 from torch.fx.passes.split_module import split_module
 
 from headstart.errors import UserError
-from headstart.model.backbone import FrozenBackbone, check_frozen
-from headstart.model.classifier import TransferClassifier, resolved
-from headstart.ranges import Fraction, ImageSize, NonNegative, Rate, Share
+from headstart.model.backbone import FrozenBackbone
+from headstart.model.classifier import TransferClassifier
+from headstart.ranges import Fraction, Rate, Share
 
 
 class Front(FrozenBackbone):
@@ -24,21 +24,16 @@ class Front(FrozenBackbone):
         before: the name of the next layer.
 
     Attributes:
-        shape: of that output for one image, such as (256, 8, 8).
+        shape: shape of that output for one image, such as (256, 8, 8).
     """
 
     def __init__(self, whole: FrozenBackbone, layers: nn.Module, before: str) -> None:
-        nn.Module.__init__(self)
-        self.name, self.weights = f"{whole.name} before {before}", whole.weights
-        self.preprocessing = whole.preprocessing
-        self.net = nn.Sequential(layers, nn.Flatten())
-        self.register_buffer("mean", whole.mean)
-        self.register_buffer("std", whole.std)
-        side = self.preprocessing.crop_size
+        side = whole.preprocessing.crop_size
         with torch.no_grad():
-            self.shape = tuple(layers(torch.zeros(1, 3, side, side, device=whole.mean.device)).shape[1:])
-        self.num_features = int(torch.Size(self.shape).numel())
-        self.eval()
+            shape = layers(torch.zeros(1, 3, side, side, device=whole.mean.device)).shape[1:]
+        net = nn.Sequential(layers, nn.Flatten())
+        self._freeze(f"{whole.name} before {before}", whole.weights, net, shape.numel(), whole.preprocessing)
+        self.shape = tuple(shape)
 
 
 def learning_names(net: nn.Module, unfreeze: str) -> list[str]:
@@ -61,8 +56,8 @@ def learning_names(net: nn.Module, unfreeze: str) -> list[str]:
     return names[inside[0] :]
 
 
-def divided(backbone: FrozenBackbone, unfreeze: str) -> tuple[Front, nn.Module] | None:
-    """The backbone in two, before the named layer; None where one value alone cannot pass between the two.
+def cut(backbone: FrozenBackbone, unfreeze: str) -> tuple[Front, nn.Module] | None:
+    """The backbone in two, before the named layer; None where more than one value passes between the two.
 
     So it is with a vision transformer, whose tokens are used in several places.
     """
@@ -89,59 +84,43 @@ def layer_of(name: str) -> str:
 
 
 class FineTunedClassifier(TransferClassifier):
-    """A linear head, and a backbone of which the last layers learn.
+    """A head, and a backbone whose last layers learn.
 
     Batches are images, or what the frozen front makes of them, which is cached. The checkpoint holds what learns, so it
     is an ordinary one to whoever evaluates, predicts and exports.
 
     Args:
         class_names: by label.
-        backbone: that the head was trained on.
-        weights: of the backbone, before any fine-tuning.
-        image_size: side of the square that the backbone sees, in pixels; None: what its weights were made for.
         unfreeze: the first layer of the backbone that learns, such as layer4; all: every layer.
         lr: peak learning rate of the backbone's last layer.
         head_lr: peak learning rate of the head.
         layer_decay: each layer before the last learns at so many times the rate of the next; 1: all at the same.
-        batch_norm: of the layers that learn: eval keeps the running statistics, train updates them.
-        weight_decay: of AdamW.
-        label_smoothing: of the training loss.
-        class_weights: balanced weighs each class in the training loss by the inverse of its frequency.
+        batch_norm: in the layers that learn: eval keeps the running statistics, train updates them.
         warmup: share of the steps in which the learning rate rises, before it falls as a cosine.
+        kwargs: as ``TransferClassifier``; the backbone is the one that the head was trained on.
 
     Raises:
-        UserError: the backbone has no such layer; and as of ``FrozenBackbone``.
+        UserError: the backbone has no such layer; and as ``TransferClassifier``.
     """
 
     def __init__(
         self,
         class_names: list[str],
-        backbone: str = "resnet18",
-        weights: str = "bundled",
-        image_size: ImageSize | None = None,
         unfreeze: str = "layer4",
         lr: Rate = 0.0003,
         head_lr: Rate = 0.001,
         layer_decay: Share = 1.0,
         batch_norm: Literal["eval", "train"] = "eval",
-        weight_decay: NonNegative = 0.01,
-        label_smoothing: Fraction = 0.1,
-        class_weights: Literal["none", "balanced"] = "none",
         warmup: Fraction = 0.1,
+        **kwargs: Any,
     ) -> None:
-        # What is saved with a checkpoint are these values; see the base class.
-        weights, image_size = resolved(weights), None if image_size is None else int(image_size)
-        lr, head_lr, layer_decay = float(lr), float(head_lr), float(layer_decay)
-        weight_decay, label_smoothing, warmup = float(weight_decay), float(label_smoothing), float(warmup)
-        super().__init__(
-            class_names, backbone, weights, image_size, lr, weight_decay, label_smoothing, class_weights, warmup
-        )
+        super().__init__(class_names, lr=lr, warmup=warmup, **kwargs)
         self.learning = [f"net.{name}" for name in learning_names(self.backbone.net, unfreeze)]
-        self.tuned = sorted(self.learning)
+        self.finetuned = sorted(self.learning)
+        # Not a submodule: both halves are of the backbone's own layers.
+        self._halves = [cut(self.backbone, unfreeze)]
         for name, parameter in self.backbone.named_parameters():
             parameter.requires_grad_(name in self.learning)
-        # Not a submodule: both halves are of the backbone's own layers.
-        self._halves = [divided(self.backbone, unfreeze)]
 
     @property
     def front(self) -> Front | None:
@@ -173,7 +152,7 @@ class FineTunedClassifier(TransferClassifier):
         return computed.float()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._take(checkpoint)
+        self.take(checkpoint)
 
     def on_train_epoch_start(self) -> None:
         """The backbone stays in eval mode whatever it is asked, so this is said to each layer."""
@@ -193,11 +172,3 @@ class FineTunedClassifier(TransferClassifier):
             for depth, parameters in enumerate(reversed(layers.values()))
         ]
         return [{"params": list(self.head.parameters()), "lr": self.hparams["head_lr"]}, *backbone]
-
-    def check_frozen(self) -> None:
-        """Compares the layers that do not learn with what they were.
-
-        Raises:
-            RuntimeError: one changed.
-        """
-        check_frozen(self.backbone, self._digests, but=self.learning)

@@ -1,172 +1,135 @@
-"""The verb `train`: the options, and what is wired to what."""
+"""What LightningCLI is told, so that one command line trains, resumes and repeats."""
 
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import Callback, Trainer
+from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from headstart.data.module import ImageFolderData
+from headstart.device import COMMON
 from headstart.errors import UserError
-from headstart.model.checkpoints import RunCheckpoint, SealedCheckpointIO
-from headstart.model.classifier import TransferClassifier, read_checkpoint
+from headstart.model.checkpoints import read_checkpoint
+from headstart.model.classifier import TransferClassifier
+from headstart.model.sealed import SealedCheckpointIO, run_checkpoints
 from headstart.parser import OptionParser
 from headstart.report.evaluation import EvaluationCollector
-from headstart.runs.folder import RunFolder, RunLogger, command_line, newest_unfinished
-from headstart.terminal import be_calm, say, say_scores
-
-OWN_PHOTOS = "--data.root=path/to/your/photos    (one folder of images a class)"
-STRONGER = "--data.{}={} --model.weights=imagenet    (better features for photographs, 45 MB once)"
-TRAINER_DEFAULTS = {
-    "max_epochs": 25,
-    "default_root_dir": "logs",
-    "deterministic": True,  # for exact resume
-    "num_sanity_val_steps": 0,  # likewise: it would draw random numbers
-    "use_distributed_sampler": False,  # the data shares itself out, each image once
-    "enable_model_summary": False,
-}
+from headstart.runs.folder import RunFolder
+from headstart.runs.history import CONFIG, Run, newest_unfinished
+from headstart.runs.logger import RunLogger
+from headstart.terminal import say
 
 
-class TrainParser(OptionParser):
-    """Shows the options of the model, the data and the run."""
+class TrainParser(OptionParser, LightningArgumentParser):
+    """Lightning's parser, with short help and errors of one line."""
 
-    usage_line = "python train.py [options]    or    headstart train [options]"
     last_line = "  --help_all                  every option, with those of Lightning's Trainer"
-
-
-class FullHelpParser(TrainParser):
-    """Shows every option, with those of Lightning's Trainer."""
-
-    def format_help(self, formatter: Any = None) -> str:
-        """jsonargparse's own page."""
-        return LightningArgumentParser.format_help(self, formatter)
 
 
 class TrainCLI(LightningCLI):
     """Lightning's command line for one model and one kind of data.
 
     Args:
-        options: of the command line.
+        options: the command line's.
         root: the data's root where none is given.
 
     Attributes:
-        checkpoint: the content of the one that the run goes on from.
-        resumed: the folder of the run that goes on in it.
+        init_from: the checkpoint that the model starts from; None: it starts anew.
+        resume_from: the checkpoint whose fit is resumed; None: a new fit.
+        checkpoint: the content of that.
+        resumed: the run that is resumed in its own folder; None: a new folder.
     """
 
+    usage = "python train.py [options]    or    headstart train [options]"
     module_class: type[TransferClassifier] = TransferClassifier
-    parsers: tuple[type[OptionParser], type[OptionParser]] = (TrainParser, FullHelpParser)
-    defaults: Mapping[str, Any] = TRAINER_DEFAULTS
-    ckpt_help = "go on from a checkpoint in a new run, or from `last`: the newest unfinished run, in its own folder"
+    defaults: Mapping[str, Any] = COMMON | {"max_epochs": 25}
+    ckpt_help = "a checkpoint to resume in a new run, or `last`: resume the newest unfinished run in its own folder"
     lean_best = False  # whether best.ckpt comes without the optimizer, which is twice as large as what learns
 
-    def __init__(self, options: Sequence[str], root: Path | None) -> None:
-        self.root = root
-        self.resumed: Path | None = None
+    def __init__(self, options: Sequence[str], root: Path | None = None) -> None:
+        self.root, self.full_help = root, "--help_all" in options
+        self.init_from: Path | None = None
+        self.resume_from: Path | None = None
         self.checkpoint: dict[str, Any] | None = None
-        everything = "--help_all" in options
+        self.resumed: Run | None = None
         super().__init__(
             self.module_class,
             ImageFolderData,
-            args=["--help"] if everything else list(options),
+            args=["--help"] if self.full_help else list(options),
             run=False,
             seed_everything_default=0,
             save_config_callback=None,
             trainer_defaults=dict(self.defaults),
-            parser_class=self.parsers[everything],
+            parser_class=TrainParser,
             parser_kwargs={"allow_abbrev": False},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
 
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = super().init_parser(**kwargs)
+        assert isinstance(parser, TrainParser)
+        parser.usage_line, parser.full = self.usage, self.full_help
+        return parser
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--name", type=str | None, help="of the run; None: the name of the data's folder")
+        parser.add_argument("--name", type=str | None, help="name of the run; None: the name of the data's folder")
+        parser.add_argument("--logs", type=str | None, help="where the run's folder goes; None: logs")
         parser.add_argument("--ckpt_path", type=str | None, help=self.ckpt_help)
-        parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
         parser.add_argument("--report", type=bool, default=True, help="draw the figures and write report.html")
+        parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
         if self.root:
             parser.set_defaults({"data.root": str(self.root)})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """A run that goes on starts from its own configuration; options of the command line win over it."""
+        """A resumed run starts from its own configuration; options of the command line win over it."""
         self.config = parser.parse_args(args)
         if self.config.data.get("csv") and self.config.data.root == str(self.root):
             self.config.data.root = None  # the demo's folder is for when nothing is given
         if self.config.ckpt_path == "last":
-            checkpoint = newest_unfinished(self.logs, self.name)
-            self.resumed = checkpoint.parent.parent
-            self.config = parser.parse_args([f"--config={self.resumed / 'config.yaml'}", *args])
-            self.config.ckpt_path = str(checkpoint)
+            self.resumed = newest_unfinished(self.logs, self.name)
+            self.config = parser.parse_args([f"--config={self.resumed.folder / CONFIG}", *args])
+            self.config.ckpt_path = str(self.resumed.last)
         if self.config.ckpt_path:
-            self.checkpoint = read_checkpoint(Path(self.config.ckpt_path), self.logs)
-
-    @property
-    def started_from(self) -> str | None:
-        """The ``--ckpt_path`` that repeats the run."""
-        return None
-
-    @property
-    def goes_on_from(self) -> str | None:
-        """The checkpoint whose fit goes on."""
-        return str(self.config.ckpt_path) if self.config.ckpt_path else None
-
-    @property
-    def trained_epochs(self) -> int:
-        """Of the checkpoint that the run goes on from."""
-        return self.checkpoint["epoch"] + 1 if self.checkpoint else 0
-
-    @property
-    def finished(self) -> bool:
-        """Whether there is nothing left to train; a run that was killed before its test still goes on to that."""
-        limit = self.trainer.max_epochs
-        if not self.trained_epochs or limit in (None, -1):
-            return False
-        return self.trained_epochs > limit or (self.trained_epochs == limit and self.resumed is None)
-
-    def say_if_finished(self) -> bool:
-        """Says that there is nothing left to train, if so."""
-        if self.finished:
-            say(f"already finished: {self.goes_on_from} has {self.trained_epochs} epochs; raise --trainer.max_epochs")
-        return self.finished
+            self.resume_from = Path(self.config.ckpt_path)
+            self.checkpoint = read_checkpoint(self.resume_from, self.logs)
 
     @property
     def logs(self) -> Path:
-        return Path(self.config.trainer.default_root_dir)
+        """Where runs land; the Trainer's own name for it is accepted too."""
+        return Path(self.config.logs or self.config.trainer.default_root_dir or "logs")
 
     @property
     def name(self) -> str:
+        """The run's name."""
         data = self.config.data
         given = Path(data.get("csv") or data.root or "").expanduser().resolve()
         return str(self.config.name or (given.stem if data.get("csv") else given.name))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        self.run_folder = RunFolder(
-            self.logs, self.name, self.resolved_config(), self._settings(), command_line(), self.resumed, self.kept()
-        )
+        self.run_folder = RunFolder(self.logs, self.name, self.resolved_config(), self.resumed, self.kept())
         # "best" by the loss: with few validation images accuracy moves in steps and picks an early epoch by luck.
-        self.best = RunCheckpoint(
-            filename="best", monitor="val/loss", save_weights_only=self.lean_best, enable_version_counter=False
+        self.best, last = run_checkpoints(
+            self.resumed is not None, monitor="val/loss", save_weights_only=self.lean_best
         )
-        last = RunCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
-        self.best.moved = last.moved = self.resumed is not None
         self.collector = EvaluationCollector()
-        callbacks: list[Callback] = [self.run_folder, LearningRateMonitor("epoch"), self.collector, self.best, last]
-        self.trainer_defaults = {"callbacks": callbacks}
         given = self.config_init.trainer
+        own = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks] if given.callbacks else []
+        bar = sys.stderr.isatty() if given.enable_progress_bar is None else given.enable_progress_bar
         # TensorBoard forgets what a killed process wrote of steps that are done again.
         steps_done = self.checkpoint["global_step"] if self.checkpoint and self.resumed else None
-        logger = RunLogger(steps_done) if given.logger in (None, True) else given.logger
-        bar = sys.stderr.isatty() if given.enable_progress_bar is None else given.enable_progress_bar
         try:
-            plugins = [SealedCheckpointIO(), *(given.plugins or [])]
-            return super().instantiate_trainer(logger=logger, enable_progress_bar=bar, plugins=plugins)
+            return super().instantiate_trainer(
+                callbacks=[*own, self.run_folder, LearningRateMonitor("epoch"), self.collector, self.best, last],
+                logger=RunLogger(steps_done=steps_done) if given.logger in (None, True) else given.logger,
+                enable_progress_bar=bar,
+                plugins=[SealedCheckpointIO(), *(given.plugins or [])],
+                default_root_dir=str(self.logs),
+            )
         except (MisconfigurationException, TypeError, ValueError) as error:
             raise UserError(f"--trainer: {error}; --trainer.accelerator=auto takes what this machine has") from error
 
@@ -180,10 +143,6 @@ class TrainCLI(LightningCLI):
                     f"--trainer.callbacks: {type(callback).__name__} watches {watched!r}, which is not logged; "
                     f"there are {', '.join(self.model.logged)}"
                 )
-        self._say_what_stays()
-
-    def _say_what_stays(self) -> None:
-        """A run that goes on has its optimizer's settings in the checkpoint."""
         made = self.checkpoint["hyper_parameters"] if self.checkpoint else {}
         for name in ("lr", "weight_decay"):
             if name in made and made[name] != self.model.hparams[name]:
@@ -192,134 +151,27 @@ class TrainCLI(LightningCLI):
                     f"checkpoint's {made[name]:g}; start a new run for another"
                 )
 
+    def say_if_finished(self) -> bool:
+        """Says so where nothing is left to train; a run that was killed before its test is not finished."""
+        epochs = self.checkpoint["epoch"] + 1 if self.checkpoint else 0
+        limit = self.trainer.max_epochs
+        if not epochs or limit in (None, -1) or epochs < limit or (epochs == limit and self.resumed):
+            return False
+        say(f"already finished: {self.resume_from} has {epochs} epochs; raise --trainer.max_epochs")
+        return True
+
     def resolved_config(self) -> str:
         """The configuration as YAML, which means the same in every working directory."""
         config = self.config.clone()
-        config.data.root = None if config.data.get("csv") else str(self.datamodule.root)
+        config.data.root = None if config.data.get("csv") else str(self.datamodule.source.path)
         config.model.weights = self.model.hparams["weights"]
-        config.trainer.default_root_dir = str(self.logs.resolve())
+        config.logs, config.trainer.default_root_dir = str(self.logs.resolve()), None
         for option in ("cache_dir", "splits", "csv"):
             if config.data.get(option) is not None:
                 config.data[option] = str(Path(config.data[option]).expanduser().resolve())
-        config.name, config.ckpt_path = self.name, self.started_from
+        config.name, config.ckpt_path = self.name, str(self.init_from) if self.init_from else None
         return str(self.parser.dump(config, skip_none=False))
 
     def kept(self) -> dict[str, bytes]:
         """Files that a new run's folder holds from the start, by their path in it."""
         return {}
-
-    def about(self, scores: Mapping[str, float]) -> dict[str, Any]:
-        """What the result holds beside the scores."""
-        return {}
-
-    def _settings(self) -> dict[str, Any]:
-        values = yaml.safe_load(self.resolved_config())
-        groups = {"model": values["model"], "data": values["data"]}
-        return {f"{group}.{name}": value for group, options in groups.items() for name, value in options.items()} | {
-            "seed_everything": values["seed_everything"],
-            "max_epochs": values["trainer"]["max_epochs"],
-        }
-
-
-def train(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
-    """Fits a head, tests the best checkpoint, writes the result, and says what to do next.
-
-    Args:
-        options: of the command line.
-        root: the data's root where none is given.
-
-    Returns:
-        The content of the run's `result.json`.
-
-    Raises:
-        UserError: a mistake in the options or the data.
-    """
-    started = time.perf_counter()
-    be_calm()
-    cli = TrainCLI(options, root)
-    if cli.say_if_finished():
-        return {}
-    result = fit_and_test(cli, started)
-    data = cli.datamodule
-    option = "root" if data.source == data.root else "csv"
-    hint = OWN_PHOTOS if data.source == root else STRONGER.format(option, data.source)
-    say_result(result, cli)
-    say(f"next:     {program()} {hint}")
-    return result
-
-
-def fit_and_test(cli: TrainCLI, started: float) -> dict[str, Any]:
-    """Fits, tests the best checkpoint, draws the figures, and writes the result.
-
-    Args:
-        cli: with the trainer, the module and the data.
-        started: when the command began, in seconds of ``time.perf_counter``.
-
-    Returns:
-        The content of the run's `result.json`.
-    """
-    trainer, module, data = cli.trainer, cli.model, cli.datamodule
-    fit_started, before = time.perf_counter(), sum(data.seconds.values())
-    trainer.fit(module, datamodule=data, ckpt_path=cli.goes_on_from, weights_only=True)
-    fitted = time.perf_counter()
-    scores = _evaluate(trainer, module, data, cli.best.best_model_path or None)
-    tested = time.perf_counter()
-    if cli.config.report:
-        _report(cli, scores)
-    ended = time.perf_counter()
-    seconds = data.seconds | {
-        "fit": fitted - fit_started - (sum(data.seconds.values()) - before),
-        "test": tested - fitted,
-        "report": ended - tested,
-        "total": ended - started,
-    }
-    return cli.run_folder.finish(trainer, scores | cli.about(scores), seconds)
-
-
-def _evaluate(
-    trainer: Trainer, module: TransferClassifier, data: ImageFolderData, best: str | None
-) -> dict[str, float]:
-    """The scores of the best checkpoint: those of validation from the checkpoint itself, and those of the test."""
-    if best is None:  # a dry run keeps no checkpoint
-        return _floats(trainer.callback_metrics)
-    scores: dict[str, float] = torch.load(best, weights_only=True)["headstart"]["scores"]
-    if data.of("test"):
-        return scores | _floats(trainer.test(module, data, best, verbose=False, weights_only=True)[0])
-    say("data: there is no test split, so the validation score is reported; it also chose the epoch and flatters")
-    trainer.validate(module, data, best, verbose=False, weights_only=True)
-    return scores
-
-
-def _report(cli: TrainCLI, scores: dict[str, float]) -> None:
-    """The figures, in TensorBoard and in the report; a dry run has no folder for them, and other ranks no data."""
-    folder, evaluation = cli.run_folder.folder, cli.collector.evaluation
-    if folder is None or evaluation is None:
-        return
-    from headstart.report.page import About, inspect
-    from headstart.search.bank import Setting
-
-    module, setting = cli.model, None
-    if not module.tuned:  # how the head alone would do with fewer photos tells nothing of a fine-tuned backbone
-        setting = Setting(*(float(module.hparams[name]) for name in ("lr", "weight_decay", "label_smoothing")))
-    about = About(f"{folder.parent.name}, {folder.name}", cli.run_folder.command, cli.run_folder.config, scores)
-    inspect(cli.trainer, module, cli.datamodule, evaluation, about, folder, setting)
-
-
-def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items()}
-
-
-def program() -> str:
-    """How this command was called, so that what it suggests can be typed."""
-    return "python train.py" if Path(sys.argv[0]).name == "train.py" else "headstart train"
-
-
-def say_result(result: Mapping[str, Any], cli: TrainCLI) -> None:
-    """The scores, and where the run is."""
-    folder = cli.run_folder.folder
-    say_scores(result, "the best checkpoint's scores")
-    if folder:
-        say(f"run:      {folder}")
-        if (folder / "report.html").exists():
-            say(f"report:   {folder / 'report.html'}")
-        say(f"inspect:  tensorboard --logdir {cli.logs}")

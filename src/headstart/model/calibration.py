@@ -1,4 +1,4 @@
-"""Is a head as sure as it is right? One number, fitted on validation, mends most of it."""
+"""Temperature scaling: makes confidence match accuracy, by one number that is fitted on validation."""
 
 from typing import Any
 

@@ -1,139 +1,182 @@
-"""How checkpoints reach the disk: whole or not at all, sealed by a hash, and never run as code."""
+"""Checkpoints of a head: what of the module they hold, whom they fit, and how they are loaded."""
 
-import hashlib
-import io
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
-from pytorch_lightning.callbacks import ModelCheckpoint
-from torch import Tensor
+from PIL import Image
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+from typing_extensions import Self
 
+from headstart import __version__
 from headstart.errors import UserError
-from headstart.files import write_atomically
-from headstart.model.backbone import tensor_bytes
+from headstart.images import preprocess, to_rgb
+from headstart.model.backbone import FrozenBackbone, check_frozen, combined, tensor_digests
+from headstart.model.sealed import read_sealed
+from headstart.ranges import plain
 
-SEAL = "headstart_sha256"
+LAYOUT = 2  # 2: with the temperature
 
 
-class SealedCheckpointIO(TorchCheckpointIO):
-    """Writes a temporary file in the same folder, flushes it to the disk, and renames it.
+class HeadModule(LightningModule):
+    """What a head and its frozen backbone keep, check and load; ``TransferClassifier`` adds how the head learns.
 
-    Lightning writes to $TMPDIR and moves: on another file system that is a copy, and a kill during it leaves a torn
-    file where the last good checkpoint was. It also hides that a folder cannot be written.
+    Attributes:
+        digests: sha256 of each tensor of the backbone, when it was made or loaded.
+        weights_digest: sha256 of the named weights, before any fine-tuning.
+        finetuned: the tensors of the backbone that are no longer those of the named weights.
+        learning: the tensors of the backbone that may change in a fit.
+        temperature: the logits are divided by it for calibrated probabilities.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Seals and writes a checkpoint.
+    class_names: list[str]
+    backbone: FrozenBackbone
+    head: nn.Module
+    temperature: float
+    learning: Sequence[str] = ()
+
+    def remember_backbone(self) -> None:
+        """Notes what must not change."""
+        self.strict_loading = False  # what is frozen is not in a checkpoint
+        self.digests = self.backbone.digests()
+        self.weights_digest = combined(self.digests)
+        self.finetuned: list[str] = []
+
+    def on_fit_start(self) -> None:
+        check_frozen(self.backbone.digests(), self.digests, but=self.learning)
+
+    def on_fit_end(self) -> None:
+        self.check_frozen()
+
+    def check_frozen(self) -> None:
+        """Compares every tensor of the backbone that does not learn with what it was when it was made or loaded.
 
         Raises:
-            UserError: the disk is full, or the folder cannot be written; what was there before still is.
+            RuntimeError: one changed.
         """
-        file = io.BytesIO()
-        torch.save({**checkpoint, SEAL: content_digest(checkpoint)}, file)
-        data = file.getvalue()
-        try:
-            write_atomically(Path(path), data)
-        except OSError as error:
+        check_frozen(tensor_digests(self.backbone), self.digests, but=self.learning)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the head and what was fine-tuned, and says what its features came from."""
+        learnt = {f"backbone.{name}" for name in self.finetuned}
+        state = checkpoint["state_dict"].items()
+        checkpoint["state_dict"] = {name: value for name, value in state if name.startswith("head.") or name in learnt}
+        scores = self.trainer.callback_metrics.items()
+        checkpoint["headstart"] = {
+            "layout": LAYOUT,
+            "version": __version__,
+            "class_names": self.class_names,
+            "backbone": self.backbone.name,
+            "weights": self.backbone.weights,
+            "digest": self.weights_digest,
+            "temperature": self.temperature,
+            "scores": {name: float(value) for name, value in scores if name.startswith("val/")},
+            "preprocessing": plain(asdict(self.backbone.preprocessing)),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a head of other classes or another backbone, and fine-tuned layers in a fit of the head."""
+        if finetuned_in(checkpoint):  # the data's features are from before
+            raise UserError("--ckpt_path: its backbone was fine-tuned; headstart finetune resumes it")
+        self.take(checkpoint)
+
+    def take(self, checkpoint: Mapping[str, Any]) -> None:
+        """Takes from a checkpoint's content what is not a tensor.
+
+        Raises:
+            UserError: it belongs to another head, other classes or another backbone.
+        """
+        made, tuned = checkpoint["headstart"], finetuned_in(checkpoint)
+        names = set(checkpoint["state_dict"]) - {f"backbone.{name}" for name in tuned}
+        if names != {f"head.{name}" for name in self.head.state_dict()}:
+            raise UserError(f"checkpoint: its head has different parameters: {', '.join(sorted(names)[:4])}")
+        if made["class_names"] != self.class_names:
             raise UserError(
-                f"{path}: cannot be written ({error.strerror}; {len(data):,} bytes are needed); "
-                "the checkpoint before it is intact"
-            ) from error
+                f"checkpoint: its classes are {_short(made['class_names'])}, the data's {_short(self.class_names)}"
+            )
+        if made["digest"] != self.weights_digest:
+            raise UserError(
+                f"checkpoint: its head belongs to the backbone {made['backbone']}, {made['weights']} "
+                f"({made['digest'][:12]}), not to {self.backbone.name}, {self.backbone.weights} "
+                f"({self.weights_digest[:12]}); give the weights it was trained on"
+            )
+        self.temperature = float(made["temperature"])
+        self.finetuned = sorted({*self.finetuned, *tuned})
 
-    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
-        """Reads a local checkpoint; no code in it is executed, whatever ``weights_only`` says.
+    def start_from(self, checkpoint: Mapping[str, Any]) -> None:
+        """Takes the head, the temperature and what was fine-tuned from a checkpoint's content.
 
         Raises:
-            UserError: its content does not match its seal.
+            UserError: as ``take``.
         """
-        checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
-        check_seal(checkpoint, Path(path))
-        return checkpoint
+        self.take(checkpoint)
+        self.load_state_dict(checkpoint["state_dict"], strict=False)
+        self.digests = self.backbone.digests()
+
+    @classmethod
+    def from_content(cls, checkpoint: Mapping[str, Any], **kwargs: Any) -> Self:
+        """The module that a checkpoint's content describes."""
+        known = inspect.signature(cls).parameters  # a fine-tuned one has more hyper-parameters
+        made = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known}
+        module = cls(**made | kwargs)
+        module.start_from(checkpoint)
+        return module
+
+    @classmethod  # the keys that Lightning's has beside these make no sense here
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: Any, map_location: Any = None, **kwargs: Any
+    ) -> Self:
+        """As Lightning's, from a local file; no code in the file is executed.
+
+        Args:
+            checkpoint_path: the file.
+            map_location: the device; None: the processor.
+            kwargs: hyper-parameters that replace those of the file.
+
+        Raises:
+            UserError: the file is missing, damaged or no checkpoint of a head; or its backbone is not here any more.
+        """
+        return cls.from_content(read_checkpoint(Path(checkpoint_path)), **kwargs).to(map_location)
+
+    @torch.no_grad()
+    def predict(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
+        """Calibrated class probabilities of one PIL image -> [num_classes], or of several -> [B, num_classes]."""
+        if isinstance(images, Image.Image):
+            return self.predict([images])[0]
+        pixels = torch.stack([preprocess(to_rgb(image), self.backbone.preprocessing) for image in images])
+        self.eval()
+        logits: Tensor = self(pixels.to(self.device))
+        return (logits / self.temperature).softmax(dim=1).cpu()
 
 
-def read_sealed(path: Path, logs: Path = Path("logs")) -> dict[str, Any]:
-    """The content of any checkpoint of ours; no code in the file is executed.
+def finetuned_in(checkpoint: Mapping[str, Any]) -> list[str]:
+    """The names of the backbone's tensors that a checkpoint holds, since they were fine-tuned."""
+    return [name.removeprefix("backbone.") for name in checkpoint["state_dict"] if name.startswith("backbone.")]
+
+
+def read_checkpoint(path: Path, logs: Path = Path("logs")) -> dict[str, Any]:
+    """The content of a checkpoint of a head; no code in the file is executed.
 
     Args:
-        path: of a local file.
+        path: a local file.
         logs: where to look for others when there is none.
 
     Raises:
-        UserError: the file is missing, damaged or no checkpoint.
+        UserError: the file is missing, damaged or no checkpoint of a head.
     """
-    if not path.is_file():
-        candidates = sorted((path if path.is_dir() else logs).rglob("*.ckpt"), key=lambda found: found.stat().st_mtime)
-        near = f"; there are {', '.join(map(str, candidates[:-4:-1]))}" if candidates else ""
-        raise UserError(f"--ckpt_path={path}: is no file{near}")
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        dict(checkpoint["state_dict"])
-    except Exception as error:  # whatever the file holds: zip and pickle raise a dozen kinds
-        others = sorted(other.name for other in path.parent.glob("*.ckpt") if other.name != path.name)
-        there = f"; beside it lies {', '.join(others[:3])}" if others else ""
-        raise UserError(f"--ckpt_path={path}: is corrupt or no checkpoint{there}") from error
-    check_seal(checkpoint, path)
+    checkpoint = read_sealed(path, logs)
+    made = checkpoint.get("headstart", {})
+    if made.get("layout") != LAYOUT:
+        raise UserError(
+            f"--ckpt_path={path}: holds no head of layout {LAYOUT} (this is headstart {__version__}) but "
+            f"{made.get('layout', 'something else')} (headstart {made.get('version', 'unknown')}); train it again"
+        )
     return checkpoint
 
 
-def check_seal(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Compares a checkpoint's content with its seal; one that a plain Trainer wrote has none.
-
-    Raises:
-        UserError: they differ.
-    """
-    content = {name: value for name, value in checkpoint.items() if name != SEAL}
-    if SEAL in checkpoint and checkpoint[SEAL] != content_digest(content):
-        raise UserError(f"{path}: is corrupt (its sha256 differs); try another of {path.parent}")
-
-
-def content_digest(value: Any) -> str:
-    """sha256 over plain values and tensors, in whatever they are nested."""
-    digest = hashlib.sha256()
-    _add(digest, value)
-    return digest.hexdigest()
-
-
-def _add(digest: Any, value: Any) -> None:
-    if isinstance(value, Tensor):
-        digest.update(f"tensor {value.dtype} {tuple(value.shape)} ".encode())
-        digest.update(tensor_bytes(value))
-    elif isinstance(value, Mapping):
-        digest.update(f"dict {len(value)} ".encode())
-        for name, entry in value.items():
-            _add(digest, name)
-            _add(digest, entry)
-    elif isinstance(value, list | tuple):
-        digest.update(f"list {len(value)} ".encode())
-        for entry in value:
-            _add(digest, entry)
-    else:
-        digest.update(f"{type(value).__name__} {value!r} ".encode())
-
-
-class RunCheckpoint(ModelCheckpoint):
-    """A ``ModelCheckpoint`` whose best score survives when the run's folder was moved.
-
-    Lightning keeps absolute paths, and drops the best score where they differ.
-
-    Attributes:
-        moved: whether the checkpoint that is loaded belongs to this very run, wherever its folder was then.
-    """
-
-    moved = False
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes a state whose paths are of the old place."""
-        if self.moved and self.dirpath:
-            state_dict = {name: self._moved(value) for name, value in state_dict.items()} | {"dirpath": self.dirpath}
-        super().load_state_dict(state_dict)
-
-    def _moved(self, value: Any) -> Any:
-        if isinstance(value, str) and value.endswith(".ckpt"):
-            assert self.dirpath
-            return str(Path(self.dirpath) / Path(value).name)
-        if isinstance(value, dict):
-            return {self._moved(name): self._moved(entry) for name, entry in value.items()}
-        return value
+def _short(names: Sequence[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"

@@ -11,7 +11,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
 
-from headstart.data.loaders import EpochOrder
+from headstart.data.loaders import BatchOrder
 from headstart.data.splits import Item, Split
 
 # Features are kept of so many images, evenly spread over the split: the embedding projector shows no more.
@@ -93,6 +93,11 @@ class Evaluation:
         )
         return float(error)
 
+    def row(self, position: int) -> "Row":
+        """What the head said of the image at a position."""
+        true, predicted = (self.class_names[int(labels[position])] for labels in (self.labels, self.predicted))
+        return Row(self.items[position].path, true, predicted, float(self.confidence[position]))
+
     def surest(self, right: bool, count: int) -> list[int]:
         """The positions of the images that it is surest of among the right, or among the wrong; the surest first."""
         among = (self.right == right).nonzero()[:, 0]
@@ -100,7 +105,24 @@ class Evaluation:
         return cast("list[int]", among[order[:count]].tolist())
 
 
-def spread(size: int, count: int) -> Tensor:
+@dataclass(frozen=True)
+class Row:
+    """What the head said of one image.
+
+    Attributes:
+        path: of the image.
+        true: its class.
+        predicted: the predicted class.
+        confidence: the calibrated probability of that.
+    """
+
+    path: str
+    true: str
+    predicted: str
+    confidence: float
+
+
+def evenly_spaced(size: int, count: int) -> Tensor:
     """``count`` positions among ``size``, evenly spread; all where there are fewer."""
     return torch.linspace(0, size - 1, min(size, count)).round().long() if size else torch.empty(0, dtype=torch.long)
 
@@ -155,9 +177,9 @@ class EvaluationCollector(Callback):
 
     def _start(self, loader: Any) -> None:
         order = loader.batch_sampler
-        assert isinstance(order, EpochOrder)
+        assert isinstance(order, BatchOrder)
         self._share, self._batches = _Share(), order.batches()
-        self._projected = spread(order.size, MAX_PROJECTED)
+        self._projected = evenly_spaced(order.size, MAX_PROJECTED)
 
     def _add(self, outputs: dict[str, Tensor], batch: int) -> None:
         positions = self._batches[batch]
@@ -174,7 +196,7 @@ class EvaluationCollector(Callback):
         positions, logits = _in_order(shares, "positions", "logits")
         kept, features = _in_order(shares, "kept", "features")
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        items = data.of(split)
+        items = data.items_in(split)
         self.evaluation = Evaluation(
             split=split,
             class_names=cast("list[str]", module.class_names),

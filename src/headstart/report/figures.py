@@ -156,16 +156,9 @@ def tiles_figure(evaluation: Evaluation, positions: Sequence[int], thumbnail: Ca
         axes = figure.add_subplot(rows, TILE_COLUMNS, number + 1)
         axes.imshow(np.asarray(thumbnail(position)))
         axes.set_axis_off()
-        axes.set_title(caption(evaluation, position), fontsize=8)
+        row = evaluation.row(position)
+        axes.set_title(f"true: {_short(row.true)}\n{_short(row.predicted)} {row.confidence:.2f}", fontsize=8)
     return figure
-
-
-def caption(evaluation: Evaluation, position: int) -> str:
-    """The true class, the predicted class and its probability, on two lines."""
-    names = evaluation.class_names
-    true = _short(names[int(evaluation.labels[position])])
-    predicted = _short(names[int(evaluation.predicted[position])])
-    return f"true: {true}\n{predicted} {float(evaluation.confidence[position]):.2f}"
 
 
 def curves_figure(scalars: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:

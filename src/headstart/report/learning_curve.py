@@ -1,15 +1,14 @@
-"""Do I need more photos? The head trained again on shares of them, from the cached features."""
+"""Would more images help? The head trained again on shares of them, from the cached features."""
 
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from headstart.data.module import ImageData
-from headstart.features.cache import FeatureMatrix
-from headstart.search.bank import Head, Setting, train_bank
+from headstart.search.bank import HeadSettings, Schedule, train_bank
+from headstart.search.exact import predicted
 from headstart.terminal import images_bar
 
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)
@@ -50,44 +49,35 @@ class LearningCurve:
         return f"{found}, within ± {noise:.1f}: too few test images to tell whether more photos would help."
 
 
-def learning_curve(data: ImageData, setting: Setting, epochs: int, warmup: float, seed: int) -> LearningCurve:
+def learning_curve(data: ImageData, settings: HeadSettings, epochs: int, warmup: float, seed: int) -> LearningCurve:
     """Trains on 5, 10, 25, 50 and 100 % of the training images of each class, and tests.
 
     Each head is kept at its lowest validation loss, as `train` does.
 
     Args:
         data: loaded, with a cache and a test split.
-        setting: of the optimizer.
+        settings: of the optimizer.
         epochs: on all images.
         warmup: share of the steps in which the learning rate rises.
-        seed: of the initial values, the order and the draws.
+        seed: seed of the initial values, the order and the draws.
     """
-    labels, tested = data.labels("train"), data.labels("test")
-    batch_size, classes = data.batch_size, len(data.class_names)
-    wanted_steps = min(epochs * math.ceil(len(labels) / batch_size), MIN_STEPS)
-    draws = DRAWS if len(labels) <= MAX_IMAGES_DRAWN_OFTEN else 1
+    train, val, test = data.labelled("train"), data.labelled("val"), data.labelled("test")
+    wanted_steps = min(epochs * math.ceil(len(train) / data.batch_size), MIN_STEPS)
+    draws = DRAWS if len(train) <= MAX_IMAGES_DRAWN_OFTEN else 1
     parts = [
-        (share, stratified(labels, share, seed + draw)) for share in SHARES for draw in range(draws if share < 1 else 1)
+        (share, stratified(train.labels, share, seed + draw))
+        for share in SHARES
+        for draw in range(draws if share < 1 else 1)
     ]
-    lengths = [max(epochs, math.ceil(wanted_steps / math.ceil(len(part) / batch_size))) for _, part in parts]
+    lengths = [max(epochs, math.ceil(wanted_steps / math.ceil(len(part) / data.batch_size))) for _, part in parts]
     right: dict[float, list[Tensor]] = {share: [] for share in SHARES}
     sizes: dict[float, int] = {}
     total = sum(len(part) * length for (_, part), length in zip(parts, lengths, strict=True))
     with images_bar("learning curve", total) as advance:
         for (share, part), length in zip(parts, lengths, strict=True):
-            scored = train_bank(
-                [setting],
-                [view.take(part) for view in data.views_of("train")],
-                labels[part],
-                (data.features("val"), data.labels("val")),
-                classes,
-                length,
-                batch_size,
-                warmup,
-                seed,
-                advance,
-            )
-            right[share].append(_right(scored[0].head, data.features("test"), tested))
+            schedule = Schedule(length, data.batch_size, warmup, seed)
+            (trained,) = train_bank([settings], train.take(part), val, len(data.class_names), schedule, advance)
+            right[share].append((predicted(trained.head, test) == test.labels).float())
             sizes[share] = len(part)
     means = {share: torch.stack(found).mean(dim=0) for share, found in right.items()}
     gain = means[1.0] - means[0.5]
@@ -111,11 +101,3 @@ def stratified(labels: Tensor, share: float, seed: int) -> Tensor:
     shuffled = torch.randperm(len(labels), generator=generator)
     classes = [shuffled[labels[shuffled] == label] for label in sorted(set(labels.tolist()))]
     return torch.cat([of_class[: max(1, round(share * len(of_class)))] for of_class in classes]).sort().values
-
-
-def _right(head: Head, features: FeatureMatrix, labels: Tensor) -> Tensor:
-    """Whether each image's prediction is right, [N] float."""
-    predicted = [
-        functional.linear(block, head.weight, head.bias).argmax(dim=1).cpu() for block in features.blocks(65_536)
-    ]
-    return (torch.cat(predicted) == labels).float()

@@ -23,11 +23,10 @@ MAX_CLASSES_IN_TEXT = 100
 
 def thumbnails(data: ImageData, evaluation: Evaluation) -> Callable[[int], Image.Image]:
     """A function that gives the picture at a position of the evaluation, on a square of 128 pixels."""
-    read = data.reader(TILE_SIDE)
 
     def thumbnail(position: int) -> Image.Image:
         try:
-            image = read(evaluation.items[position])
+            image = data.source.read(evaluation.items[position], TILE_SIDE, data.store.max_pixels)
         except (UnreadableImage, UserError):  # it went after it was evaluated; its result still stands
             image = Image.new("RGB", (TILE_SIDE, TILE_SIDE), "grey")
         return ImageOps.pad(image, (TILE_SIDE, TILE_SIDE), color="white")
@@ -35,7 +34,7 @@ def thumbnails(data: ImageData, evaluation: Evaluation) -> Callable[[int], Image
     return thumbnail
 
 
-def show(
+def log_evaluation(
     experiment: Any, evaluation: Evaluation, figures: Mapping[str, bytes], data: ImageData, module: LightningModule
 ) -> None:
     """Puts the figures, the tiles, the projector, the graph and the confusion table into TensorBoard.
@@ -44,8 +43,8 @@ def show(
         experiment: the logger's ``SummaryWriter``.
         evaluation: what is shown.
         figures: drawn already, as PNG by name.
-        data: that the images are read from.
-        module: whose graph is shown.
+        data: the images are read from it.
+        module: its graph is shown.
     """
     thumbnail, split = thumbnails(data, evaluation), evaluation.split
     tiles = {
@@ -85,15 +84,14 @@ def _project(
         return drawn
 
     positions = evaluation.projected.tolist()
-    names = evaluation.class_names
+    rows = [evaluation.row(position) for position in positions]
     metadata = [
         [
-            _one_cell(names[int(evaluation.labels[position])]),
-            _one_cell(names[int(evaluation.predicted[position])]),
-            "right" if evaluation.right[position] else "wrong",
-            _one_cell(evaluation.items[position].path),
+            *map(_one_cell, (row.true, row.predicted)),
+            "right" if row.true == row.predicted else "wrong",
+            _one_cell(row.path),
         ]
-        for position in positions
+        for row in rows
     ]
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         sprites = list(pool.map(sprite, positions))

@@ -1,6 +1,5 @@
 """A run's own folder: claimed once, never overwritten, with all that is needed to repeat and to judge the run."""
 
-import csv
 import json
 import platform
 import shlex
@@ -18,18 +17,17 @@ import torchvision
 import yaml
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.loggers import TensorBoardLogger
 
 import headstart
 from headstart.data import splits
 from headstart.errors import UserError
-from headstart.files import csv_bytes, write_atomically
+from headstart.files import csv_bytes, flat, write_atomically
 from headstart.model.backbone import FrozenBackbone
+from headstart.runs.history import CONFIG, RESULT, SPLITS_FILE, Run
+from headstart.runs.logger import RunLogger
 
-RESULT = "result.json"
 
-
-def claim(logs: Path, name: str) -> Path:
+def new_run_folder(logs: Path, name: str) -> Path:
     """Makes ``logs/name/<start time>``; ``mkdir`` fails where the folder exists, so no two runs get the same.
 
     Raises:
@@ -46,58 +44,7 @@ def claim(logs: Path, name: str) -> Path:
         except FileExistsError:
             attempt += 1
         except OSError as error:
-            raise UserError(
-                f"{folder}: cannot be made ({error.strerror}); choose --trainer.default_root_dir"
-            ) from error
-
-
-def newest_unfinished(logs: Path, name: str) -> Path:
-    """The newest run of the name that has a ``last.ckpt`` and no ``result.json``.
-
-    Args:
-        logs: where runs are.
-        name: of the run; may hold wildcards.
-
-    Raises:
-        UserError: there is none.
-    """
-    started = logs.glob(f"{name}/*/checkpoints/last.ckpt")
-    for path in sorted(started, key=lambda path: path.parts[-3], reverse=True):
-        if not (path.parent.parent / RESULT).exists():
-            return path.resolve()
-    raise UserError(
-        f"--ckpt_path=last: no unfinished run below {logs / name}; give a checkpoint's path, or leave it out"
-    )
-
-
-class RunLogger(TensorBoardLogger):
-    """TensorBoard, in the run's folder; it has no experiment before the folder is claimed.
-
-    Lightning asks ``hasattr(logger, "experiment")`` before the data is read, and a run that its data stops should leave
-    no folder behind.
-
-    Args:
-        steps_done: of a run that goes on: TensorBoard forgets what a killed process wrote of later steps.
-    """
-
-    def __init__(self, steps_done: int | None = None) -> None:
-        purge: dict[str, Any] = {} if steps_done is None else {"purge_step": steps_done}
-        super().__init__(save_dir="", name="", version="", default_hp_metric=False, **purge)
-        self.folder: Path | None = None
-
-    @property
-    def log_dir(self) -> str:
-        return str(self.folder) if self.folder else ""
-
-    @property
-    def save_dir(self) -> str:
-        return self.log_dir
-
-    @property
-    def experiment(self) -> Any:
-        if self.folder is None:
-            raise AttributeError("no run folder yet")
-        return super().experiment
+            raise UserError(f"{folder}: cannot be made ({error.strerror}); choose --logs") from error
 
 
 class RunFolder(Callback):
@@ -105,11 +52,9 @@ class RunFolder(Callback):
 
     Args:
         logs: where runs land.
-        name: of the run; the folder is ``logs/name/<start time>``.
-        config: the run's configuration as YAML; repeats it.
-        settings: the configuration's values by dotted name, for the hparams.
-        command: that started the run.
-        resumed: the folder of the run that goes on, instead of a new one.
+        name: name of the run; the folder is ``logs/name/<start time>``.
+        config: the run's configuration as YAML, which repeats it.
+        resumed: the run that is resumed in its own folder, instead of a new one.
         kept: more files of the folder, by their path in it.
     """
 
@@ -118,12 +63,10 @@ class RunFolder(Callback):
         logs: Path,
         name: str,
         config: str,
-        settings: dict[str, Any],
-        command: str,
-        resumed: Path | None = None,
+        resumed: Run | None = None,
         kept: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
-        self.logs, self.name, self.config, self.settings, self.command = logs, name, config, settings, command
+        self.logs, self.name, self.config = logs, name, config
         self.resumed, self.kept = resumed, kept
         self.folder: Path | None = None
 
@@ -132,7 +75,9 @@ class RunFolder(Callback):
         dry = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by Lightning at run time
         if stage != "fit" or dry or self.folder:
             return
-        chosen = (self.resumed or claim(self.logs, self.name)) if trainer.is_global_zero else None
+        chosen: Path | None = None
+        if trainer.is_global_zero:
+            chosen = self.resumed.folder if self.resumed else new_run_folder(self.logs, self.name)
         self.folder = trainer.strategy.broadcast(chosen)
         assert self.folder
         for logger in trainer.loggers:
@@ -147,7 +92,7 @@ class RunFolder(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(logger := trainer.logger, RunLogger) and trainer.is_global_zero and not self.resumed:
             # The HParams tab stays empty unless the metric is named at the start.
-            logger.log_hyperparams(self.settings, {"hp/val_acc": 0.0})
+            logger.log_hyperparams(settings_in(self.config), {"hp/val_acc": 0.0})
             logger.experiment.add_text("run", self._card(trainer.datamodule))  # type: ignore[attr-defined]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -158,7 +103,7 @@ class RunFolder(Callback):
         """Writes ``result.json`` and the score by which the HParams tab compares runs."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         backbone = cast(FrozenBackbone, trainer.lightning_module.backbone)
-        result = result_of(backbone, data, scores, seconds, self.command)
+        result = result_of(backbone, data, scores, seconds)
         if self.folder and trainer.is_global_zero:
             if isinstance(trainer.logger, RunLogger):
                 trainer.logger.log_metrics({"hp/val_acc": scores["val/acc"]}, trainer.global_step)
@@ -170,32 +115,45 @@ class RunFolder(Callback):
         assert self.folder
         for path, content in self.kept.items():
             write_atomically(self.folder / path, content)
-        (self.folder / "config.yaml").write_text(self.config)
-        (self.folder / "splits.csv").write_bytes(splits.to_csv(data.items, data.class_names))
-        (self.folder / "skipped.csv").write_bytes(csv_bytes([["path", "reason"], *data.skipped.items()]))
+        (self.folder / CONFIG).write_text(self.config)
+        (self.folder / SPLITS_FILE).write_bytes(splits.to_csv(data.items, data.class_names))
+        (self.folder / "skipped.csv").write_bytes(csv_bytes([["path", "reason"], *data.store.skipped.items()]))
 
     def _card(self, data: Any) -> str:
-        counts = "\n".join(f"| {split} | {len(data.of(split))} |" for split in splits.SPLITS)
+        counts = "\n".join(f"| {split} | {len(data.items_in(split))} |" for split in splits.SPLITS)
         return (
-            f"`{self.command}`\n\n| split | images |\n|---|---|\n{counts}\n\n"
-            f"{len(data.class_names)} classes, {len(data.skipped)} images left out\n\n"
+            f"`{command_line()}`\n\n| split | images |\n|---|---|\n{counts}\n\n"
+            f"{len(data.class_names)} classes, {len(data.store.skipped)} images left out\n\n"
             f"```yaml\n{self.config}```"
         )
 
 
-def result_of(
-    backbone: FrozenBackbone, data: Any, scores: dict[str, Any], seconds: dict[str, float], command: str
-) -> dict[str, Any]:
-    """The content of ``result.json``: scores by name, and what they depend on."""
+def settings_in(config: str) -> dict[str, Any]:
+    """The settings of a configuration, by dotted name, in which runs are compared."""
+    values = flat(yaml.safe_load(config))
+    return {
+        name: value for name, value in values.items() if not name.startswith("trainer.") or name.endswith("max_epochs")
+    }
+
+
+def result_of(backbone: FrozenBackbone, data: Any, scores: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+    """The content of ``result.json``: scores by name, and what they depend on.
+
+    Args:
+        backbone: whose features they are.
+        data: with its images in splits, and its store.
+        scores: by name, such as test/acc.
+        seconds: that the run's parts took, beside those of the data.
+    """
     about: dict[str, Any] = {
-        "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "images": {split: len(data.of(split)) for split in splits.SPLITS},
+        "seconds": {name: round(value, 3) for name, value in (data.store.seconds | seconds).items()},
+        "images": {split: len(data.items_in(split)) for split in splits.SPLITS},
         "classes": len(data.class_names),
-        "skipped": len(data.skipped),
+        "skipped": len(data.store.skipped),
         "backbone": backbone.name,
         "weights": backbone.weights,
         "digest": backbone.digest(),
-        "command": command,
+        "command": command_line(),
         "versions": versions(),
     }
     return scores | about
@@ -204,33 +162,6 @@ def result_of(
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     """Writes ``result.json``, the sign that a run is finished."""
     write_atomically(folder / RESULT, json.dumps(result, indent=2).encode())
-
-
-def run_config(checkpoint: Path) -> dict[str, Any]:
-    """The configuration of the run that a checkpoint belongs to; empty where it lies in no run's folder.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    file = checkpoint.resolve().parent.parent / "config.yaml"
-    if not file.is_file():
-        return {}
-    try:
-        loaded = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: is no YAML any more ({' '.join(str(error).split())})") from error
-    return loaded if isinstance(loaded, dict) and "data" in loaded else {}
-
-
-def files_of_run(checkpoint: Path) -> list[Path]:
-    """The images of the run that a checkpoint belongs to; empty where it lies in no run's folder."""
-    config, table = run_config(checkpoint), checkpoint.resolve().parent.parent / "splits.csv"
-    if not config or not table.is_file():
-        return []
-    data = config["data"]
-    root = Path(data["csv"]).parent if data.get("csv") else Path(data["root"])
-    with table.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return [root / row["path"] for row in csv.DictReader(file)]
 
 
 def command_line() -> str:

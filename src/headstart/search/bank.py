@@ -1,23 +1,23 @@
-"""Linear heads fitted to a matrix of features without a Trainer: a bank of them at once, and the exact optimum."""
+"""A bank of linear heads, trained at once on a matrix of features, without a Trainer."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from headstart.data.loaders import EpochOrder, FeatureLoader
-from headstart.features.cache import FeatureMatrix
-from headstart.model.classifier import warmup_cosine
+from headstart.data.loaders import BatchOrder, FeatureLoader
+from headstart.features.matrix import Labelled
+from headstart.model.heads import as_linear
+from headstart.model.schedule import warmup_cosine
 
 ROWS_AT_ONCE = 65_536
-TOLERANCE = 5e-5  # scikit-learn's own is 1e-4
 BETAS, EPS = (0.9, 0.999), 1e-8  # torch.optim.AdamW's own
 
 
 @dataclass(frozen=True)
-class Setting:
+class HeadSettings:
     """What one head of a bank is trained with; the fields are ``TransferClassifier``'s."""
 
     lr: float
@@ -26,16 +26,37 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Head:
-    """A linear head: logits = features @ weight.T + bias.
+class Schedule:
+    """How heads are trained.
 
     Attributes:
-        weight: [num_classes, D].
-        bias: [num_classes].
+        epochs: how many.
+        batch_size: images per step.
+        warmup: share of the steps in which the learning rate rises.
+        seed: seed of the initial values and of the order.
     """
 
-    weight: Tensor
-    bias: Tensor
+    epochs: int
+    batch_size: int
+    warmup: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class TrainedHead:
+    """A head and its validation.
+
+    Attributes:
+        head: as it was at its best.
+        acc: validation accuracy.
+        loss: validation loss, unsmoothed.
+        epoch: in which the loss was lowest, from 0.
+    """
+
+    head: nn.Linear
+    acc: float
+    loss: float
+    epoch: int = 0
 
 
 class Bank:
@@ -45,15 +66,15 @@ class Bank:
     of the summed loss do not mix heads, and AdamW works element by element.
 
     Args:
-        settings: one a head.
-        num_classes: of each.
-        width: of the features.
-        seed: of the initial values, which all heads share.
+        settings: one per head.
+        num_classes: the number of classes.
+        width: the width D of the features.
+        seed: seed of the initial values, which all heads share.
         device: where the heads are.
     """
 
     def __init__(
-        self, settings: Sequence[Setting], num_classes: int, width: int, seed: int, device: torch.device
+        self, settings: Sequence[HeadSettings], num_classes: int, width: int, seed: int, device: torch.device
     ) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -98,145 +119,53 @@ class Bank:
         corrected = second.sqrt().div_((1 - BETAS[1] ** self.steps) ** 0.5).add_(EPS)
         parameter.sub_(lr / (1 - BETAS[0] ** self.steps) * first / corrected)
 
-    def scores(self, features: FeatureMatrix, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def scores(self, labelled: Labelled) -> tuple[Tensor, Tensor]:
         """Accuracy and mean cross entropy of each head -> [H], [H]."""
         right, loss = torch.zeros_like(self.lr), torch.zeros_like(self.lr)
-        rows_at_once = max(1, ROWS_AT_ONCE // len(self.lr))
-        for block, truth in _blocks(features, labels, rows_at_once):
+        for block, truth in labelled.blocks(max(1, ROWS_AT_ONCE // len(self.lr))):
             logits = self.logits(block)
             right += (logits.argmax(dim=2) == truth).sum(dim=1)
             loss -= logits.log_softmax(dim=2)[:, torch.arange(len(truth)), truth].sum(dim=1)
-        return right / len(labels), loss / len(labels)
+        return right / len(labelled), loss / len(labelled)
 
-    def head(self, number: int) -> Head:
+    def head(self, number: int) -> nn.Linear:
         """A copy of one head as it is now."""
-        return Head(self.weight[number].clone(), self.bias[number].clone())
-
-
-def _blocks(features: FeatureMatrix, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features and labels, a block at a time, on the features' device."""
-    for block, truth in zip(features.blocks(size), torch.split(labels, size), strict=True):
-        yield block, truth.to(block.device)
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A head and its validation.
-
-    Attributes:
-        head: as it was at its best.
-        acc: of validation.
-        loss: of validation, unsmoothed.
-        epoch: in which the loss was lowest, from 0.
-    """
-
-    head: Head
-    acc: float
-    loss: float
-    epoch: int = 0
+        return as_linear(self.weight[number].clone(), self.bias[number].clone())
 
 
 @torch.no_grad()
 def train_bank(
-    settings: Sequence[Setting],
-    views: Sequence[FeatureMatrix],
-    labels: Tensor,
-    val: tuple[FeatureMatrix, Tensor],
+    settings: Sequence[HeadSettings],
+    train: Labelled,
+    val: Labelled,
     num_classes: int,
-    epochs: int,
-    batch_size: int,
-    warmup: float,
-    seed: int,
+    schedule: Schedule,
     advance: Callable[[int], None] = lambda images: None,
     keep_last: bool = False,
-) -> list[Scored]:
-    """Trains a head a setting, as ``train`` would train each alone, and keeps each at its lowest validation loss.
+) -> list[TrainedHead]:
+    """Trains one head per setting, as ``train`` would train each alone, and keeps each at its lowest validation loss.
 
     Args:
-        settings: one a head.
-        views: of the training images; an epoch takes one.
-        labels: of the training images, [N].
-        val: features and labels that choose the epoch.
-        num_classes: of the labels.
-        epochs: to train.
-        batch_size: images a step.
-        warmup: share of the steps in which the learning rate rises.
-        seed: of the initial values and of the order.
+        settings: one per head.
+        train: the training images; an epoch takes one view.
+        val: what chooses the epoch.
+        num_classes: the number of classes.
+        schedule: how they are trained.
         advance: told the images done.
         keep_last: keep each head as it ends, for data that must not choose the epoch too.
     """
     epoch = 0
-    loader = FeatureLoader(views, labels, EpochOrder(len(labels), batch_size, seed, lambda: epoch))
-    sample = views[0].gather(torch.arange(1))
-    bank = Bank(settings, num_classes, sample.shape[1], seed, sample.device)
-    steps = len(loader) * epochs
-    best: list[Scored | None] = [None] * len(settings)
-    for epoch in range(epochs):
+    loader = FeatureLoader(train, BatchOrder(len(train), schedule.batch_size, schedule.seed, lambda: epoch))
+    sample = train.sample()
+    bank = Bank(settings, num_classes, sample.shape[1], schedule.seed, sample.device)
+    steps = len(loader) * schedule.epochs
+    warmup_steps = round(steps * schedule.warmup)
+    best: dict[int, TrainedHead] = {}
+    for epoch in range(schedule.epochs):
         for features, truth in loader:
-            bank.step(features, truth.to(features.device), warmup_cosine(bank.steps, round(steps * warmup), steps))
+            bank.step(features, truth.to(features.device), warmup_cosine(bank.steps, warmup_steps, steps))
             advance(len(truth))
-        for number, (acc, loss) in enumerate(zip(*(score.tolist() for score in bank.scores(*val)), strict=True)):
-            before = best[number]
-            if before is None or keep_last or loss < before.loss:
-                best[number] = Scored(bank.head(number), acc, loss, epoch)
-    return [scored for scored in best if scored is not None]
-
-
-def fit_exact(
-    features: FeatureMatrix,
-    labels: Tensor,
-    num_classes: int,
-    strength: float,
-    start: Head | None = None,
-    tolerance: float = TOLERANCE,
-) -> Head:
-    """The minimum of mean cross entropy + strength / 2 * |weight|^2, by full-batch L-BFGS.
-
-    It is scikit-learn's ``LogisticRegression(C=1 / (strength * N))``. The objective is convex, so the minimum is one.
-
-    Args:
-        features: of N images.
-        labels: [N].
-        num_classes: of the labels.
-        strength: of the L2 penalty, above 0; the bias is not penalised.
-        start: where to start; None: at zero.
-        tolerance: the largest gradient, of the mean loss, at which it is the minimum.
-    """
-    sample = features.gather(torch.arange(1))
-    weight = start.weight.clone() if start else sample.new_zeros(num_classes, sample.shape[1])
-    bias = start.bias.clone() if start else sample.new_zeros(num_classes)
-    parameters = [weight.requires_grad_(), bias.requires_grad_()]
-    optimizer = torch.optim.LBFGS(
-        parameters,
-        max_iter=1000,
-        history_size=20,
-        tolerance_grad=tolerance,
-        tolerance_change=0,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        penalty: Tensor = strength / 2 * weight.square().sum()
-        penalty.backward()  # type: ignore[no-untyped-call]
-        total = penalty.detach()
-        for block, truth in _blocks(features, labels, ROWS_AT_ONCE):
-            logits = functional.linear(block, weight, bias)
-            loss = functional.cross_entropy(logits, truth, reduction="sum") / len(labels)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total = total + loss.detach()
-        return total
-
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return Head(weight.detach(), bias.detach())
-
-
-@torch.no_grad()
-def score(head: Head, features: FeatureMatrix, labels: Tensor) -> tuple[float, float]:
-    """Accuracy and mean cross entropy of a head."""
-    right, loss = 0.0, 0.0
-    for block, truth in _blocks(features, labels, ROWS_AT_ONCE):
-        logits = functional.linear(block, head.weight, head.bias)
-        right += float((logits.argmax(dim=1) == truth).sum())
-        loss += float(functional.cross_entropy(logits, truth, reduction="sum"))
-    return right / len(labels), loss / len(labels)
+        for number, (acc, loss) in enumerate(zip(*(score.tolist() for score in bank.scores(val)), strict=True)):
+            if keep_last or number not in best or loss < best[number].loss:
+                best[number] = TrainedHead(bank.head(number), acc, loss, epoch)
+    return [best[number] for number in range(len(settings))]

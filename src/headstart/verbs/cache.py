@@ -1,31 +1,26 @@
-"""The verb `cache`: what is kept between runs, whether it is whole, and how to be rid of it."""
+"""The verb `cache`: what is kept between runs, whether it is whole, and how to be rid of it. Imports no torch."""
 
-import argparse
 import json
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal
 
 from rich.table import Table
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
-from headstart.errors import UserError
-from headstart.features.cache import Shard, cache_folder, verify
+from headstart.features.hashes import cache_folder, verify
+from headstart.parser import parser_of
+from headstart.ranges import NonNegative
 from headstart.terminal import images_bar, say
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"headstart cache: {message}; headstart cache --help shows the options")
 
 
 def cache(options: Sequence[str]) -> dict[str, Any]:
     """Lists, verifies or prunes the cache.
 
     Args:
-        options: of the command line.
+        options: the command line's.
 
     Returns:
         Counts, by name.
@@ -33,11 +28,11 @@ def cache(options: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: a mistake in the options.
     """
-    parser = _Parser(prog="headstart cache", description="The features that are kept between runs.", allow_abbrev=False)
-    parser.add_argument("action", nargs="?", choices=["list", "verify", "prune"], default="list")
-    parser.add_argument("--cache_dir", help="default: $HEADSTART_CACHE, else the user's cache folder")
-    parser.add_argument("--days", type=float, default=30, help="prune what was not used for so many days; default: 30")
-    given = parser.parse_args(options)
+    parser = parser_of("cache", "[list|verify|prune]")
+    parser.add_argument("action", nargs="?", type=Literal["list", "verify", "prune"], default="list", help="what to do")
+    parser.add_argument("--cache_dir", type=str | None, help="None: $HEADSTART_CACHE, else the user's cache folder")
+    parser.add_argument("--days", type=NonNegative, default=30.0, help="prune what was not used for so many days")
+    given = parser.parse_args(list(options))
     folder = cache_folder(given.cache_dir)
     keys = sorted(path.parent for path in folder.glob("features/*/key.json"))
     if given.action == "verify":
@@ -53,9 +48,9 @@ def _list(folder: Path, keys: Sequence[Path]) -> dict[str, Any]:
     for key in keys:
         try:
             about = json.loads((key / "key.json").read_text())
-            images = sum(len(Shard.open(path).rows) for path in key.glob("*.safetensors"))
+            images = sum(_images(path) for path in key.glob("*.safetensors"))
         except (OSError, ValueError, SafetensorError):
-            say(f"{key}: damaged; `headstart cache verify` mends it")
+            say(f"{key}: damaged; `headstart cache verify` repairs it")
             continue
         size = _size(key)
         total += size
@@ -105,3 +100,10 @@ def _prune(keys: Sequence[Path], days: float) -> dict[str, Any]:
 
 def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _images(shard: Path) -> int:
+    """How many rows a shard has, by its header."""
+    with safe_open(shard, framework="numpy") as file:
+        rows: int = file.get_slice("rows").get_shape()[0]
+        return rows

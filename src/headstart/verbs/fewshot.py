@@ -1,35 +1,35 @@
-"""The verb `fewshot`: few-shot tasks on the frozen backbone, meta-training, comparison, a tool from few pictures."""
+"""The verb `fewshot`: few-shot tasks on the frozen backbone, meta-training, comparison, a head from few pictures."""
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from pytorch_lightning import seed_everything
 from rich.table import Table
 from torch import nn
 
+from headstart.device import device_of
 from headstart.errors import UserError
 from headstart.fewshot.compare import BASELINE, Compared, accuracies, compare, shots_figure, to_csv
 from headstart.fewshot.data import EpisodeData
-from headstart.fewshot.episodes import Shape
+from headstart.fewshot.episodes import TaskSize
 from headstart.fewshot.heads import HeadName, make_head
-from headstart.fewshot.intervals import mean_and_half_width
 from headstart.fewshot.module import MetaLearner
 from headstart.fewshot.save import save
 from headstart.fewshot.sources import SourceName
-from headstart.fewshot.training import Schedule, make_trainer, meta_train
+from headstart.fewshot.training import make_trainer, meta_train
 from headstart.files import write_atomically
 from headstart.model.backbone import FrozenBackbone, check_frozen, tensor_digests
 from headstart.model.classifier import TransferClassifier
-from headstart.parser import OptionParser, add_options, parser_of
+from headstart.parser import OptionParser, add_options, add_run, parser_of
 from headstart.ranges import Count, Positive
 from headstart.report.figures import pixels, png
-from headstart.runs.folder import RunFolder, RunLogger, claim, command_line, newest_unfinished, result_of, write_result
-from headstart.terminal import be_calm, say
-from headstart.verbs.predict import device_of
+from headstart.runs.folder import RunFolder, new_run_folder, result_of, write_result
+from headstart.runs.history import CONFIG, Run, newest_unfinished
+from headstart.runs.logger import RunLogger
+from headstart.search.intervals import mean_and_half_width
+from headstart.terminal import Seconds, quiet_libraries, say
 
 HEADS: tuple[HeadName, ...] = ("prototype", "ridge", "logistic", "anil", "projection")
 # What is meta-trained in a comparison; the prototype is the baseline without training.
@@ -55,27 +55,27 @@ def fewshot(options: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: a mistake in the options or the data.
     """
-    be_calm()
+    quiet_libraries()
     parser = _parser()
     given = parser.parse_args(list(options))
-    resumed: Path | None = None
+    resumed: Run | None = None
     checkpoint = Path(given.ckpt_path) if given.ckpt_path else None
     if given.ckpt_path == "last":
-        checkpoint = newest_unfinished(Path(given.logs), _name(given))
-        resumed = checkpoint.parent.parent
-        given = parser.parse_args([f"--config={resumed / 'config.yaml'}", *options])
+        resumed = newest_unfinished(Path(given.logs), _name(given))
+        checkpoint = resumed.last
+        given = parser.parse_args([f"--config={resumed.folder / CONFIG}", *options])
     return _Verb(parser, given, resumed, checkpoint).run()
 
 
 class _Verb:
     """One call of the verb: its options, its backbone and its data."""
 
-    def __init__(self, parser: OptionParser, given: Any, resumed: Path | None, checkpoint: Path | None) -> None:
+    def __init__(self, parser: OptionParser, given: Any, resumed: Run | None, checkpoint: Path | None) -> None:
         self.parser, self.given, self.resumed, self.checkpoint = parser, given, resumed, checkpoint
-        self.started = time.perf_counter()
+        self.seconds, self.logs = Seconds(), Path(given.logs)
         self.device = device_of(given.accelerator)
         self.backbone = FrozenBackbone(given.model.backbone, given.model.weights, given.model.image_size)
-        self.digests = tensor_digests(self.backbone)
+        self.digests = self.backbone.digests()
 
     def run(self) -> dict[str, Any]:
         if self.given.save:
@@ -86,7 +86,7 @@ class _Verb:
             tested = self._data(self.given.test_source, self.given.test_root, test_fraction=1.0)
         seed_everything(int(self.given.seed_everything), workers=True, verbose=False)
         result = self._compare(data, tested) if self.given.head == "all" else self._one(data, tested)
-        check_frozen(self.backbone, self.digests)
+        check_frozen(tensor_digests(self.backbone), self.digests)
         return result
 
     def _data(self, source: SourceName, root: str | None, **changed: Any) -> EpisodeData:
@@ -99,46 +99,37 @@ class _Verb:
         values = {name: self.given.model[name] for name in HEAD_OPTIONS}
         return MetaLearner(self.given.n_way, data.width, head, **values)
 
-    def _schedule(self) -> Schedule:
-        given = self.given
-        return Schedule(int(given.max_epochs), int(given.patience), int(given.seed_everything))
-
-    def _run_folder(self, name: str) -> RunFolder:
-        config = self.given.clone()
+    def _meta_train(self, module: MetaLearner, data: EpisodeData, name: str) -> tuple[RunLogger, Path, float]:
+        """Trains a head in a run of its own; gives its logger, its folder and the validation accuracy before."""
+        given, config = self.given, self.given.clone()
         config.ckpt_path = None
-        text = self.parser.dump(config, skip_none=False)
-        values = yaml.safe_load(text)
-        settings = {name: value for name, value in values.items() if not isinstance(value, dict)}
-        settings |= {f"{group}.{key}": value for group in ("data", "model") for key, value in values[group].items()}
-        return RunFolder(Path(self.given.logs), name, text, settings, command_line(), self.resumed)
+        run_folder = RunFolder(self.logs, name, self.parser.dump(config, skip_none=False), self.resumed)
+        lengths = (int(given[name]) for name in ("max_epochs", "patience", "seed_everything"))
+        trainer, before = meta_train(module, data, given.accelerator, run_folder, *lengths, self.checkpoint)
+        assert run_folder.folder
+        assert isinstance(trainer.logger, RunLogger)
+        return trainer.logger, run_folder.folder, before
 
     def _one(self, data: EpisodeData, tested: EpisodeData) -> dict[str, Any]:
         """Tests one head, and the baseline on the same episodes."""
         module = self._module(self.given.head, data)
-        name, scores = _name(self.given), {}
+        name, scores = _name(self.given), dict[str, float]()
         if self.given.train:
             if not module.learns:
                 raise UserError(f"--train: {self.given.head} has nothing to meta-train; projection, anil and ridge do")
-            run_folder = self._run_folder(name)
-            trainer, before = meta_train(
-                module, data, self._schedule(), self.given.accelerator, run_folder, self.checkpoint
-            )
-            assert run_folder.folder
-            folder, logger = run_folder.folder, trainer.logger
-            scores = {"val/acc_before": before}
-            trainer = make_trainer(self.given.accelerator, logger, enable_checkpointing=False)
+            logger, folder, scores["val/acc_before"] = self._meta_train(module, data, name)
         else:
-            logger = RunLogger()
-            trainer = make_trainer(self.given.accelerator, logger, enable_checkpointing=False)
-            folder = logger.folder = claim(Path(self.given.logs), name)
+            folder = new_run_folder(self.logs, name)
+            logger = RunLogger(folder)
+        trainer = make_trainer(self.given.accelerator, logger=logger)
         scores |= {name: float(value) for name, value in trainer.test(module, tested, verbose=False)[0].items()}
         own = torch.cat(module.accuracies).cpu()
         baseline = accuracies(make_head(BASELINE, self.given.n_way, data.width), tested.sampler("test"), len(own))
         scores["baseline/acc"], scores["baseline/acc_ci95"] = mean_and_half_width(baseline)
         scores["gain/acc"], scores["gain/acc_ci95"] = mean_and_half_width(own - baseline)
         result = self._finish(folder, tested, scores)
-        shape = tested.shape
-        say(f"fewshot: {len(own)} episodes of {shape.n_way}-way {shape.k_shot}-shot, {shape.n_query} queries a class")
+        size = tested.size
+        say(f"fewshot: {len(own)} episodes of {size.n_way}-way {size.k_shot}-shot, {size.n_query} queries per class")
         say(f"{self.given.head + ':':12}{_interval(scores['test/acc'], scores['test/acc_ci95'])}")
         if scores["gain/acc_ci95"]:  # else it is the baseline
             say(f"baseline:   {_interval(scores['baseline/acc'], scores['baseline/acc_ci95'])} (prototype, untrained)")
@@ -149,16 +140,15 @@ class _Verb:
     def _compare(self, data: EpisodeData, tested: EpisodeData) -> dict[str, Any]:
         """All heads at 1, 5 and 10 shots, before meta-training and after it."""
         heads: dict[str, nn.Module] = {name: self._module(name, data).head for name in HEADS}
-        folder = claim(Path(self.given.logs), _name(self.given))
+        folder = new_run_folder(self.logs, _name(self.given))
         if self.given.train:
             for name in TRAINED:
                 module = self._module(name, data)
-                run_folder = self._run_folder(f"{_name(self.given)}-{name}")
-                meta_train(module, data, self._schedule(), self.given.accelerator, run_folder)
+                self._meta_train(module, data, f"{_name(self.given)}-{name}")
                 heads[f"{name} (trained)"] = module.head
         heads = {name: head.to(self.device) for name, head in heads.items()}
         samplers = {
-            shots: tested.sampler("test", Shape(self.given.n_way, shots, COMPARED_QUERIES))
+            shots: tested.sampler("test", TaskSize(self.given.n_way, shots, COMPARED_QUERIES))
             for shots in SHOTS
             if tested.rows_of("test", shots + COMPARED_QUERIES)
         }
@@ -166,8 +156,7 @@ class _Verb:
         write_atomically(folder / "heads.csv", to_csv(rows))
         picture = png(shots_figure(rows))
         write_atomically(folder / "heads.png", picture)
-        logger = RunLogger()
-        logger.folder = folder
+        logger = RunLogger(folder)
         logger.experiment.add_image("accuracy_by_shots", pixels(picture), dataformats="HWC")
         logger.experiment.close()
         _say_comparison(rows)
@@ -189,14 +178,13 @@ class _Verb:
         module = TransferClassifier(data.class_names, given.backbone, given.weights, given.image_size)
         path = Path(self.given.save).expanduser()
         acc = save(path, module, self._module(head, data).head, data.all_support())
-        say(f"fewshot: {len(data.items)} pictures of {len(data.class_names)} classes, {acc:.3f} right when left out")
+        say(f"fewshot: {len(data.items)} images of {len(data.class_names)} classes, {acc:.3f} right when left out")
         say(f"head:     {path}")
-        say(f"next:     headstart predict --ckpt_path={path} path/to/files")
+        say(f"next:     headstart predict --ckpt_path={path} path/to/files")  # wing: deploy
         return {"checkpoint": str(path), "left_out/acc": acc, "images": len(data.items)}
 
     def _finish(self, folder: Path, data: EpisodeData, scores: dict[str, float]) -> dict[str, Any]:
-        seconds = data.seconds | {"total": time.perf_counter() - self.started}
-        result = result_of(self.backbone, data, scores, seconds, command_line())
+        result = result_of(self.backbone, data, scores, self.seconds.with_total())
         result |= {"head": self.given.head, **{name: int(self.given[name]) for name in SIZE_OPTIONS}}
         write_result(folder, result)
         return result
@@ -225,23 +213,21 @@ def _parser() -> OptionParser:
         help="what learns a task; all: compare them at 1, 5 and 10 shots",
     )
     parser.add_argument("--train", action="store_true", help="meta-train the head first, on other classes")
-    parser.add_argument("--n_way", type=Positive, default=5, help="classes a task")
-    parser.add_argument("--k_shot", type=Positive, default=1, help="examples a class")
-    parser.add_argument("--n_query", type=Positive, default=15, help="images to classify a class")
+    parser.add_argument("--n_way", type=Positive, default=5, help="classes per task")
+    parser.add_argument("--k_shot", type=Positive, default=1, help="examples per class")
+    parser.add_argument("--n_query", type=Positive, default=15, help="images to classify per class")
     parser.add_argument("--episodes", type=Positive, default=1000, help="tasks of the test")
-    parser.add_argument("--test_source", type=SourceName | None, help="test on another source; None: the same")
-    parser.add_argument("--test_root", type=str | None, help="of that")
-    parser.add_argument("--save", type=str | None, help="a new checkpoint, of all pictures of --data.root")
+    parser.add_argument("--test_source", type=SourceName | None, help="another source to test on; None: the same")
+    parser.add_argument("--test_root", type=str | None, help="the folder or files of that source")
+    parser.add_argument("--save", type=str | None, help="a new checkpoint, of all images of --data.root")
     add_options(parser, EpisodeData, "data", DATA_OPTIONS)
     add_options(parser, TransferClassifier, "model", ("backbone", "weights", "image_size"))
     add_options(parser, MetaLearner, "model", HEAD_OPTIONS)
-    parser.add_argument("--max_epochs", type=Positive, default=20, help="of the meta-training, at most")
+    parser.add_argument("--max_epochs", type=Positive, default=20, help="maximum epochs of the meta-training")
     parser.add_argument("--patience", type=Positive, default=5, help="epochs without a better validation")
-    parser.add_argument("--seed_everything", type=Count, default=0, help="of the initial values")
-    parser.add_argument("--ckpt_path", type=str | None, help="go on from a checkpoint, or from `last`")
-    parser.add_argument("--accelerator", type=str, default="auto", help="cpu, cuda or auto")
-    parser.add_argument("--name", type=str | None, help="of the run; None: by source and head")
-    parser.add_argument("--logs", type=str, default="logs", help="where the run's folder goes")
+    parser.add_argument("--seed_everything", type=Count, default=0, help="seed of the initial values")
+    parser.add_argument("--ckpt_path", type=str | None, help="a checkpoint to resume, or `last`")
+    add_run(parser, "by source and head")
     return parser
 
 

@@ -1,66 +1,39 @@
 """The verb `finetune`: from a trained head on, with some of the backbone's layers learning too."""
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pytorch_lightning import Trainer
 from pytorch_lightning.cli import LightningArgumentParser
 
+from headstart.device import COMMON, quiet_trainer
 from headstart.errors import UserError
 from headstart.finetune.module import FineTunedClassifier
-from headstart.fit.cli import (
-    TRAINER_DEFAULTS,
-    FullHelpParser,
-    TrainCLI,
-    TrainParser,
-    fit_and_test,
-    say_result,
-)
-from headstart.model.classifier import read_checkpoint
-from headstart.runs.folder import files_of_run, newest_unfinished, run_config
-from headstart.terminal import be_calm, say
+from headstart.fit.cli import TrainCLI
+from headstart.fit.run import finish, fit, report, test
+from headstart.model.checkpoints import read_checkpoint
+from headstart.runs.history import CONFIG, Run, newest_unfinished
+from headstart.terminal import Seconds, quiet_libraries, say
 
-DEFAULTS = TRAINER_DEFAULTS | {"max_epochs": 10}
 HEAD = "checkpoints/head.ckpt"  # what a run started from, in its folder
-# A head's settings that go on to hold; its learning rate is no one's for a backbone.
-INHERITED = ("backbone", "weights", "image_size", "weight_decay", "label_smoothing", "class_weights")
-USAGE = "headstart finetune --ckpt_path=logs/…/checkpoints/best.ckpt [options]"
+# A head's settings that hold for its fine-tuning too; its learning rate is no one's for a backbone.
+INHERITED = ("backbone", "weights", "image_size", "head", "weight_decay", "label_smoothing", "class_weights")
 # Cached output of the front takes tens of times more space than features.
 LARGEST_CACHE = 8 * 2**30
-
-
-class FinetuneParser(TrainParser):
-    """Shows the options of the model, the data and the run."""
-
-    usage_line = USAGE
-
-
-class FullFinetuneParser(FullHelpParser):
-    """Shows every option, with those of Lightning's Trainer."""
-
-    usage_line = USAGE
 
 
 class FinetuneCLI(TrainCLI):
     """The command line of `train`, with the defaults of the head's own run.
 
     Attributes:
-        start: the checkpoint of the head.
-        head: its content.
-        before: its scores.
+        head: the content of the checkpoint of the head.
     """
 
+    usage = "headstart finetune --ckpt_path=logs/…/checkpoints/best.ckpt [options]"
     module_class = FineTunedClassifier
-    parsers = (FinetuneParser, FullFinetuneParser)
-    defaults = DEFAULTS
-    ckpt_help = "a trained head, or `last`: go on with the newest unfinished run"
+    defaults = COMMON | {"max_epochs": 10}
+    ckpt_help = "a trained head, or `last`: resume the newest unfinished run"
     lean_best = True
-
-    start: Path
-    head: dict[str, Any]
-    before: dict[str, float]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
@@ -69,98 +42,64 @@ class FinetuneCLI(TrainCLI):
             "--batch_norm",
             type=Literal["eval", "train"],
             default="eval",
-            help="of the layers that learn: keep the running statistics, or update them",
+            help="running statistics of the layers that learn: eval keeps them, train updates them",
         )
         for name in ("unfreeze", "batch_norm"):
             parser.link_arguments(name, f"model.{name}")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """The head's run gives the defaults; options of the command line win over it."""
-        given = parser.parse_args(args)
-        if given.ckpt_path is None:
+        self.config = parser.parse_args(args)
+        if self.config.ckpt_path is None:
             raise UserError("--ckpt_path is missing: give a trained head, such as logs/…/checkpoints/best.ckpt")
-        logs = Path(given.trainer.default_root_dir)
-        if given.ckpt_path == "last":
-            last = newest_unfinished(logs, given.name or "*-finetune")
-            self.resumed = last.parent.parent
-            self.checkpoint, self.start = read_checkpoint(last), self.resumed / HEAD
-            own = f"--config={self.resumed / 'config.yaml'}", f"--data.splits={self.resumed / 'splits.csv'}"
+        if self.config.ckpt_path == "last":
+            self.resumed = newest_unfinished(self.logs, self.config.name or "*-finetune")
+            self.resume_from, self.init_from = self.resumed.last, self.resumed.folder / HEAD
+            self.checkpoint = read_checkpoint(self.resume_from)
+            own = f"--config={self.resumed.folder / CONFIG}", f"--data.splits={self.resumed.splits_file}"
             args = [*own, *args]
         else:
-            self.start = Path(given.ckpt_path).expanduser().resolve()
-        self.head = read_checkpoint(self.start, logs)
-        parser.set_defaults(self._inherited(parser))
+            self.init_from = Path(self.config.ckpt_path).expanduser().resolve()
+        self.head = read_checkpoint(self.init_from, self.logs)
+        parser.set_defaults(self._inherited(parser, self.init_from))
         self.config = parser.parse_args(args)
-        self.config.ckpt_path = str(self.start)
 
-    def _inherited(self, parser: LightningArgumentParser) -> dict[str, Any]:
-        made, config = self.head["hyper_parameters"], run_config(self.start)
-        defaults = {f"model.{name}": made[name] for name in INHERITED}
-        if config:
-            folder = self.start.parent.parent
-            data = config["data"] | {"splits": str(folder / "splits.csv")}
+    def _inherited(self, parser: LightningArgumentParser, head: Path) -> dict[str, Any]:
+        made, run = self.head["hyper_parameters"], Run.of(head)
+        defaults = {f"model.{name}": made[name] for name in INHERITED if name in made}
+        if run.data:
+            data = run.data | {"splits": str(run.splits_file)}
             defaults |= {f"data.{name}": value for name, value in data.items()}
-            defaults["name"] = f"{folder.parent.name.removesuffix('-finetune')}-finetune"
+            defaults["name"] = f"{run.folder.parent.name.removesuffix('-finetune')}-finetune"
         known = set(parser.get_defaults(skip_validation=True).keys())
         return {name: value for name, value in defaults.items() if name in known}
-
-    @property
-    def goes_on_from(self) -> str | None:
-        return str(self.resumed / "checkpoints/last.ckpt") if self.resumed else None
 
     def after_instantiate_classes(self) -> None:
         super().after_instantiate_classes()
         self.model.start_from(self.head)
-        self._choose_the_way_of_images()
+        self._choose_what_is_cached()
 
-    def _choose_the_way_of_images(self) -> None:
-        """What a frozen front gives is cached where there is one; else images are decoded in every epoch."""
-        data, front = self.datamodule, self.model.front
-        why = "" if front else "nothing is frozen whose output could be cached"
-        if front:
-            size = 4 * front.num_features * len(files_of_run(self.start)) * data.views
-            why = f"the front's output would take {size / 1e9:.0f} GB" if size > LARGEST_CACHE else ""
-        if data.cache and why:
-            data.cache, data.views = False, 1
+    def _choose_what_is_cached(self) -> None:
+        """The output of a frozen front is cached where there is one; else images are decoded in every epoch."""
+        data, front, why = self.datamodule, self.model.front, ""
+        assert self.init_from
+        if front is None:
+            why = "nothing is frozen whose output could be cached"
+        elif (size := 4 * front.num_features * len(Run.of(self.init_from).images()) * data.views) > LARGEST_CACHE:
+            why = f"the front's output would take {size / 1e9:.0f} GB"
+        if data.store.cache and why:
+            data.store.cache, data.views = False, 1
             say(f"finetune: {why}; images are decoded in every epoch (--data.augment=light varies them)")
 
-    @property
-    def started_from(self) -> str:
-        return str(self.start)
-
     def kept(self) -> dict[str, bytes]:
-        return {HEAD: self.start.read_bytes()}
-
-    def about(self, scores: Mapping[str, float]) -> dict[str, Any]:
-        """The scores of the head alone, and which checkpoint validates better."""
-        better = "val/loss" not in scores or scores["val/loss"] < self.before["val/loss"]
-        recommended = "checkpoints/best.ckpt" if better else HEAD
-        return {f"before/{name}": value for name, value in self.before.items()} | {"recommended": recommended}
-
-    def score_the_head(self) -> None:
-        """Its scores on the same images, in the same arithmetic."""
-        trainer = Trainer(
-            accelerator=self.config.trainer.accelerator,
-            precision=self.config.trainer.precision,
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            inference_mode=False,  # the metrics' tensors are used again in the fit
-        )
-        trainer.validate(self.model, self.datamodule, verbose=False)
-        self.before = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        if self.datamodule.of("test"):
-            self.before |= trainer.test(self.model, self.datamodule, verbose=False)[0]
+        return {HEAD: self.init_from.read_bytes()} if self.init_from else {}
 
 
 def finetune(options: Sequence[str]) -> dict[str, Any]:
     """Trains the head and the backbone's last layers, and says whether that was better than the head alone.
 
     Args:
-        options: of the command line.
+        options: the command line's.
 
     Returns:
         The content of the run's `result.json`: the scores, those `before/…`, and the `recommended` checkpoint.
@@ -168,16 +107,33 @@ def finetune(options: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: a mistake in the options, the checkpoint or the data.
     """
-    started = time.perf_counter()
-    be_calm()
-    cli = FinetuneCLI(options, None)
+    seconds = Seconds()
+    quiet_libraries()
+    cli = FinetuneCLI(options)
     if cli.say_if_finished():
         return {}
-    cli.score_the_head()
-    result = fit_and_test(cli, started)
-    say_result(result, cli)
+    before = _score_the_head(cli)
+    fit(cli, seconds)
+    scores = test(cli, seconds)
+    report(cli, scores, seconds)
+    better = "val/loss" not in scores or scores["val/loss"] < before["val/loss"]
+    about: dict[str, Any] = {"recommended": "checkpoints/best.ckpt" if better else HEAD}
+    about |= {f"before/{name}": value for name, value in before.items()}
+    result = finish(cli, scores | about, seconds)
     _say_gain(result, cli.run_folder.folder)
     return result
+
+
+def _score_the_head(cli: FinetuneCLI) -> dict[str, float]:
+    """Its scores on the same images, in the same arithmetic."""
+    given = cli.config.trainer
+    # Without inference mode, since the metrics' tensors are used again in the fit.
+    trainer = quiet_trainer(given.accelerator, precision=given.precision, inference_mode=False)
+    trainer.validate(cli.model, cli.datamodule, verbose=False)
+    scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if cli.datamodule.items_in("test"):
+        scores |= trainer.test(cli.model, cli.datamodule, verbose=False)[0]
+    return scores
 
 
 def _say_gain(result: Mapping[str, Any], folder: Path | None) -> None:
@@ -189,4 +145,4 @@ def _say_gain(result: Mapping[str, Any], folder: Path | None) -> None:
         recommended = folder / result["recommended"]
         if result["recommended"] == HEAD:
             say("finetune: validation did not improve (by its loss): the head alone is the better choice")
-        say(f"next:     headstart predict --ckpt_path={recommended} path/to/files")
+        say(f"next:     headstart predict --ckpt_path={recommended} path/to/files")  # wing: deploy

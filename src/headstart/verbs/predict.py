@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import itertools
 import json
 import os
 import re
@@ -13,18 +12,21 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from headstart.data import folders
 from headstart.deploy.explain import ClassActivation, overlay
+from headstart.device import device_of
 from headstart.errors import UserError
-from headstart.features.cache import BATCH, Chunk, Computed, Extractor, FeaturePrecision, feature_dtype
-from headstart.images import MAX_PIXELS, UnreadableImage, decode, preprocess
-from headstart.model.classifier import TransferClassifier, load_head
-from headstart.parser import OptionParser, parser_of, required
+from headstart.features.extract import Computed, FeaturePrecision
+from headstart.features.stream import FileStream
+from headstart.files import new_path
+from headstart.images import MAX_PIXELS
+from headstart.model.classifier import TransferClassifier
+from headstart.model.heads import linear_head
+from headstart.parser import OptionParser, add_accelerator, add_checkpoint, parser_of, required
 from headstart.ranges import Count, Positive
-from headstart.terminal import be_calm, images_bar, say
+from headstart.terminal import images_bar, quiet_libraries, say
 
 FORMATS = (".csv", ".jsonl")
 
@@ -45,10 +47,10 @@ class Prediction:
 
 
 def predict(options: Sequence[str]) -> dict[str, int]:
-    """Writes a row a file: to a CSV or JSON lines, or to the standard output.
+    """Writes a row per file: to a CSV or JSON lines, or to the standard output.
 
     Args:
-        options: of the command line.
+        options: the command line's.
 
     Returns:
         How many files were `predicted`, and how many had an `error`.
@@ -56,20 +58,20 @@ def predict(options: Sequence[str]) -> dict[str, int]:
     Raises:
         UserError: a mistake in the options, or not one file could be read.
     """
-    be_calm()
-    parser = _parser()
-    given = parser.parse_args(list(options))
+    quiet_libraries()
+    given = _parser().parse_args(list(options))
     required(given, "--ckpt_path")
     rows, counts = sys.stdout, {"predicted": 0, "errors": 0}
     with contextlib.ExitStack() as stack:
         if given.output is None:  # with the rows on the standard output, everything else goes beside it
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        module = load_head(Path(given.ckpt_path).expanduser())
+        module = TransferClassifier.load_from_checkpoint(Path(given.ckpt_path).expanduser()).eval()
         device = device_of(given.accelerator)
         paths, total = _inputs(given.paths)
         maps = _empty_folder(given.explain) if given.explain else None
         workers = min(8, os.cpu_count() or 1) if given.num_workers is None else given.num_workers
-        predictor = Predictor(module, device, given.feature_precision, workers, given.top_k, given.max_pixels, maps)
+        stream = FileStream(module.backbone, device, given.feature_precision, workers, given.max_pixels)
+        predictor = Predictor(module, stream, given.top_k, maps)
         file = stack.enter_context(_open(given.output)) if given.output else rows
         write = _writer(file, given.output, given.format, predictor.top_k)
         with images_bar("predicting", total) as advance:
@@ -82,115 +84,67 @@ def predict(options: Sequence[str]) -> dict[str, int]:
 
 
 class Predictor:
-    """From paths to predictions, in order, in batches of 32; memory does not grow with their number.
-
-    Features are those that training cached, to the bit: the same decoder, arithmetic and batch size.
+    """From paths to predictions, in order; memory does not grow with their number.
 
     Args:
         module: the trained head with its backbone.
-        device: that computes.
-        precision: arithmetic of the backbone.
-        workers: threads that decode.
+        stream: reads the files.
         top_k: how many classes a prediction names.
-        max_pixels: larger images are errors.
         maps: a folder for class activation maps; None: none are drawn.
     """
 
     def __init__(
-        self,
-        module: TransferClassifier,
-        device: torch.device,
-        precision: FeaturePrecision = "auto",
-        workers: int = 2,
-        top_k: int = 5,
-        max_pixels: int = MAX_PIXELS,
-        maps: Path | None = None,
+        self, module: TransferClassifier, stream: FileStream, top_k: int = 5, maps: Path | None = None
     ) -> None:
-        self.module, self.maps, self.max_pixels = module, maps, max_pixels
+        self.module, self.stream, self.maps = module, stream, maps
         self.top_k = min(top_k, len(module.class_names))
-        backbone = module.backbone.for_extraction(feature_dtype(precision, device), device)
-        self._activation = ClassActivation(backbone, module.linear.weight.detach()) if maps else None
-        self._extractor = Extractor(self._read, backbone, device, workers)
+        self._activation = ClassActivation(stream.backbone, linear_head(module.head).weight.detach()) if maps else None
         self._done = 0
 
     def __call__(self, paths: Iterable[str]) -> Iterator[Prediction]:
-        """Gives a prediction a path."""
-        for chunk, computed in self._extractor(self._batches(paths)):
-            yield from self._predictions([os.fsdecode(row) for row in chunk.rows], computed)
-
-    def _batches(self, paths: Iterable[str]) -> Iterator[tuple[Chunk, tuple[bytes, ...]]]:
-        stream = iter(paths)
-        while batch := tuple(os.fsencode(path) for path in itertools.islice(stream, BATCH)):
-            yield Chunk(batch), batch
-
-    def _pixels(self, path: str) -> Image.Image:
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise UnreadableImage(f"{error.strerror or error}".lower()) from error
-        return decode(data, self.module.backbone.preprocessing.resize_size, self.max_pixels)
-
-    def _read(self, row: bytes) -> Tensor:
-        return preprocess(self._pixels(os.fsdecode(row)), self.module.backbone.preprocessing)
+        """Gives a prediction per path."""
+        for computed in self.stream(paths):
+            yield from self._predictions(computed)
 
     @torch.no_grad()
-    def _predictions(self, paths: Sequence[str], computed: Computed) -> Iterator[Prediction]:
+    def _predictions(self, computed: Computed) -> Iterator[Prediction]:
         logits = self.module.head(computed.features)
         probabilities, labels = (logits / self.module.temperature).softmax(dim=1).topk(self.top_k)
         finite = computed.features.isfinite().all(dim=1)
         heat = self._activation(labels[:, 0]) if self._activation and len(labels) else None
-        number = 0
-        for path in paths:
+        number = {key: place for place, key in enumerate(computed.rows)}
+        for key in computed.keys:
             self._done += 1
-            row = os.fsencode(path)
-            if row in computed.failures:
-                yield Prediction(path, error=computed.failures[row])
-                continue
-            if finite[number]:
-                names = [self.module.class_names[label] for label in labels[number].tolist()]
-                if heat is not None:
-                    self._draw(path, names[0], heat[number])
-                yield Prediction(path, tuple(zip(names, probabilities[number].tolist(), strict=True)))
-            else:
+            path, place = os.fsdecode(key), number.get(key)
+            if place is None:
+                yield Prediction(path, error=computed.failures[key])
+            elif not finite[place]:
                 yield Prediction(path, error="its features are not finite")
-            number += 1
+            else:
+                names = [self.module.class_names[label] for label in labels[place].tolist()]
+                if heat is not None:
+                    self._draw(path, names[0], heat[place])
+                yield Prediction(path, tuple(zip(names, probabilities[place].tolist(), strict=True)))
 
     def _draw(self, path: str, name: str, heat: Tensor) -> None:
         assert self.maps
         stem, label = (re.sub(r"[^\w.-]+", "_", text)[:60] for text in (Path(path).stem, name))
-        picture = overlay(preprocess(self._pixels(path), self.module.backbone.preprocessing), heat)
-        picture.save(self.maps / f"{self._done:06}-{stem}-{label}.png")
+        overlay(self.stream.pixels(path), heat).save(self.maps / f"{self._done:06}-{stem}-{label}.png")
 
 
 def _parser() -> OptionParser:
     parser = parser_of("predict", "PATH…    (files and folders; none: paths from the standard input, a line each)")
     parser.add_argument("paths", nargs="*", type=str, help="files and folders")
-    parser.add_argument("--ckpt_path", type=str | None, help="of a trained head, such as logs/…/checkpoints/best.ckpt")
+    add_checkpoint(parser)
     parser.add_argument("--output", type=str | None, help="a new .csv or .jsonl file; None: the standard output")
     parser.add_argument("--format", type=str | None, help="csv or jsonl; None: as the output is named, else csv")
     parser.add_argument("--top_k", type=Positive, default=5, help="how many classes a row names")
-    parser.add_argument("--explain", type=str | None, help="a new folder for class activation maps, a picture a file")
-    parser.add_argument("--num_workers", type=Count | None, help="threads that decode; None: one a core, at most 8")
+    parser.add_argument("--explain", type=str | None, help="a new folder for class activation maps, a picture per file")
+    parser.add_argument("--num_workers", type=Count | None, help="threads that decode; None: one per core, at most 8")
     parser.add_argument("--feature_precision", type=FeaturePrecision, default="auto", help="auto, bf16 or fp32")
     parser.add_argument("--max_pixels", type=Positive, default=MAX_PIXELS, help="larger images are errors")
-    parser.add_argument("--accelerator", type=str, default="auto", help="cpu, cuda or auto")
+    add_accelerator(parser)
     return parser
-
-
-def device_of(accelerator: str) -> torch.device:
-    """The device of that name, or what the machine has.
-
-    Raises:
-        UserError: it has none such.
-    """
-    if accelerator == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        device = torch.device({"gpu": "cuda"}.get(accelerator, accelerator))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--accelerator={accelerator}: not on this machine; auto takes what it has") from error
-    return device
 
 
 def _inputs(given: Sequence[str]) -> tuple[Iterable[str], int | None]:
@@ -221,9 +175,7 @@ def _open(output: str) -> Iterator[TextIO]:
     if Path(output).suffix not in FORMATS:
         raise UserError(f"--output={output}: name it {' or '.join(f'*{suffix}' for suffix in FORMATS)}")
     try:
-        file = Path(output).expanduser().open("x", newline="", encoding="utf-8", errors="surrogateescape")
-    except FileExistsError as error:
-        raise UserError(f"--output={output}: is there already; give another name") from error
+        file = new_path("--output", output).open("x", newline="", encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         raise UserError(f"--output={output}: cannot be written ({error.strerror})") from error
     with file:

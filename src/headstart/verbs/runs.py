@@ -1,62 +1,34 @@
-"""The verb `runs`: the run folders with their scores and the settings in which they differ."""
+"""The verb `runs`: the run folders with their scores and the settings in which they differ. Imports no torch."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.table import Table
 
 from headstart.errors import UserError
-from headstart.files import csv_bytes, flat, write_atomically
+from headstart.files import csv_bytes, flat, write_new
 from headstart.parser import parser_of
-from headstart.runs.folder import RESULT
+from headstart.runs.history import Run
 from headstart.terminal import say
 
 SHOWN, ABOUT = ("val/acc", "test/acc"), ("run", "state", "seconds")
 # Where things lie, and what is said of a run, are no settings of it.
 NO_SETTINGS = (
-    "name",
-    "ckpt_path",
-    "report",
-    "trainer.default_root_dir",
-    "data.cache_dir",
-    "data.splits",
-    "logs",
-    "save",
+    *("name", "ckpt_path", "report", "logs", "save", "trainer.default_root_dir"),
+    *("data.cache_dir", "data.splits"),
 )
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run's folder, as it is found.
-
-    Attributes:
-        folder: relative to the logs.
-        result: the content of its `result.json`; empty before it is finished.
-        settings: of its configuration, by dotted name.
-    """
-
-    folder: str
-    result: Mapping[str, Any]
-    settings: Mapping[str, Any]
-
-    @property
-    def state(self) -> str:
-        """Whether it is finished."""
-        return "finished" if self.result else "unfinished"
 
 
 def runs(options: Sequence[str]) -> list[dict[str, Any]]:
     """Lists the runs, the best first.
 
     Args:
-        options: of the command line.
+        options: the command line's.
 
     Returns:
-        A row a run, as the CSV file has it.
+        A row per run, as the CSV file has it.
 
     Raises:
         UserError: a mistake in the options, or there is no run.
@@ -66,53 +38,40 @@ def runs(options: Sequence[str]) -> list[dict[str, Any]]:
     parser.add_argument("--sort", type=str, default="test/acc", help="the score or setting to sort by, best first")
     parser.add_argument("--csv", type=str | None, help="a new file for all scores and all settings that differ")
     given = parser.parse_args(list(options))
-    found = list(_found(Path(given.logs)))
-    if not found:
+    rows = _rows(Path(given.logs))
+    if not rows:
         raise UserError(f"--logs={given.logs}: no runs in there; python train.py makes one")
-    rows = [_row(run, differing(found)) for run in found]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
     if not any(given.sort in row for row in rows):
-        raise UserError(f"--sort={given.sort}: no such column; there are {', '.join(_columns(rows))}")
+        raise UserError(f"--sort={given.sort}: no such column; there are {', '.join(columns)}")
     rows.sort(key=lambda row: _place(row.get(given.sort), given.sort))
     _say(rows)
     if given.csv:
-        _write(Path(given.csv).expanduser(), rows)
+        lines = ([row.get(name) for name in columns] for row in rows)
+        say(f"table:    {write_new('--csv', given.csv, csv_bytes([columns, *lines]))}")
     return rows
 
 
-def _found(logs: Path) -> Iterator[Run]:
-    for folder in sorted({path.parent for name in (RESULT, "config.yaml") for path in logs.glob(f"*/*/{name}")}):
-        result, config = _read(folder / RESULT, json.loads), _read(folder / "config.yaml", yaml.safe_load)
-        yield Run(
-            folder.relative_to(logs).as_posix(),
-            result,
-            {name: value for name, value in flat(config).items() if name not in NO_SETTINGS},
-        )
-
-
-def _read(file: Path, parse: Any) -> dict[str, Any]:
-    """Empty where there is no file, or a damaged one."""
-    try:
-        content = parse(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def differing(found: Sequence[Run]) -> list[str]:
-    """The names of the settings that are not the same in all runs that have a configuration."""
-    configured = [run.settings for run in found if run.settings]
+def _rows(logs: Path) -> list[dict[str, Any]]:
+    """A row per run: its scores, what is said of it, and the settings that are not the same in all."""
+    found = {run: _settings(run) for run in Run.all_in(logs)}
+    configured = [settings for settings in found.values() if settings]
     names = dict.fromkeys(name for settings in configured for name in settings)
-    return [name for name in names if len({repr(settings.get(name)) for settings in configured}) > 1]
+    differing = [name for name in names if len({repr(settings.get(name)) for settings in configured}) > 1]
+    rows = []
+    for run, settings in found.items():
+        result = run.result
+        scores = {name: value for name, value in result.items() if isinstance(value, float)}
+        about = {"seconds": result.get("seconds", {}).get("total"), "state": "finished" if result else "unfinished"}
+        own = {name: settings[name] for name in differing if name in settings}
+        rows.append({"run": run.folder.relative_to(logs).as_posix()} | scores | about | own)
+    return rows
 
 
-def _row(run: Run, names: Sequence[str]) -> dict[str, Any]:
-    scores = {name: value for name, value in run.result.items() if isinstance(value, float)}
-    about = {"seconds": run.result.get("seconds", {}).get("total"), "state": run.state}
-    return {"run": run.folder} | scores | about | {name: run.settings[name] for name in names if name in run.settings}
-
-
-def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row))
+def _settings(run: Run) -> dict[str, Any]:
+    with suppress(UserError):  # a damaged configuration is no reason to list nothing
+        return {name: value for name, value in flat(run.config).items() if name not in NO_SETTINGS}
+    return {}
 
 
 def _place(value: Any, name: str) -> tuple[bool, float, str]:
@@ -129,23 +88,11 @@ def _say(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         scores = (f"{row[name]:.3f}" if name in row else "" for name in SHOWN)
         seconds = row["state"] if row["seconds"] is None else f"{row['seconds']:.0f}"
-        settings = (
-            f"{name.split('.')[-1]}={row[name]}" for name in row if name not in ABOUT and not _is_score(row, name)
-        )
-        table.add_row(row["run"], *scores, seconds, " ".join(settings))
+        settings = {name: value for name, value in row.items() if name not in ABOUT and not _is_score(name, value)}
+        shown = " ".join(f"{name.split('.')[-1]}={value}" for name, value in settings.items())
+        table.add_row(row["run"], *scores, seconds, shown)
     say(table)
 
 
-def _is_score(row: Mapping[str, Any], name: str) -> bool:
-    return "/" in name and isinstance(row[name], float)
-
-
-def _write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    if file.exists():
-        raise UserError(f"--csv={file}: is there already; give another name")
-    columns = _columns(rows)
-    try:
-        write_atomically(file, csv_bytes([columns, *([row.get(name) for name in columns] for row in rows)]))
-    except OSError as error:
-        raise UserError(f"--csv={file}: cannot be written ({error.strerror})") from error
-    say(f"table:    {file}")
+def _is_score(name: str, value: Any) -> bool:
+    return "/" in name and isinstance(value, float)

@@ -1,5 +1,39 @@
-"""The verb `train`."""
+"""The verb `train`: a head on a folder of images."""
 
-from headstart.fit.cli import train
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-__all__ = ["train"]
+from headstart.fit.cli import TrainCLI
+from headstart.fit.run import finish, fit, program, report, test
+from headstart.terminal import Seconds, quiet_libraries, say
+
+OWN_IMAGES = "--data.root=path/to/your/photos    (one folder of images per class)"
+STRONGER = "--data.{}={} --model.weights=imagenet    (better features for photographs, 45 MB once)"
+
+
+def train(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
+    """Fits a head, tests the best checkpoint, writes the report and the result, and says what to do next.
+
+    Args:
+        options: the command line's.
+        root: the data's root where none is given.
+
+    Returns:
+        The content of the run's `result.json`; empty where nothing was left to train.
+
+    Raises:
+        UserError: a mistake in the options or the data.
+    """
+    seconds = Seconds()
+    quiet_libraries()
+    cli = TrainCLI(options, root)  # the options, and from them cli.datamodule, cli.model and cli.trainer
+    if cli.say_if_finished():
+        return {}
+    fit(cli, seconds)
+    scores = test(cli, seconds)
+    report(cli, scores, seconds)
+    result = finish(cli, scores, seconds)
+    path, option = cli.datamodule.source.path, "csv" if cli.config.data.csv else "root"
+    say(f"next:     {program()} {OWN_IMAGES if path == root else STRONGER.format(option, path)}")
+    return result

@@ -1,0 +1,158 @@
+"""The images of a source and their features, computed once."""
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from headstart.data.sources import Source
+from headstart.data.splits import Item
+from headstart.errors import UserError
+from headstart.features.cache import FeatureCache, cache_key
+from headstart.features.extract import FeaturePrecision, NonFiniteFeatures, feature_dtype
+from headstart.features.hashes import cache_folder
+from headstart.features.matrix import FeatureMatrix, Key
+from headstart.images import MAX_PIXELS, Preprocessing, UnreadableImage, Views, preprocess
+from headstart.model.backbone import FrozenBackbone
+from headstart.terminal import images_bar, say
+
+# Skipping more images than this, and more than this share, is not an accident of single files.
+MAX_SKIPPED, MAX_SKIPPED_SHARE = 5, 0.05
+
+
+class FeatureStore:
+    """A source's readable images, and matrices of the features of any of them.
+
+    Args:
+        source: where the images come from.
+        num_workers: threads that decode; None: one per processor core, at most 8.
+        cache_dir: where features are kept; None: $HEADSTART_CACHE, else the user's cache folder.
+        feature_precision: arithmetic of the features; auto: bf16 where the device computes it fast, else fp32.
+        max_pixels: images of more pixels are left out.
+        cache: false: no features; the images are decoded once, to find those that cannot be read.
+
+    Attributes:
+        items: the readable images, once they are loaded.
+        skipped: the reasons of the others, by path.
+        seconds: what scanning and computing took.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        num_workers: int | None = None,
+        cache_dir: str | None = None,
+        feature_precision: FeaturePrecision = "auto",
+        max_pixels: int = MAX_PIXELS,
+        cache: bool = True,
+    ) -> None:
+        self.source, self.cache, self.max_pixels = source, cache, max_pixels
+        self.workers = max(1, min(8, os.cpu_count() or 1) if num_workers is None else num_workers)
+        self.cache_dir = cache_folder(cache_dir)
+        self.feature_precision: FeaturePrecision = feature_precision
+        self.items: list[Item] = []
+        self.skipped: dict[str, str] = {}
+        self.seconds = {"scan": 0.0, "features": 0.0}
+        self.backbone: FrozenBackbone
+        self.device: torch.device
+        self._caches: dict[Views, FeatureCache] = {}
+        self._loaded: tuple[str, Preprocessing] | None = None
+
+    def load(self, backbone: FrozenBackbone, device: torch.device) -> bool:
+        """Scans the source and computes the features that are missing; False: all is there for this backbone."""
+        identity = backbone.digest(), backbone.preprocessing
+        if identity == self._loaded:
+            return False
+        self.backbone, self.device, self._caches = backbone, device, {}
+        with self._timed("scan"):
+            found, self.skipped = self.source.scan(self.cache_dir / "index" if self.cache else None)
+        if self.cache:
+            failures = self._fill({item.digest: item for item in found}, Views(), 0)
+            self.skipped |= {item.path: failures[item.digest] for item in found if item.digest in failures}
+        else:
+            with self._timed("scan"):
+                self._decode_all(found)
+        self.items = [item for item in found if item.path not in self.skipped]
+        self._loaded = identity
+        return True
+
+    def read(self, item: Item) -> Image.Image:
+        """An image as RGB, at least as large as the backbone needs it."""
+        return self.source.read(item, self.backbone.preprocessing.resize_size, self.max_pixels)
+
+    def check_skips(self) -> None:
+        """Says what is left out.
+
+        Raises:
+            UserError: it is too much to be an accident.
+        """
+        if not self.skipped:
+            return
+        first = "; ".join(f"{path}: {reason}" for path, reason in list(self.skipped.items())[:3])
+        total = len(self.items) + len(self.skipped)
+        if len(self.skipped) > max(MAX_SKIPPED, MAX_SKIPPED_SHARE * total):
+            raise UserError(f"{len(self.skipped)} of {total} images cannot be read ({first}); fix or remove them")
+        say(f"data: {len(self.skipped)} of {total} images are left out ({first}); all in skipped.csv")
+
+    def matrix(self, items: Sequence[Item], views: Views | None = None, number: int = 0) -> FeatureMatrix:
+        """The features of one view of images, computed if they are missing.
+
+        Args:
+            items: the images.
+            views: how they are augmented; None: not at all.
+            number: the number of the view; 0: the images themselves.
+        """
+        if not number or views is None:
+            return self._caches[Views()].matrix([item.digest for item in items])
+        keys = [hashlib.sha256(b"view %d " % number + item.digest).digest() for item in items]
+        self._fill(dict(zip(keys, items, strict=True)), views, number)
+        return self._caches[views].matrix(keys)
+
+    def _fill(self, items: dict[Key, Item], views: Views, number: int) -> dict[Key, str]:
+        """Computes what the cache lacks of one view, by key -> why images have none."""
+
+        def pixels(key: Key) -> Tensor:
+            item = items[key]
+            return views.view(self.read(item), item.digest, number, self.backbone.preprocessing)
+
+        if views not in self._caches:
+            self._caches[views] = FeatureCache(self.cache_dir, self._key(views))
+        with self._timed("features"):
+            try:
+                return self._caches[views].fill(list(items), pixels, self.backbone, self.device, self.workers)
+            except NonFiniteFeatures as error:
+                raise UserError(f"{items[error.key].path}: its features are not finite; remove it") from error
+
+    def _key(self, views: Views) -> dict[str, object]:
+        dtype = feature_dtype(self.feature_precision, self.device)
+        described = {"policy": "none"} if views == Views() else asdict(views)
+        return cache_key(self.backbone, self.device, dtype, self.max_pixels, described)
+
+    def _decode_all(self, items: Sequence[Item]) -> None:
+        """Without a cache, whose extraction finds them, unreadable images are found by decoding all once."""
+
+        def reason(item: Item) -> str | None:
+            try:
+                preprocess(self.read(item), self.backbone.preprocessing)
+            except UnreadableImage as error:
+                return str(error)
+            return None
+
+        with ThreadPoolExecutor(self.workers) as pool, images_bar("checking", len(items)) as advance:
+            for item, why in zip(items, pool.map(reason, items), strict=True):
+                advance(1)
+                if why is not None:
+                    self.skipped[item.path] = why
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - started

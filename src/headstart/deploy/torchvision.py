@@ -1,0 +1,29 @@
+"""A trained head in the state dict of the backbone's own library, which loads it without headstart."""
+
+import io
+
+import torch
+from torch import Tensor, nn
+
+from headstart.model.classifier import TransferClassifier
+from headstart.model.heads import linear_head
+
+
+def to_torchvision(module: TransferClassifier) -> bytes:
+    """A state dict of the whole network with the new classifier, in which the temperature is contained."""
+    net, path = module.backbone.net, module.backbone.classifier_path
+    head = linear_head(module.head).state_dict()
+    classifier = {f"{path}.{name}": tensor / module.temperature for name, tensor in head.items()}
+    file = io.BytesIO()
+    torch.save({name: tensor.detach().clone() for name, tensor in (net.state_dict() | classifier).items()}, file)
+    return file.getvalue()
+
+
+def run_torchvision(data: bytes, module: TransferClassifier, images: Tensor) -> Tensor:
+    """The probabilities of the library's own network; normalisation is its caller's."""
+    backbone = module.backbone
+    net = backbone.family.build(backbone.name)
+    net.set_submodule(backbone.classifier_path, nn.Linear(backbone.num_features, len(module.class_names)))
+    net.load_state_dict(torch.load(io.BytesIO(data), weights_only=True))
+    logits: Tensor = net.eval()((images.float() - backbone.mean) / backbone.std)
+    return logits.softmax(dim=1)

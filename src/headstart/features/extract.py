@@ -1,0 +1,155 @@
+"""From images to rows of features, at the machine's speed."""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from headstart.features.matrix import Key, Shard
+from headstart.images import UnreadableImage
+from headstart.model.backbone import FrozenBackbone
+
+FeaturePrecision = Literal["auto", "bf16", "fp32"]
+
+# Features of an image change in their last bits with the batch size, so it is fixed, and the last batch is padded.
+BATCH = 32
+# Batches that are decoded ahead, while an accelerator computes. On a processor both need the same cores: there a batch
+# is decoded by all threads, then computed by all threads, which is faster than letting them get in each other's way.
+BATCHES_AHEAD = 3
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device computes bf16 in hardware; where it is emulated it is far slower than fp32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        return any(getattr(torch.cpu, check, bool)() for check in checks)
+    return False
+
+
+def feature_dtype(precision: FeaturePrecision, device: torch.device) -> torch.dtype:
+    """The arithmetic of the extraction; ``auto`` looks at the device and never times it."""
+    if precision == "auto":
+        precision = "bf16" if has_fast_bf16(device) else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+class NonFiniteFeatures(Exception):
+    """The backbone gave NaN or infinity for an image, which is never cached.
+
+    Attributes:
+        key: of the image.
+    """
+
+    def __init__(self, key: Key) -> None:
+        super().__init__(f"features that are not finite, row {key.hex()}")
+        self.key = key
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What the backbone made of a batch.
+
+    Attributes:
+        keys: all of the batch.
+        rows: the keys of those that could be read.
+        features: their features, [rows, D] float32.
+        failures: why the others could not, by key.
+    """
+
+    keys: Sequence[Key]
+    rows: list[Key]
+    features: Tensor
+    failures: dict[Key, str]
+
+
+class Extractor:
+    """Decodes in threads and computes; while an accelerator computes, the next batches are decoded.
+
+    Args:
+        backbone: a copy of it computes, which is made here, before any thread starts: torch.fx, which folds it,
+            replaces ``nn.Module.__call__`` for every thread while it traces.
+        read: gives the pixels of a key, [3, H, W] uint8; may raise ``UnreadableImage``.
+        device: the device that computes.
+        dtype: the arithmetic.
+        workers: the number of threads.
+
+    Attributes:
+        backbone: the copy.
+    """
+
+    def __init__(
+        self,
+        backbone: FrozenBackbone,
+        read: Callable[[Key], Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+        workers: int,
+    ) -> None:
+        self.backbone = backbone.for_extraction(dtype, device)
+        self._read, self._device, self._workers = read, device, max(1, workers)
+        self._ahead = 0 if device.type == "cpu" else BATCHES_AHEAD
+        self._batch: Tensor | None = None
+
+    def __call__(self, keys: Iterable[Key]) -> Iterator[Computed]:
+        """The features of images in batches of 32, in order; keys are taken as they are needed."""
+        stream = iter(keys)
+        decoding: deque[tuple[list[Key], list[Future[Tensor]]]] = deque()
+        with ThreadPoolExecutor(self._workers) as pool:
+            while batch := list(itertools.islice(stream, BATCH)):
+                decoding.append((batch, [pool.submit(self._read, key) for key in batch]))
+                if len(decoding) > self._ahead:
+                    yield self._finish(*decoding.popleft())
+            while decoding:
+                yield self._finish(*decoding.popleft())
+
+    def shard(self, keys: Sequence[Key], advance: Callable[[int], None]) -> Shard:
+        """The features of images as one piece of the cache.
+
+        Args:
+            keys: of the images.
+            advance: told the images done.
+
+        Raises:
+            NonFiniteFeatures: an image has no finite ones.
+        """
+        started, parts = time.perf_counter(), []
+        for part in self(keys):
+            finite = part.features.isfinite().all(dim=1)
+            if not finite.all():
+                raise NonFiniteFeatures(part.rows[int(finite.int().argmin())])
+            parts.append(part)
+            advance(len(part.keys))
+        rows = [row for part in parts for row in part.rows]
+        failures = {key: reason for part in parts for key, reason in part.failures.items()}
+        return Shard(rows, torch.cat([part.features for part in parts]), failures, time.perf_counter() - started)
+
+    def _finish(self, keys: Sequence[Key], pixels: Sequence[Future[Tensor]]) -> Computed:
+        images: list[Tensor] = []
+        readable: list[Key] = []
+        failures: dict[Key, str] = {}
+        for key, future in zip(keys, pixels, strict=True):
+            try:
+                images.append(future.result())
+                readable.append(key)
+            except UnreadableImage as error:
+                failures[key] = str(error)
+        features = self._features(images) if images else torch.empty(0, self.backbone.num_features)
+        return Computed(keys, readable, features, failures)
+
+    @torch.no_grad()
+    def _features(self, images: Sequence[Tensor]) -> Tensor:
+        """Up to ``BATCH`` images, each [3, H, W] uint8 -> features [B, D] float32 on the CPU."""
+        if self._batch is None:
+            self._batch = images[0].new_empty(BATCH, *images[0].shape)
+        padded = [*images, *[images[0]] * (BATCH - len(images))]
+        torch.stack(padded, out=self._batch)  # into the same memory each time: new pages cost more than the copy
+        computed: Tensor = self.backbone(self._batch.to(self._device))
+        return computed[: len(images)].cpu()

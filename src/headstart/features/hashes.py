@@ -1,0 +1,97 @@
+"""Content hashes: of images, remembered between runs, and of the cache's own files. Imports no torch."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import platformdirs
+
+from headstart.files import write_atomically
+
+# A file changed this shortly before it was hashed could change again within the clock's grain, unseen.
+GRAIN_NS = 2 * 10**9
+
+Stamp = list[int]
+
+
+def cache_folder(chosen: str | None = None) -> Path:
+    """``--data.cache_dir``, else ``$HEADSTART_CACHE``, else the user's cache folder."""
+    return Path(chosen or os.environ.get("HEADSTART_CACHE") or platformdirs.user_cache_dir("headstart")).expanduser()
+
+
+def verify(shard: Path) -> None:
+    """Compares a shard's content with the checksum in its name.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if sha256(shard).hex() != shard.stem.rsplit("-", 1)[-1]:
+        raise ValueError("checksum differs")
+
+
+def sha256(path: Path) -> bytes:
+    """The digest of a file's content."""
+    return hashlib.sha256(path.read_bytes()).digest()
+
+
+class ContentIndex:
+    """The hashes of a folder's files, remembered between runs.
+
+    A remembered hash counts only while the file's size, mtime, ctime and inode are the same; ctime cannot be set back,
+    so a change hidden from mtime is seen too. The index has its own checksum, and a damaged one is made anew.
+
+    Args:
+        root: the folder that the paths are relative to.
+        folder: where the index lies; None: nothing is remembered.
+    """
+
+    def __init__(self, root: Path, folder: Path | None) -> None:
+        self.root = root
+        self._file = folder / f"{hashlib.sha256(str(root).encode()).hexdigest()[:32]}.json" if folder else None
+        self._known: dict[str, tuple[Stamp, str]] = self._load()
+
+    def digests(self, paths: list[str], advance: Callable[[int], None]) -> tuple[dict[str, bytes], dict[str, str]]:
+        """The sha256 of each file by its path, and the reason for each that cannot be read."""
+        found: dict[str, tuple[Stamp, str]] = {}
+        unreadable: dict[str, str] = {}
+        now = time.time_ns()
+        for path in paths:
+            try:
+                stat = (self.root / path).stat()
+                stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+                known = self._known.get(path)
+                settled = max(stat.st_mtime_ns, stat.st_ctime_ns) < now - GRAIN_NS
+                if known and known[0] == stamp:
+                    found[path] = known
+                else:
+                    found[path] = (stamp if settled else [], sha256(self.root / path).hex())
+            except FileNotFoundError:
+                unreadable[path] = "missing, or a broken symbolic link"
+            except OSError as error:
+                unreadable[path] = f"unreadable: {error.strerror}"
+            advance(1)
+        if found != self._known:
+            self._save(found)
+        return {path: bytes.fromhex(digest) for path, (_, digest) in found.items()}, unreadable
+
+    def _load(self) -> dict[str, tuple[Stamp, str]]:
+        if self._file is None or not self._file.is_file():
+            return {}
+        try:
+            checksum, body = self._file.read_bytes().split(b"\n", 1)
+            if checksum.decode() != hashlib.sha256(body).hexdigest():
+                return {}
+            return {path: (stamp, digest) for path, (stamp, digest) in json.loads(body).items()}
+        except (OSError, ValueError):
+            return {}
+
+    def _save(self, found: dict[str, tuple[Stamp, str]]) -> None:
+        if self._file is None:
+            return
+        body = json.dumps(found).encode()
+        with suppress(OSError):  # only the fast path is lost; the features say it if the folder cannot be written
+            write_atomically(self._file, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)

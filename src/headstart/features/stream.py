@@ -1,0 +1,65 @@
+"""Files as a stream of features: memory does not grow with their number."""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from headstart.features.extract import Computed, Extractor, FeaturePrecision, feature_dtype
+from headstart.images import MAX_PIXELS, UnreadableImage, decode, preprocess
+from headstart.model.backbone import FrozenBackbone
+
+
+class FileStream:
+    """From paths to features, in order, in batches of 32.
+
+    They are those that training cached, to the bit: the same decoder, arithmetic and batch size.
+
+    Args:
+        backbone: maps images to features.
+        device: the device that computes.
+        precision: arithmetic of the backbone.
+        workers: threads that decode.
+        max_pixels: larger images are not read.
+
+    Attributes:
+        backbone: the copy that computes.
+    """
+
+    def __init__(
+        self,
+        backbone: FrozenBackbone,
+        device: torch.device,
+        precision: FeaturePrecision = "auto",
+        workers: int = 2,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self._preprocessing, self._max_pixels = backbone.preprocessing, max_pixels
+        self._extractor = Extractor(backbone, self._read, device, feature_dtype(precision, device), workers)
+        self.backbone = self._extractor.backbone
+
+    def __call__(self, paths: Iterable[str]) -> Iterator[Computed]:
+        """The features of files; a key is the path's bytes (``os.fsdecode``)."""
+        return self._extractor(os.fsencode(path) for path in paths)
+
+    def image(self, path: str) -> Image.Image:
+        """The file as RGB.
+
+        Raises:
+            UnreadableImage: it cannot be read.
+        """
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise UnreadableImage(f"{error.strerror or error}".lower()) from error
+        return decode(data, self._preprocessing.resize_size, self._max_pixels)
+
+    def pixels(self, path: str) -> Tensor:
+        """The file as the backbone sees it, [3, H, W] uint8."""
+        return preprocess(self.image(path), self._preprocessing)
+
+    def _read(self, key: bytes) -> Tensor:
+        return self.pixels(os.fsdecode(key))

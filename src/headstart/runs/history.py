@@ -1,0 +1,106 @@
+"""Runs as they are found on the disk. Imports no torch."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from headstart.errors import UserError
+from headstart.files import read_csv
+
+RESULT, CONFIG, SPLITS_FILE = "result.json", "config.yaml", "splits.csv"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder.
+
+    Attributes:
+        folder: its path.
+    """
+
+    folder: Path
+
+    @classmethod
+    def of(cls, checkpoint: Path) -> "Run":
+        """The run that a checkpoint belongs to, if it lies in a run's folder."""
+        return cls(checkpoint.resolve().parent.parent)
+
+    @classmethod
+    def all_in(cls, logs: Path) -> Iterator["Run"]:
+        """Every run below the logs, in order of their paths."""
+        for folder in sorted({path.parent for name in (RESULT, CONFIG) for path in logs.glob(f"*/*/{name}")}):
+            yield cls(folder)
+
+    @property
+    def splits_file(self) -> Path:
+        """Which image trained, which validated, which tested."""
+        return self.folder / SPLITS_FILE
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint that it is resumed from."""
+        return self.folder / "checkpoints/last.ckpt"
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The content of its result; empty before it is finished, or where that is damaged."""
+        try:
+            content = json.loads((self.folder / RESULT).read_text())
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its configuration; empty where there is none.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        file = self.folder / CONFIG
+        if not file.is_file():
+            return {}
+        try:
+            content = yaml.safe_load(file.read_text())
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"{file}: is no YAML any more ({' '.join(str(error).split())})") from error
+        return content if isinstance(content, dict) else {}
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The data options of its configuration; empty where there are none."""
+        found = self.config.get("data")
+        return found if isinstance(found, dict) else {}
+
+    def images(self) -> list[Path]:
+        """The images that it split; empty where it says of none."""
+        data = self.data
+        if not data or not self.splits_file.is_file():
+            return []
+        root = Path(data["csv"]).parent if data.get("csv") else Path(data["root"])
+        rows = read_csv("--ckpt_path", self.splits_file, ["path"], errors="surrogateescape")
+        return [root / row["path"] for row in rows]
+
+
+def newest_unfinished(logs: Path, name: str) -> Run:
+    """The newest run of the name that has a ``last.ckpt`` and no ``result.json``.
+
+    Args:
+        logs: where runs are.
+        name: its name; may hold wildcards.
+
+    Raises:
+        UserError: there is none.
+    """
+    started = logs.glob(f"{name}/*/checkpoints/last.ckpt")
+    for path in sorted(started, key=lambda path: path.parts[-3], reverse=True):
+        run = Run.of(path)
+        if not (run.folder / RESULT).exists():
+            return run
+    raise UserError(
+        f"--ckpt_path=last: no unfinished run below {logs / name}; give a checkpoint's path, or leave it out"
+    )

@@ -1,0 +1,37 @@
+"""TensorBoard in a run's folder."""
+
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import TensorBoardLogger
+
+
+class RunLogger(TensorBoardLogger):
+    """TensorBoard, in the run's folder; it has no experiment before the folder is claimed.
+
+    Lightning asks ``hasattr(logger, "experiment")`` before the data is read, and a run that its data stops should leave
+    no folder behind.
+
+    Args:
+        folder: of the run; None: set once it is claimed.
+        steps_done: of a resumed run: TensorBoard forgets what a killed process wrote of later steps.
+    """
+
+    def __init__(self, folder: Path | None = None, steps_done: int | None = None) -> None:
+        purge: dict[str, Any] = {} if steps_done is None else {"purge_step": steps_done}
+        super().__init__(save_dir="", name="", version="", default_hp_metric=False, **purge)
+        self.folder = folder
+
+    @property
+    def log_dir(self) -> str:
+        return str(self.folder) if self.folder else ""
+
+    @property
+    def save_dir(self) -> str:
+        return self.log_dir
+
+    @property
+    def experiment(self) -> Any:
+        if self.folder is None:
+            raise AttributeError("no run folder yet")
+        return super().experiment

@@ -1,0 +1,22 @@
+"""How certain a mean is: Student's t-interval, for scores and for paired differences."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def mean_and_half_width(values: Tensor | Sequence[float]) -> tuple[float, float]:
+    """The mean, and half the width of its 95 % interval; of paired differences if those are given.
+
+    Args:
+        values: independent ones, such as the accuracy of each episode, [E].
+    """
+    from scipy.special import stdtrit  # where it is used, since scipy takes a while to import
+
+    found = torch.as_tensor(values, dtype=torch.float64)
+    count, mean = len(found), float(found.mean())
+    if count < 2:
+        return mean, math.inf
+    return mean, float(stdtrit(count - 1, 0.975)) * float(found.std()) / math.sqrt(count)

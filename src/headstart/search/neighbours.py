@@ -1,0 +1,49 @@
+"""Exact nearest neighbours in features, in blocks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from headstart.terminal import images_bar
+
+ROWS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The images most like each image, by the cosine of centred features.
+
+    Attributes:
+        similarities: of the k nearest other contents, the nearest first, [N, k].
+        pairs: the positions of every two contents at least as similar as the threshold, [P, 2].
+    """
+
+    similarities: Tensor
+    pairs: Tensor
+
+
+def neighbours(features: Tensor, digests: Sequence[bytes], k: int, threshold: float) -> Neighbours:
+    """Compares every image with every other.
+
+    Args:
+        features: [N, D].
+        digests: the contents; an image is not compared with one of the same content.
+        k: how many neighbours.
+        threshold: the similarity from which pairs are listed.
+    """
+    first = {digest: position for position, digest in reversed(list(enumerate(digests)))}
+    content = torch.tensor([first[digest] for digest in digests])
+    unit = functional.normalize(features - features.mean(dim=0), dim=1)
+    similarities, pairs = [], []
+    with images_bar("comparing", len(unit)) as advance:
+        for start in range(0, len(unit), ROWS_AT_ONCE):
+            block = unit[start : start + ROWS_AT_ONCE] @ unit.T
+            own = content[start : start + len(block), None]
+            block[own == content] = -1
+            similarities.append(block.topk(min(k, len(unit) - 1), dim=1).values)
+            pairs.append((block >= threshold).nonzero() + torch.tensor([start, 0]))
+            advance(len(block))
+    return Neighbours(torch.cat(similarities), torch.cat(pairs))
