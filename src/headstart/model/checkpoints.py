@@ -46,6 +46,11 @@ class HeadModule(LightningModule):
         self.weights_digest = combined(self.digests)
         self.finetuned: list[str] = []
 
+    @property
+    def frozen(self) -> FrozenBackbone:
+        """What maps an image to the same numbers in every epoch, which are cached: the whole backbone."""
+        return self.backbone
+
     def on_fit_start(self) -> None:
         check_frozen(self.backbone.digests(), self.digests, but=self.learning)
 

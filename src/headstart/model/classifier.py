@@ -16,7 +16,7 @@ from headstart.errors import UserError
 from headstart.model.backbone import FrozenBackbone
 from headstart.model.calibration import Temperature
 from headstart.model.checkpoints import HeadModule
-from headstart.model.heads import HEADS
+from headstart.model.heads import make_head
 from headstart.model.schedule import warmup_cosine
 from headstart.model.weights import resolved
 from headstart.ranges import Fraction, ImageSize, NonNegative, Rate, plain
@@ -61,7 +61,6 @@ class TransferClassifier(HeadModule):
         super().__init__()
         self.save_hyperparameters(logger=False)
         self.hparams.update(plain(dict(self.hparams)) | {"weights": resolved(weights)})
-        self.strict_loading = False  # what is frozen is not in the checkpoint
         self.class_names = list(class_names)
         self.backbone = FrozenBackbone(backbone, self.hparams["weights"], self.hparams["image_size"])
         self.head = self.configure_head()
@@ -75,10 +74,7 @@ class TransferClassifier(HeadModule):
 
     def configure_head(self) -> nn.Module:
         """A module from features [B, D] to logits [B, num_classes]."""
-        name = self.hparams["head"]
-        if name not in HEADS:
-            raise UserError(f"--model.head={name}: no such head; there are {', '.join(HEADS)}")
-        return HEADS[name](self.backbone.num_features, len(self.class_names))
+        return make_head(self.hparams["head"], self.backbone.num_features, len(self.class_names))
 
     def configure_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The training loss: logits [B, num_classes] and labels [B] -> []."""
@@ -112,11 +108,6 @@ class TransferClassifier(HeadModule):
         return [{"params": list(self.head.parameters())}]
 
     @property
-    def frozen(self) -> FrozenBackbone:
-        """What maps an image to the same numbers in every epoch, which are cached: the whole backbone."""
-        return self.backbone
-
-    @property
     def logged(self) -> list[str]:
         """What is logged each epoch, which callbacks can watch."""
         return ["train/loss", "train/grad_norm", "val/loss", "val/temperature", *map(str, self.val_metrics)]
@@ -139,11 +130,6 @@ class TransferClassifier(HeadModule):
         self.loss = self.configure_loss()
 
     def training_step(self, batch: Batch) -> Tensor:
-        """One step on the head.
-
-        Raises:
-            UserError: the loss is not finite.
-        """
         loss = self.loss(self(batch[0]), batch[1])
         if not loss.isfinite():
             raise UserError(

@@ -51,6 +51,17 @@ HEADS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
+def make_head(name: str, width: int, num_classes: int) -> nn.Module:
+    """The head of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in HEADS:
+        raise UserError(f"--model.head={name}: no such head; there are {', '.join(HEADS)}")
+    return HEADS[name](width, num_classes)
+
+
 def linear_head(head: nn.Module) -> nn.Linear:
     """The head, for what only a linear one can do.
 
