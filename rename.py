@@ -24,8 +24,13 @@ def problem(name: str) -> str | None:
         return f"{name}: is no name for a package; use small letters, digits and _"
     if name == OLD or importlib.util.find_spec(name):
         return f"{name}: there is a package of this name; choose another"
+    return uncommitted()
+
+
+def uncommitted() -> str | None:
+    """Why the checkout is not ready to be changed by a script."""
     if (ROOT / ".git").exists() and subprocess.check_output(["git", "-C", ROOT, "status", "--porcelain"]):
-        return "there are changes; commit them first, so that `git diff` shows what the renaming did"
+        return "there are changes; commit them first, so that `git diff` shows what the script did"
     return None
 
 
@@ -58,14 +63,19 @@ def rename(name: str) -> int:
     return changed
 
 
+def tidy() -> None:
+    """Sorts imports, drops those that are not used any more, and breaks lines anew, if ruff is there."""
+    if importlib.util.find_spec("ruff"):
+        for command in (["check", "--quiet", "--fix", "--select=I,F401"], ["format", "--quiet"]):
+            subprocess.run([sys.executable, "-m", "ruff", *command, ROOT], check=True)
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
         sys.exit(__doc__)
     if why := problem(sys.argv[1]):
         sys.exit(f"error: {why}")
     count = rename(sys.argv[1])
-    if importlib.util.find_spec("ruff"):  # imports are sorted by name, and lines have another length
-        for command in (["check", "--quiet", "--fix", "--select=I"], ["format", "--quiet"]):
-            subprocess.run([sys.executable, "-m", "ruff", *command, ROOT], check=True)
+    tidy()  # imports are sorted by name, and lines have another length
     print(f"{OLD} is {sys.argv[1]} now, in {count} files")
     print("next:     pip install -e '.[dev]' && pytest")

@@ -19,13 +19,16 @@ import torch
 
 from headstart import FrozenBackbone, ImageFolderData
 from headstart.cli import main
+from headstart.data.splits import labels_of
+from headstart.features.matrix import Labelled
 from headstart.fewshot.compare import accuracies
 from headstart.fewshot.data import EpisodeData
-from headstart.fewshot.episodes import Shape
+from headstart.fewshot.episodes import TaskSize
 from headstart.fewshot.heads import Prototype
-from headstart.fewshot.intervals import mean_and_half_width
-from headstart.search.bank import Setting, score, train_bank
-from headstart.terminal import be_calm
+from headstart.search.bank import HeadSettings, Schedule, train_bank
+from headstart.search.exact import accuracy_and_loss
+from headstart.search.intervals import mean_and_half_width
+from headstart.terminal import quiet_libraries
 
 DEMO = Path(__file__).parent.parent / "data" / "clipart"
 EPISODES = 1000
@@ -59,7 +62,7 @@ def times(options):
 
     data = EpisodeData(**{option.removeprefix("--data.").split("=")[0]: option.split("=")[1] for option in options})
     data.load(FrozenBackbone(), torch.device("cpu"))
-    sampler = data.sampler("test", Shape(5, 5, 10))
+    sampler = data.sampler("test", TaskSize(5, 5, 10))
     ours, theirs, own, other = [], [], torch.empty(0), torch.empty(0)
     for _ in range(3):  # in turn, since the machine is shared
         started = time.perf_counter()
@@ -117,14 +120,14 @@ def _linear(few, rest):
     for folder in (few, rest):
         data = ImageFolderData(str(folder))
         data.load(backbone, device)
-        loaded.append((data.features_of(data.items), torch.tensor([item.label for item in data.items])))
-    (features, labels), tested = loaded
-    setting = Setting(lr=0.003, weight_decay=0.01, label_smoothing=0.1)
-    classes = int(labels.max()) + 1
-    scored = train_bank([setting], [features], labels, tested, classes, 25, 32, 0.04, 0, keep_last=True)
-    return score(scored[0].head, *tested)[0]
+        loaded.append(Labelled([data.store.matrix(data.items)], labels_of(data.items)))
+    train, test = loaded
+    settings = HeadSettings(lr=0.003, weight_decay=0.01, label_smoothing=0.1)
+    schedule = Schedule(epochs=25, batch_size=32, warmup=0.04, seed=0)
+    (trained,) = train_bank([settings], train, test, int(train.labels.max()) + 1, schedule, keep_last=True)
+    return accuracy_and_loss(trained.head, test)[0]
 
 
 if __name__ == "__main__":
-    be_calm()
+    quiet_libraries()
     {"heads": heads, "times": times, "tool": tool}[sys.argv[1]](sys.argv[2:])

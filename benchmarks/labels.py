@@ -9,12 +9,14 @@ import argparse
 from pathlib import Path
 
 import torch
-from torch.nn import functional
 
 from headstart import FrozenBackbone, ImageFolderData
-from headstart.search.bank import fit_exact
-from headstart.terminal import be_calm
-from headstart.verbs.check import FOLDS, losses, neighbours, out_of_fold, rooted
+from headstart.audit.findings import NEAR, near_groups, rooted
+from headstart.audit.labels import FOLDS, losses, out_of_fold
+from headstart.features.matrix import Labelled
+from headstart.search.exact import fit_exact
+from headstart.search.neighbours import neighbours
+from headstart.terminal import quiet_libraries
 
 CHANGED, SEEDS, FIRST = 20, 5, (20, 40, 60)
 DEMO = Path(__file__).parent.parent / "data" / "clipart"
@@ -26,21 +28,22 @@ def plain_losses(matrix, labels, classes):
     found = torch.zeros(len(labels), classes)
     for fold in range(FOLDS):
         inside, outside = (folds != fold).nonzero()[:, 0], (folds == fold).nonzero()[:, 0]
-        head = fit_exact(matrix.take(inside), labels[inside], classes, 1 / len(inside))
-        found[outside] = functional.linear(matrix.gather(outside), head.weight, head.bias).log_softmax(dim=1)
+        head = fit_exact(Labelled([matrix.take(inside)], labels[inside]), classes, 1 / len(inside))
+        found[outside] = head(matrix.gather(outside)).log_softmax(dim=1)
     return losses(found, labels)
 
 
 def main():
-    be_calm()
+    quiet_libraries()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("root", nargs="?", default=str(DEMO))
     data = ImageFolderData(parser.parse_args().root)
     data.load(FrozenBackbone(), torch.device("cpu"))
-    matrix, classes = data.features_of(data.items), len(data.class_names)
-    features = rooted(matrix.gather(torch.arange(len(matrix))))
+    matrix, classes = data.store.matrix(data.items), len(data.class_names)
+    features = rooted(matrix.whole())
     truth = torch.tensor([item.label for item in data.items])
-    near, _, _ = neighbours(features, [item.digest for item in data.items])
+    digests = [item.digest for item in data.items]
+    near = near_groups(neighbours(features, digests, k=1, threshold=NEAR).pairs, digests)
     groups = torch.arange(len(truth))
     for group in near:
         groups[group] = min(group)

@@ -21,7 +21,6 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -30,10 +29,14 @@ from pytorch_lightning import Trainer
 from headstart import FrozenBackbone, ImageFolderData, TransferClassifier
 from headstart.cli import main
 from headstart.data.module import ImageData
+from headstart.data.sources import Source
 from headstart.data.splits import Item
-from headstart.features.cache import BATCH, FeatureCache, Shard, cache_key, feature_dtype
+from headstart.features.cache import FeatureCache, cache_key
+from headstart.features.extract import BATCH, feature_dtype
+from headstart.features.matrix import Shard
 from headstart.images import decode, preprocess
-from headstart.search.bank import Setting, fit_exact, score, train_bank
+from headstart.search.bank import HeadSettings, Schedule, train_bank
+from headstart.search.exact import accuracy_and_loss, fit_exact
 from headstart.verbs.tune import LABEL_SMOOTHINGS, LRS, WEIGHT_DECAYS
 
 
@@ -55,23 +58,20 @@ class Memory:
         return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 
 
-class Rows(ImageData):
+class Rows(Source):
     """Images that exist only as rows of the cache."""
 
     classes = 20
 
-    def __init__(self, count: int, **options: Any) -> None:
-        self.count = count
-        super().__init__([str(label) for label in range(self.classes)], **options)
+    def __init__(self, count: int) -> None:
+        self.count, self.path = count, Path("rows")
+        self.class_names = [str(label) for label in range(self.classes)]
 
-    def scan(self) -> list[Item]:
-        return [Item(str(number), number % self.classes, row(number)) for number in range(self.count)]
+    def scan(self, remembered: Path | None) -> tuple[list[Item], dict[str, str]]:
+        return [Item(str(number), number % self.classes, row(number)) for number in range(self.count)], {}
 
-    def reader(self, shorter_side: int) -> Any:
-        def read(item: Item) -> Image.Image:
-            raise AssertionError(f"{item}: every row is in the cache")
-
-        return read
+    def read(self, item: Item, shorter_side: int, max_pixels: int) -> Image.Image:
+        raise AssertionError(f"{item}: every row is in the cache")
 
 
 def row(number: int) -> bytes:
@@ -79,9 +79,9 @@ def row(number: int) -> bytes:
 
 
 def cache_of(data: ImageData, backbone: FrozenBackbone) -> FeatureCache:
-    cpu = torch.device("cpu")
-    key = cache_key(backbone, cpu, feature_dtype(data.feature_precision, cpu), data.max_pixels, {"policy": "none"})
-    return FeatureCache(data.cache_dir, key)
+    cpu, store = torch.device("cpu"), data.store
+    key = cache_key(backbone, cpu, feature_dtype(store.feature_precision, cpu), store.max_pixels, {"policy": "none"})
+    return FeatureCache(store.cache_dir, key)
 
 
 def write_rows(cache: FeatureCache, count: int, piece: int = 4096) -> None:
@@ -100,7 +100,7 @@ def write_rows(cache: FeatureCache, count: int, piece: int = 4096) -> None:
 def rows(count: int) -> None:
     FeatureCache._agree = lambda *_: True  # behind these rows are no images to compare with
     with tempfile.TemporaryDirectory() as folder:
-        data = Rows(count, cache_dir=folder, batch_size=1024)
+        data = ImageData(Rows(count), cache_dir=folder, batch_size=1024)
         model = TransferClassifier(data.class_names)
         write_rows(cache_of(data, model.backbone), count)
         before, memory, started = Memory.now(), Memory(), time.perf_counter()
@@ -116,7 +116,7 @@ def rows(count: int) -> None:
         trainer.fit(model, datamodule=data)
         seconds = time.perf_counter() - started
         acc = trainer.test(model, datamodule=data, verbose=False)[0]["test/acc"]
-    parts = ", ".join(f"{name} {value:.1f} s" for name, value in data.seconds.items())
+    parts = ", ".join(f"{name} {value:.1f} s" for name, value in data.store.seconds.items())
     print(f"{count:,} rows of {Rows.classes} classes: {seconds:.1f} s for 10 epochs ({parts}), test/acc {acc:.3f}")
     print(f"peak anonymous memory {memory.peak / 1e9:.2f} GB ({before / 1e9:.2f} GB of it before the data)")
 
@@ -147,7 +147,7 @@ def limit(data: ImageFolderData, backbone: FrozenBackbone, count: int = 3200) ->
 
     cpu = torch.device("cpu")
     fast = backbone.for_extraction(feature_dtype("auto", cpu), cpu)
-    paths = [data.root / item.path for item in random.Random(0).sample(data.items, count)]
+    paths = [data.source.path / item.path for item in random.Random(0).sample(data.items, count)]
 
     def pixels(path: Path) -> torch.Tensor:
         return preprocess(decode(path.read_bytes(), backbone.preprocessing.resize_size), backbone.preprocessing)
@@ -160,31 +160,29 @@ def limit(data: ImageFolderData, backbone: FrozenBackbone, count: int = 3200) ->
     return count / (time.perf_counter() - started)
 
 
-def compare(data: ImageFolderData, strength: float) -> None:
+def compare(data: ImageFolderData, l2: float) -> None:
     from sklearn.linear_model import LogisticRegression
 
-    features, labels = data.features("train"), data.labels("train")
-    test = data.features("test"), data.labels("test")
+    train, test = data.labelled("train"), data.labelled("test")
     started = time.perf_counter()
-    head = fit_exact(features, labels, len(data.class_names), strength)
-    print(f"L-BFGS: test/acc {score(head, *test)[0]:.4f}, {time.perf_counter() - started:.1f} s, L2 {strength:g}")
-    whole = [matrix.gather(torch.arange(len(matrix))).numpy() for matrix in (features, test[0])]
+    head = fit_exact(train, len(data.class_names), l2)
+    print(f"L-BFGS: test/acc {accuracy_and_loss(head, test)[0]:.4f}, {time.perf_counter() - started:.1f} s, L2 {l2:g}")
+    whole = [labelled.views[0].whole().numpy() for labelled in (train, test)]
     started = time.perf_counter()
-    model = LogisticRegression(C=1 / (strength * len(labels)), max_iter=2000).fit(whole[0], labels.numpy())
-    acc = model.score(whole[1], test[1].numpy())
+    model = LogisticRegression(C=1 / (l2 * len(train)), max_iter=2000).fit(whole[0], train.labels.numpy())
+    acc = model.score(whole[1], test.labels.numpy())
     print(f"scikit-learn: test/acc {acc:.4f}, {time.perf_counter() - started:.1f} s, the same L2")
 
 
 def heads() -> None:
     data = ImageFolderData(str(Path(__file__).resolve().parent.parent / "data" / "clipart"))
     data.load(FrozenBackbone(), torch.device("cpu"))
-    grid = [Setting(*values) for values in itertools.product(LRS, WEIGHT_DECAYS, LABEL_SMOOTHINGS)]
-    val = data.features("val"), data.labels("val")
-    fixed = len(data.class_names), 25, 32, 0.04, 0
+    grid = [HeadSettings(*values) for values in itertools.product(LRS, WEIGHT_DECAYS, LABEL_SMOOTHINGS)]
+    schedule = Schedule(epochs=25, batch_size=32, warmup=0.04, seed=0)
     seconds = []
     for settings in ([grid[0]], grid, [grid[0]], grid):
         started = time.perf_counter()
-        train_bank(settings, data.views_of("train"), data.labels("train"), val, *fixed)
+        train_bank(settings, data.labelled("train"), data.labelled("val"), len(data.class_names), schedule)
         seconds.append(time.perf_counter() - started)
         print(f"{len(settings)} heads: {seconds[-1]:.2f} s")
     print(f"{len(grid)} heads take {seconds[3] / seconds[2]:.1f} times as long as one")

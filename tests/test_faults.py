@@ -67,8 +67,9 @@ def test_no_file_that_is_given_executes_code(colours, forced, refused, monkeypat
     Path("evil.pt").write_bytes(pickle.dumps(Evil()))
     checkpoints = [["--ckpt_path=evil.ckpt"], ["--ckpt_path=evil.pt"]]
     for option in checkpoints:
-        for verb in (["evaluate", f"--data.root={colours}"], ["predict", str(colours)], ["export", "--output=a.pth"]):
-            refused(verb[0], *option, *verb[1:])
+        refused("evaluate", *option, f"--data.root={colours}")
+        refused("predict", *option, str(colours))  # wing: deploy
+        refused("export", *option, "--output=a.pth")  # wing: deploy
         refused("train", f"--data.root={colours}", *option, *SMALL)
     for name in ("evil.pth", "evil.pt"):
         refused("train", f"--data.root={colours}", f"--model.weights={name}", *SMALL)
@@ -218,10 +219,10 @@ def test_a_name_that_is_no_unicode_keeps_its_bytes(colours, train):
     assert "caf\\udce9" in (run / "report.html").read_text()
     best = run / "checkpoints/best.ckpt"
     assert main(["evaluate", f"--ckpt_path={best}", "--report=false"])["test/acc"] == 1.0
-    main(["predict", f"--ckpt_path={best}", str(colours / "red"), "--output=rows.csv"])
-    assert Path("rows.csv").read_bytes().count(b"caf\xe9") == 20
-    assert main(["check", f"--data.root={colours}"])["damaged"] == 0
-    assert main(["export", f"--ckpt_path={best}", "--output=model.pth"])["images"] == 32
+    main(["predict", f"--ckpt_path={best}", str(colours / "red"), "--output=rows.csv"])  # wing: deploy
+    assert Path("rows.csv").read_bytes().count(b"caf\xe9") == 20  # wing: deploy
+    assert main(["check", f"--data.root={colours}"])["damaged"] == 0  # wing: audit
+    assert main(["export", f"--ckpt_path={best}", "--output=model.pth"])["images"] == 32  # wing: deploy
 
 
 @contextlib.contextmanager
@@ -360,8 +361,10 @@ def test_no_file_that_lies_about_executes_code(colours, train, refused, own_cach
         path.write_bytes(evil)
     train(colours, "--trainer.max_epochs=1")  # damaged, so computed again
     checkpoint = newest_run() / "checkpoints/best.ckpt"
-    Path("evil.png").write_bytes(evil)
-    assert "none of the 1 files could be read" in refused("predict", f"--ckpt_path={checkpoint}", "evil.png")
+    Path("evil.png").write_bytes(evil)  # wing: deploy
+    assert "none of the 1 files could be read" in refused(
+        "predict", f"--ckpt_path={checkpoint}", "evil.png"
+    )  # wing: deploy
     Path("evil.csv").write_bytes(evil)
     refused("train", f"--data.root={colours}", "--data.splits=evil.csv", *SMALL)
     Path("evil.yaml").write_text("model:\n  lr: !!python/object/apply:os.system ['touch executed']\n")

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from headstart.cli import main
+from headstart.cli import VERBS, main
 from headstart.data.splits import Item, assign
 from headstart.features.cache import cache_key
 from headstart.images import UnreadableImage, decode
@@ -109,7 +109,7 @@ OPTIONS = st.sampled_from(NAMES)
 @example(verb="cache", options=[("--data.root", "\n")])
 @example(verb="train", options=[("--data.root", "\x1b[2J\u2028")])
 @given(
-    verb=st.sampled_from(["train", "tune", "evaluate", "predict", "export", "check", "fewshot", "cache"]),
+    verb=st.sampled_from(sorted(VERBS)),
     options=st.lists(st.tuples(OPTIONS, VALUES), min_size=1, max_size=3),
 )
 def test_any_command_line_ends_in_one_line(verb, options):

@@ -10,22 +10,19 @@ from typing import Any, NoReturn
 from headstart.errors import UserError
 from headstart.terminal import one_line
 
-USAGE = """usage: headstart VERB [options]
-
-  train     train a head on a folder of images, test it, and say where the run is
-  tune      train a grid of heads at once, then one with the winner's settings
-  finetune  go on from a trained head, with the backbone's last layers learning too
-  evaluate  score a trained head on its test split, or on another folder
-  predict   the class of each of your files
-  export    a trained head as one ONNX file, or as weights for torchvision
-  check     duplicates, likely wrong labels, outliers and damaged files of a folder
-  fewshot   learn new classes from a few examples each; meta-train, compare, save
-  runs      list the runs with their scores and the settings in which they differ
-  cache     list, verify or prune the features that are kept between runs
-
-headstart VERB --help lists the options of a verb."""
-
-VERBS = ("train", "tune", "finetune", "evaluate", "predict", "export", "check", "fewshot", "runs", "cache")
+# Each verb is a function of its name in a module of its name in `verbs/`.
+VERBS = {
+    "train": "train a head on a folder of images, test it, and say where the run is",
+    "tune": "train a grid of heads at once, then one with the winner's settings",
+    "finetune": "continue from a trained head, with the backbone's last layers learning too",  # wing: finetune
+    "evaluate": "score a trained head on its test split, or on another folder",
+    "predict": "the class of each of your files",  # wing: deploy
+    "export": "a trained head as one ONNX file, or as weights for torchvision",  # wing: deploy
+    "check": "duplicates, likely wrong labels, outliers and damaged files of a folder",  # wing: audit
+    "fewshot": "learn new classes from a few examples each; meta-train, compare, save",  # wing: fewshot
+    "runs": "list the runs with their scores and the settings in which they differ",
+    "cache": "list, verify or prune the features that are kept between runs",
+}
 
 WORKER_KILLED = (
     "--data.num_workers: a process that decodes images was killed, for lack of memory or of shared memory (/dev/shm); "
@@ -61,7 +58,8 @@ def main(args: Sequence[str] | None = None, root: Path | None = None) -> Any:
             raise
         sys.exit(_say_error(WORKER_KILLED))
     if verb in ("-h", "--help"):
-        print(USAGE)
+        verbs = "\n".join(f"  {name:10}{what}" for name, what in VERBS.items())
+        print(f"usage: headstart VERB [options]\n\n{verbs}\n\nheadstart VERB --help lists the options of a verb.")
         return None
     sys.exit(_say_error(f"headstart {verb}: no such verb; headstart --help lists them"))
 

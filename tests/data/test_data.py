@@ -331,10 +331,10 @@ def test_a_list_of_images_trains_and_its_groups_keep_together(bursts, tmp_path, 
     best = run / "checkpoints/best.ckpt"
     assert main(["evaluate", f"--ckpt_path={best}", "--report=false"])["test/acc"] == 1.0
     assert main(["evaluate", f"--ckpt_path={best}", f"--data.csv={file}", "--report=false"])["images"]["test"] == 90
-    assert main(["export", f"--ckpt_path={best}", "--output=flat.pth"])["images"] == 32
-    assert main(["check", f"--data.csv={file}"])["damaged"] == 0
-    tuned = main(["finetune", f"--ckpt_path={best}", "--report=false", "--trainer.max_epochs=1"])
-    assert tuned["before/test/acc"] == 1.0
+    assert main(["export", f"--ckpt_path={best}", "--output=flat.pth"])["images"] == 32  # wing: deploy
+    assert main(["check", f"--data.csv={file}"])["damaged"] == 0  # wing: audit
+    tuned = main(["finetune", f"--ckpt_path={best}", "--report=false", "--trainer.max_epochs=1"])  # wing: finetune
+    assert tuned["before/test/acc"] == 1.0  # wing: finetune
     monkeypatch.chdir("/")  # the saved configuration means the same everywhere
     again = main(["train", f"--config={tmp_path / run / 'config.yaml'}", "--name=again"])
     assert again["val/loss"] == result["val/loss"]

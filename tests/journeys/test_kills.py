@@ -81,16 +81,30 @@ while status == signal.SIGKILL:
 EPOCHS = 12
 SMALL = ["--model.image_size=32", "--report=false", f"--trainer.max_epochs={EPOCHS}"]
 TRAIN = ["train", "--data.root=mixed", *SMALL, "--model.lr=0.05"]
-FINETUNE = ["finetune", "--ckpt_path=head.ckpt", "--data.root=mixed", *SMALL[1:], "--model.lr=0.001"]
-TASKS = ["--n_way=2", "--n_query=4", "--episodes=20", "--data.val_episodes=20", "--data.train_episodes=40"]
-META = ["fewshot", "--head=projection", "--train", "--data.source=folder", "--data.root=classes", SMALL[0], *TASKS]
+FINETUNE = ["finetune", "--ckpt_path=head.ckpt", "--data.root=mixed", *SMALL[1:], "--model.lr=0.001"]  # wing: finetune
+TASKS = [
+    "--n_way=2",
+    "--n_query=4",
+    "--episodes=20",
+    "--data.val_episodes=20",
+    "--data.train_episodes=40",
+]  # wing: fewshot
+META = [
+    "fewshot",
+    "--head=projection",
+    "--train",
+    "--data.source=folder",
+    "--data.root=classes",
+    SMALL[0],
+    *TASKS,
+]  # wing: fewshot
 # Whatever is trained, in each way.
 KINDS = {
     "cached": TRAIN,
     "views": [*TRAIN, "--data.views=3", "--data.augment=light"],
     "images": [*TRAIN, "--data.cache=false", "--data.augment=strong", "--data.num_workers=1"],
-    "fine-tuning": [*FINETUNE, "--data.augment=light", "--data.views=2", "--batch_norm=train"],
-    "meta-training": [*META, f"--max_epochs={EPOCHS}", f"--patience={EPOCHS}"],
+    "fine-tuning": [*FINETUNE, "--data.augment=light", "--data.views=2", "--batch_norm=train"],  # wing: finetune
+    "meta-training": [*META, f"--max_epochs={EPOCHS}", f"--patience={EPOCHS}"],  # wing: fewshot
 }
 
 
@@ -233,7 +247,14 @@ def test_a_kill_at_every_boundary_of_a_save_leaves_a_whole_checkpoint(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "kills"), [("cached", 100), ("views", 60), ("images", 40), ("fine-tuning", 30), ("meta-training", 30)]
+    ("kind", "kills"),
+    [
+        ("cached", 100),
+        ("views", 60),
+        ("images", 40),
+        ("fine-tuning", 30),  # wing: finetune
+        ("meta-training", 30),  # wing: fewshot
+    ],
 )
 def test_many_killed_trainings(runs, kind, kills):
     counted, identical = kill_trainings(runs, kind, kills, seed=2)

@@ -37,6 +37,7 @@ def test_python(block, run):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.wing("deploy")
 def test_exported_models_give_the_labels_of_the_head(run, copy):
     """On all of the demo's test images: the ONNX file by the script above, the weights by torchvision alone."""
     import csv
@@ -105,6 +106,7 @@ def test_the_speed_benchmark_in_a_small_form(run, copy, tmp_path):
     shutil.rmtree(tmp_path / "photos")
 
 
+@pytest.mark.wing("finetune")
 def test_the_fine_tuning_benchmark_in_a_small_form(run, copy, tmp_path):
     for split in ("train", "val"):
         draw(tmp_path / "photos" / split, images=5, seed=len(split))
@@ -115,12 +117,14 @@ def test_the_fine_tuning_benchmark_in_a_small_form(run, copy, tmp_path):
         assert f"\n| {row} | " in done.stdout
 
 
+@pytest.mark.wing("audit")
 def test_the_label_benchmark_in_a_small_form(run, copy):
     done = run("python", "benchmarks/labels.py", str(draw(copy / "photos", images=12)))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "| headstart check | " in done.stdout
 
 
+@pytest.mark.wing("fewshot", "deploy")
 def test_the_fewshot_benchmarks_in_a_small_form(run, copy):
     for number in range(16):
         shade = (16 * number, 255 - 16 * number, 128)
@@ -142,6 +146,7 @@ def test_the_fewshot_benchmarks_in_a_small_form(run, copy):
     assert "| linear, AdamW, 25 epochs | | " in done.stdout
 
 
+@pytest.mark.wing("fewshot")
 def test_the_fewshot_times_in_a_small_form(run, copy):
     pytest.importorskip("easyfsl", reason="of the benchmark alone: pip install easyfsl")
     for number in range(30):

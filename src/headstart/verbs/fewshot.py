@@ -104,8 +104,16 @@ class _Verb:
         given, config = self.given, self.given.clone()
         config.ckpt_path = None
         run_folder = RunFolder(self.logs, name, self.parser.dump(config, skip_none=False), self.resumed)
-        lengths = (int(given[name]) for name in ("max_epochs", "patience", "seed_everything"))
-        trainer, before = meta_train(module, data, given.accelerator, run_folder, *lengths, self.checkpoint)
+        lengths = {"max_epochs": int(given.max_epochs), "patience": int(given.patience)}
+        trainer, before = meta_train(
+            module,
+            data,
+            given.accelerator,
+            run_folder,
+            **lengths,
+            seed=int(given.seed_everything),
+            checkpoint=self.checkpoint,
+        )
         assert run_folder.folder
         assert isinstance(trainer.logger, RunLogger)
         return trainer.logger, run_folder.folder, before

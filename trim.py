@@ -1,0 +1,91 @@
+"""Takes wings off the template: their package, verbs, tests, documents, recipes and dependencies.
+
+usage: python trim.py WING…         each of: {wings}
+       python trim.py --keep=train  all of them; what is left is train, tune, evaluate, runs and cache
+
+Once, in a checkout without changes. A wing's own files are listed below; elsewhere a line that ends in the comment
+`wing: NAME` goes, in documents a part between `wing: NAME` and `/wing`, and a test that is marked with its name.
+"""
+
+import ast
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from rename import ROOT, files, tidy, uncommitted
+
+PACKAGE = next((ROOT / "src").glob("*/cli.py")).parent
+# The verbs of each wing, and its files beside its own folders in the package and in tests/.
+WINGS = {
+    "fewshot": (("fewshot",), ("configs/fewshot.yaml", "benchmarks/fewshot.py")),
+    "audit": (("check",), ("benchmarks/labels.py",)),
+    "deploy": (("predict", "export"), ()),
+    "finetune": (("finetune",), ("benchmarks/finetune.py",)),
+}
+COMMENT = r"(?:#|<!--) wing: (\w+)(?: -->)?\s*$"
+PART = re.compile(r"^<!-- wing: (\w+) -->\n.*?^<!-- /wing -->\n", re.MULTILINE | re.DOTALL)
+
+
+def remove_files(wing: str) -> None:
+    """Removes the wing's own files and folders."""
+    verbs, others = WINGS[wing]
+    own = [PACKAGE / wing, ROOT / "tests" / wing, *(PACKAGE / "verbs" / f"{verb}.py" for verb in verbs)]
+    for path in (*own, *(ROOT / name for name in others)):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def without(text: str, wings: set[str], suffix: str) -> str:
+    """A file's text without what it says of the wings."""
+    text = PART.sub(lambda part: "" if part[1] in wings else part[0], text)
+    lines = text.splitlines(keepends=True)
+    kept = [line for line in lines if not ((found := re.search(COMMENT, line)) and found[1] in wings)]
+    text = "".join(kept)
+    return without_tests(text, wings) if suffix == ".py" else text
+
+
+def without_tests(text: str, wings: set[str]) -> str:
+    """Python without the functions and classes that are marked with a wing."""
+    lines = text.splitlines(keepends=True)
+    for node in reversed(ast.parse(text).body):
+        marks = [ast.unparse(mark) for mark in getattr(node, "decorator_list", [])]
+        named = {
+            name for mark in marks for name in re.findall(r"'(\w+)'", mark) if mark.startswith("pytest.mark.wing(")
+        }
+        if named & wings:
+            first = min(mark.lineno for mark in node.decorator_list)  # type: ignore[attr-defined]
+            del lines[first - 1 : node.end_lineno]
+    return "".join(lines)
+
+
+def trim(wings: set[str]) -> None:
+    """Takes the wings off."""
+    for wing in wings:
+        remove_files(wing)
+    for path in files():
+        if path.suffix in (".py", ".md", ".toml", ".yaml", ".cff", "") and path != Path(__file__).resolve():
+            text = path.read_bytes().decode()
+            if (trimmed := without(text, wings, path.suffix)) != text:
+                path.write_bytes(trimmed.encode())
+    tidy()
+
+
+if __name__ == "__main__":
+    given = sys.argv[1:]
+    if not given or {"-h", "--help"} & set(given):
+        sys.exit(__doc__.format(wings=", ".join(WINGS)))
+    chosen = set(WINGS) if given == ["--keep=train"] else set(given)
+    if unknown := sorted(chosen - set(WINGS)):
+        sys.exit(f"error: {unknown[0]}: no such wing; there are {', '.join(WINGS)}")
+    if gone := sorted(wing for wing in chosen if not (PACKAGE / wing).exists()):
+        if given != ["--keep=train"]:
+            sys.exit(f"error: {gone[0]}: was taken off before")
+        chosen -= set(gone)
+    if why := uncommitted():
+        sys.exit(f"error: {why}")
+    trim(chosen)
+    print(f"taken off: {', '.join(sorted(chosen)) or 'nothing'}")
+    print("next:     git diff --stat, pip install -e '.[dev]' && pytest")
