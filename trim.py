@@ -3,8 +3,9 @@
 usage: python trim.py WING…         each of: {wings}
        python trim.py --keep=train  all of them; what is left is train, tune, evaluate, runs and cache
 
-Once, in a checkout without changes. A wing's own files are listed below; elsewhere a line that ends in the comment
-`wing: NAME` goes, in documents a part between `wing: NAME` and `/wing`, and a test that is marked with its name.
+Once, in a checkout without changes. A wing's own files are listed below. Elsewhere these go: the part between the
+comments `wing: NAME` and `/wing`, each on a line of its own; a line that ends in the comment `wing: NAME`; and a test
+that is marked with the name.
 """
 
 import ast
@@ -23,8 +24,8 @@ WINGS = {
     "deploy": (("predict", "export"), ()),
     "finetune": (("finetune",), ("benchmarks/finetune.py",)),
 }
-COMMENT = r"(?:#|<!--) wing: (\w+)(?: -->)?\s*$"
-PART = re.compile(r"^<!-- wing: (\w+) -->\n.*?^<!-- /wing -->\n", re.MULTILINE | re.DOTALL)
+PART = re.compile(r"^ *(?:#|<!--) wing: (\w+)(?: -->)?\n.*?^ *(?:#|<!--) /wing(?: -->)?\n", re.MULTILINE | re.DOTALL)
+LINE = re.compile(r"^.*(?:#|<!--) wing: (\w+)(?: -->)?\n", re.MULTILINE)
 
 
 def remove_files(wing: str) -> None:
@@ -40,10 +41,8 @@ def remove_files(wing: str) -> None:
 
 def without(text: str, wings: set[str], suffix: str) -> str:
     """A file's text without what it says of the wings."""
-    text = PART.sub(lambda part: "" if part[1] in wings else part[0], text)
-    lines = text.splitlines(keepends=True)
-    kept = [line for line in lines if not ((found := re.search(COMMENT, line)) and found[1] in wings)]
-    text = "".join(kept)
+    for pattern in (PART, LINE):
+        text = pattern.sub(lambda found: "" if found[1] in wings else found[0], text)
     return without_tests(text, wings) if suffix == ".py" else text
 
 

@@ -20,7 +20,7 @@ def accuracies(weights: str, splits: int, options: list[str]) -> list[float]:
     with tempfile.TemporaryDirectory() as logs:
         found = []
         for seed in range(splits):
-            fixed = [f"--model.weights={weights}", f"--data.split_seed={seed}", f"--trainer.default_root_dir={logs}"]
+            fixed = [f"--model.weights={weights}", f"--data.split_seed={seed}", f"--logs={logs}"]
             found.append(main(["train", *options, *fixed], root=REPOSITORY / "data" / "clipart")["test/acc"])
     return found
 

@@ -38,7 +38,7 @@ def together(root: Path, folder: Path) -> Path:
 
 def measure(root: Path, seed: int, options: list[str], logs: str) -> dict[str, tuple[float, float]]:
     """Test accuracy and seconds of each way, on one split."""
-    common = [f"--trainer.default_root_dir={logs}", "--report=false"]
+    common = [f"--logs={logs}", "--report=false"]
     split = [f"--data.root={root}", f"--data.split_seed={seed}", f"--model.image_size={SIZE}"]
     found = {}
     for weights in ("bundled", "random"):

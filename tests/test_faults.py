@@ -361,10 +361,10 @@ def test_no_file_that_lies_about_executes_code(colours, train, refused, own_cach
         path.write_bytes(evil)
     train(colours, "--trainer.max_epochs=1")  # damaged, so computed again
     checkpoint = newest_run() / "checkpoints/best.ckpt"
-    Path("evil.png").write_bytes(evil)  # wing: deploy
-    assert "none of the 1 files could be read" in refused(
-        "predict", f"--ckpt_path={checkpoint}", "evil.png"
-    )  # wing: deploy
+    # wing: deploy
+    Path("evil.png").write_bytes(evil)
+    assert "none of the 1 files could be read" in refused("predict", f"--ckpt_path={checkpoint}", "evil.png")
+    # /wing
     Path("evil.csv").write_bytes(evil)
     refused("train", f"--data.root={colours}", "--data.splits=evil.csv", *SMALL)
     Path("evil.yaml").write_text("model:\n  lr: !!python/object/apply:os.system ['touch executed']\n")
@@ -391,5 +391,4 @@ def test_every_row_of_the_table_of_faults_is_tried():
             given = ast.literal_eval(call)
             marks |= {given} if isinstance(given, str) else set(given)
     assert len(rows) == len(set(rows))
-    assert f"about {len(rows)} faults" in (REPOSITORY / "README.md").read_text()
     assert set(rows) == marks

@@ -82,22 +82,10 @@ EPOCHS = 12
 SMALL = ["--model.image_size=32", "--report=false", f"--trainer.max_epochs={EPOCHS}"]
 TRAIN = ["train", "--data.root=mixed", *SMALL, "--model.lr=0.05"]
 FINETUNE = ["finetune", "--ckpt_path=head.ckpt", "--data.root=mixed", *SMALL[1:], "--model.lr=0.001"]  # wing: finetune
-TASKS = [
-    "--n_way=2",
-    "--n_query=4",
-    "--episodes=20",
-    "--data.val_episodes=20",
-    "--data.train_episodes=40",
-]  # wing: fewshot
-META = [
-    "fewshot",
-    "--head=projection",
-    "--train",
-    "--data.source=folder",
-    "--data.root=classes",
-    SMALL[0],
-    *TASKS,
-]  # wing: fewshot
+# wing: fewshot
+TASKS = ["--n_way=2", "--n_query=4", "--episodes=20", "--data.val_episodes=20", "--data.train_episodes=40"]
+META = ["fewshot", "--head=projection", "--train", "--data.source=folder", "--data.root=classes", SMALL[0], *TASKS]
+# /wing
 # Whatever is trained, in each way.
 KINDS = {
     "cached": TRAIN,

@@ -46,15 +46,16 @@ def result(copy: Path, name: str) -> tuple[dict, Path]:
 
 
 def check_head(copy: Path, run: Run) -> None:
-    scores, folder = result(copy, "mlp")
+    scores, folder = result(copy, "deep")
     assert scores["test/acc"] == 1.0
-    state = torch.load(folder / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
-    assert state["head.hidden.weight"].shape == (256, 512)
-    assert (copy / "rows.csv").read_text().count("red") == 2 * 20  # path and label
     best = folder / "checkpoints/best.ckpt"
+    content = torch.load(best, weights_only=True)
+    assert content["hyper_parameters"]["head"] == "deep"
+    assert content["state_dict"]["head.hidden.0.weight"].shape == (256, 512)
+    assert (copy / "rows.csv").read_text().count("red") == 2 * 20  # path and label
     done = run("headstart", "export", f"--ckpt_path={best}", "--output=model.pth")
     assert done.returncode == 2
-    assert "this needs a linear head, and the checkpoint's is a MLP" in done.stderr
+    assert "this needs a linear head, and the checkpoint's is a Deep" in done.stderr
     done = run("headstart", "export", f"--ckpt_path={best}", "--output=model.onnx")
     assert done.returncode == 0, done.stderr
     done = run("headstart", "finetune", f"--ckpt_path={best}", "--trainer.max_epochs=1", "--report=false")
@@ -74,6 +75,15 @@ def check_data(copy: Path, run: Run) -> None:
     assert scores["test/acc"] == 1.0
     assert scores["classes"] == 3
     assert "red.000.png" in (folder / "splits.csv").read_text()
+    (evaluated,) = (copy / "logs/flat-evaluate").glob("*/result.json")
+    assert json.loads(evaluated.read_text())["images"]["test"] == 60
+    assert list((copy / "logs/flat-check").glob("*/check.csv"))
+
+
+def check_verb(copy: Path, run: Run) -> None:
+    assert (copy / "classes.txt").read_text() == "0 blue\n1 green\n2 red\n"
+    assert "classes   the class names of a trained head" in run("headstart", "--help").stdout
+    assert "--ckpt_path is missing" in run("headstart", "classes").stderr
 
 
 def check_metric(copy: Path, run: Run) -> None:
@@ -96,6 +106,7 @@ CHECKS = {
     "Another head": check_head,
     "Another backbone": check_backbone,
     "Another kind of data": check_data,
+    "Another verb": check_verb,
     "Another metric": check_metric,
     "Another figure": check_figure,
 }
@@ -108,14 +119,19 @@ def test_a_change_works(section, copy, run):
         done = run("bash", "-euo", "pipefail", "-c", block)
         assert done.returncode == 0, done.stderr[-3000:]
     CHECKS[section](copy, run)
+    added = re.findall(r"^\+", SECTIONS[section], re.MULTILINE)
+    print(
+        f"{section}: {len(re.findall('^```python', SECTIONS[section], re.MULTILINE))} file, {len(added)} lines elsewhere"
+    )
     for command in (["ruff", "check", "src"], ["ruff", "format", "--check", "src"]):
         done = run(sys.executable, "-m", *command)
         assert done.returncode == 0, done.stdout
 
 
 def test_every_section_is_checked():
-    assert set(SECTIONS) == {"The name", *CHECKS}
+    assert set(SECTIONS) == {"The name", "Less of it", *CHECKS}
     assert "python rename.py mylab" in SECTIONS["The name"]
+    assert "python trim.py fewshot audit" in SECTIONS["Less of it"]
 
 
 def renamed(copy: Path, run: Run) -> str:
@@ -148,7 +164,7 @@ def test_the_name_is_changed_everywhere(copy, run):
     for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."]):
         done = run(sys.executable, "-m", *command)
         assert done.returncode == 0, done.stdout
-    done = run(python, "-m", "pytest", "-q", "-n0", "tests/test_classifier.py", "tests/test_runs.py")
+    done = run(python, "-m", "pytest", "-q", "-n0", "tests/model/test_classifier.py", "tests/runs")
     assert done.returncode == 0, done.stdout[-3000:]
 
 
