@@ -32,7 +32,8 @@ def test_what_is_left_is_whole(arguments, copy, run, mypy_cache):
     for wing in gone:
         assert not (copy / "src" / PACKAGE / wing).exists()
         assert not (copy / "tests" / wing).exists()
-    left = subprocess.run(["grep", "-rnE", f"wing: ({'|'.join(gone)})", str(copy)], capture_output=True, text=True)
+    names = "|".join(gone if len(gone) < len(WINGS) else [*gone, "any"])
+    left = subprocess.run(["grep", "-rnE", f"wing: ({names})", str(copy)], capture_output=True, text=True, check=False)
     assert left.stdout == ""
     module = [sys.executable, "-m"]
     for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy", f"--cache-dir={mypy_cache}"]):
