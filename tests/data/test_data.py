@@ -407,3 +407,16 @@ def test_a_list_that_cannot_be_used_names_the_line(text, said, tmp_path, refused
 def test_a_root_and_a_list_are_too_much(colours, refused):
     assert "either --data.root" in refused("train", f"--data.root={colours}", "--data.csv=list.csv")
     assert "either --data.root" in refused("train")
+
+
+def test_an_unknown_kind_of_data_is_refused_by_name(colours, refused):
+    line = refused("train", f"--data.root={colours}", "--data.source=cloud")
+    assert "--data.source=cloud: no such kind of data; there are folder, csv" in line
+
+
+def test_the_order_of_training_images_has_a_seed(colours, monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    assert ImageFolderData(str(colours)).order_seed == 0
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")  # as seed_everything(7) leaves it
+    assert ImageFolderData(str(colours)).order_seed == 7
+    assert ImageFolderData(str(colours), order_seed=3).order_seed == 3

@@ -239,3 +239,15 @@ def test_a_gpu_trains_in_mixed_precision(colours, train):
             "--model.lr=0.02",
         )
         assert result["test/acc"] == 1.0
+
+
+def test_a_configuration_from_before_logs_had_that_name_still_runs(colours, train):
+    first = train(colours, "--trainer.max_epochs=2")
+    config = yaml.safe_load((newest_run() / "config.yaml").read_text())
+    del config["logs"], config["model"]["head"], config["data"]["source"], config["data"]["order_seed"]
+    config["trainer"]["default_root_dir"] = str(Path("elsewhere").resolve())
+    Path("old.yaml").write_text(yaml.safe_dump(config))
+    from headstart.cli import main
+
+    assert main(["train", "--config=old.yaml"])["val/loss"] == first["val/loss"]
+    assert newest_run(Path("elsewhere")).parent.name == "colours"

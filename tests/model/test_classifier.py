@@ -1,5 +1,7 @@
 """The head, its training step, and its checkpoint."""
 
+import json
+
 import pytest
 import torch
 from pytorch_lightning import Callback, Trainer
@@ -178,3 +180,30 @@ def test_a_damaged_checkpoint_is_one_line(checkpoint, colours, refused):
         assert "corrupt" in refused("train", f"--data.root={colours}", "--model.image_size=32", f"--ckpt_path={path}")
     assert "no file" in refused("train", f"--data.root={colours}", f"--ckpt_path={path.parent}")
     assert "no file" in refused("train", f"--data.root={colours}", "--ckpt_path=https://example.org/a.ckpt")
+
+
+def test_a_checkpoint_from_before_heads_had_names_is_loaded(checkpoint):
+    path = altered(checkpoint, lambda content: content["hyper_parameters"].pop("head"))
+    assert torch.equal(
+        TransferClassifier.load_from_checkpoint(path).head.weight,
+        TransferClassifier.load_from_checkpoint(checkpoint).head.weight,
+    )
+
+
+def test_other_weights_from_python_have_features_of_their_own_and_are_refused(colours, own_cache):
+    data = ImageFolderData(str(colours))
+    model = TransferClassifier(data.class_names, image_size=32)
+    model.backbone.net.load_state_dict(models.resnet18().state_dict(), strict=False)
+    with pytest.raises(RuntimeError, match="frozen backbone changed"):
+        trainer(epochs=1).fit(model, datamodule=data)
+    (key,) = own_cache.glob("features/*/key.json")
+    assert json.loads(key.read_text())["weights"] == combined(tensor_digests(model.backbone))
+
+
+def test_nothing_is_cached_under_a_digest_that_is_no_longer_the_networks(colours, own_cache):
+    data = ImageFolderData(str(colours))
+    model = TransferClassifier(data.class_names, image_size=32)
+    model.backbone.net.conv1.weight.data[0] += 1  # leaves no trace in the tensor's version
+    with pytest.raises(RuntimeError, match="changed after its digest was taken"):
+        trainer(epochs=1).fit(model, datamodule=data)
+    assert not list(own_cache.glob("features/*/*.safetensors"))
