@@ -21,13 +21,8 @@ def out_of_fold(features: Tensor, labels: Tensor, num_classes: int, groups: Tens
     """Log probabilities of each image by heads that did not see it, [N, C].
 
     Exact heads over 5 folds give the L2 penalty with the lowest loss, and the 5 % of the images that fit worst. Heads
-    that were not taught by those, averaged over 3 partitions, give the probabilities.
-
-    Args:
-        features: rooted, [N, D].
-        labels: [N].
-        num_classes: C.
-        groups: images of one group share a fold, [N].
+    that were not taught by those, averaged over 3 partitions, give the probabilities. The features [N, D] are rooted;
+    images of one group share a fold.
     """
     features = features / features.square().mean().sqrt()
     everything = torch.ones(len(labels), dtype=torch.bool)

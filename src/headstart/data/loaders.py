@@ -22,15 +22,9 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
 
     So a resumed run sees the batches that the uninterrupted run would have seen, and every rank knows the others'.
     In training, ranks get equally many samples, for which fewer samples than there are ranks are left out of an epoch;
-    in evaluation each sample comes exactly once.
+    in evaluation, which has no seed, each sample comes exactly once, in order.
 
-    Args:
-        size: the number of samples.
-        batch_size: samples a batch, over all ranks.
-        seed: of the shuffling; None: in order, for evaluation.
-        epoch: tells the epoch, when a loader asks for its first batch.
-        rank: of this process.
-        world_size: the number of processes.
+    ``batch_size`` counts the samples of all ranks; ``epoch`` is asked when a loader wants its first batch.
     """
 
     def __init__(
@@ -75,14 +69,7 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
-    """Images decoded when they are asked for, by (index, epoch); another epoch, another augmented view.
-
-    Args:
-        items: the images.
-        read: decodes one to RGB; may raise ``UnreadableImage``.
-        preprocessing: the backbone's.
-        views: how they are augmented.
-    """
+    """Images decoded when they are asked for, by (index, epoch); another epoch, another augmented view."""
 
     def __init__(
         self, items: Sequence[Item], read: Callable[[Item], Image], preprocessing: Preprocessing, views: Views
@@ -112,9 +99,7 @@ class ImageLoader(DataLoader[tuple[Tensor, int]]):
 class FeatureLoader:
     """Batches of (features [B, D], labels [B]), sliced from the matrix: no worker, no collation.
 
-    Args:
-        labelled: the samples; an epoch takes the view of its number modulo their count.
-        order: the order of the samples.
+    An epoch takes the view of its number modulo the number of views.
     """
 
     def __init__(self, labelled: Labelled, order: BatchOrder) -> None:

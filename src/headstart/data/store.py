@@ -28,15 +28,9 @@ MAX_SKIPPED, MAX_SKIPPED_SHARE = 5, 0.05
 
 
 class FeatureStore:
-    """A source's readable images, and matrices of the features of any of them.
+    """A source's readable images, and matrices of the features of any of them; the options are ``ImageData``'s.
 
-    Args:
-        source: where the images come from.
-        num_workers: threads that decode; None: one per processor core, at most 8.
-        cache_dir: where features are kept; None: $HEADSTART_CACHE, else the user's cache folder.
-        feature_precision: arithmetic of the features; auto: bf16 where the device computes it fast, else fp32.
-        max_pixels: images of more pixels are left out.
-        cache: false: no features; the images are decoded once, to find those that cannot be read.
+    Without a cache there are no features, and ``load`` decodes all images once to find those that cannot be read.
 
     Attributes:
         items: the readable images, once they are loaded.
@@ -88,11 +82,7 @@ class FeatureStore:
         return self.source.read(item, self.backbone.preprocessing.resize_size, self.max_pixels)
 
     def check_skips(self) -> None:
-        """Says what is left out.
-
-        Raises:
-            UserError: it is too much to be an accident.
-        """
+        """Says what is left out, and stops where it is too much to be an accident."""
         if not self.skipped:
             return
         first = "; ".join(f"{path}: {reason}" for path, reason in list(self.skipped.items())[:3])
@@ -102,13 +92,7 @@ class FeatureStore:
         say(f"data: {len(self.skipped)} of {total} images are left out ({first}); all in skipped.csv")
 
     def matrix(self, items: Sequence[Item], views: Views | None = None, number: int = 0) -> FeatureMatrix:
-        """The features of one view of images, computed if they are missing.
-
-        Args:
-            items: the images.
-            views: how they are augmented; None: not at all.
-            number: the number of the view; 0: the images themselves.
-        """
+        """The features of one view of images, computed if they are missing; view 0 is the images themselves."""
         if not number or views is None:
             return self._caches[Views()].matrix([item.digest for item in items])
         keys = [hashlib.sha256(b"view %d " % number + item.digest).digest() for item in items]

@@ -20,23 +20,14 @@ COLOURS = (BLUE, ORANGE, GREEN, GREY, "#CC79A7", "#56B4E9", "#E69F00")
 
 @dataclass(frozen=True)
 class Compared:
-    """A head at a number of shots.
+    """A head at a number of shots."""
 
-    Attributes:
-        head: its name; "(trained)" after it: meta-trained.
-        k_shot: examples a class.
-        acc: mean accuracy of the episodes.
-        ci95: half the width of its 95 % interval.
-        gain: mean difference to the baseline on the same episodes.
-        gain_ci95: half the width of that one's.
-    """
-
-    head: str
-    k_shot: int
-    acc: float
-    ci95: float
-    gain: float
-    gain_ci95: float
+    head: str  # its name; "(trained)" after it: meta-trained
+    k_shot: int  # examples per class
+    acc: float  # mean accuracy of the episodes
+    ci95: float  # half the width of its 95 % interval
+    gain: float  # mean difference to the baseline on the same episodes
+    gain_ci95: float  # half the width of its 95 % interval
 
 
 @torch.no_grad()
@@ -51,13 +42,7 @@ def accuracies(head: nn.Module, sampler: EpisodeSampler, episodes: int) -> Tenso
 
 
 def compare(heads: Mapping[str, nn.Module], samplers: Mapping[int, EpisodeSampler], episodes: int) -> list[Compared]:
-    """Every head at every number of shots; the baseline, which nothing was trained for, must be among them.
-
-    Args:
-        heads: by name.
-        samplers: by k_shot.
-        episodes: of each.
-    """
+    """Every head at every number of shots; the baseline, which nothing was trained for, must be among them."""
     rows = []
     for k_shot, sampler in samplers.items():
         scores = {name: accuracies(head, sampler, episodes) for name, head in heads.items()}

@@ -114,15 +114,7 @@ class EpisodeData(LightningDataModule):
         return [of_class for of_class in rows.values() if len(of_class) >= images]
 
     def sampler(self, split: Split, size: TaskSize | None = None) -> EpisodeSampler:
-        """Draws the split's episodes.
-
-        Args:
-            split: the split whose classes they are of.
-            size: the size of a task; None: the data's own.
-
-        Raises:
-            UserError: too few classes have images enough.
-        """
+        """Draws the split's episodes; ``size`` None: the data's own."""
         size = size or self.size
         rows = self.rows_of(split, size.k_shot + size.n_query)
         return EpisodeSampler(self._features, rows, size, split, self.episode_seed)

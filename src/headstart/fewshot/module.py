@@ -90,11 +90,7 @@ class MetaLearner(LightningModule):
         return torch.optim.Adam(self.head.parameters(), lr=self.hparams["lr"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another head.
-
-        Raises:
-            UserError: one line with both.
-        """
+        """Refuses a checkpoint of another head."""
         made, names = checkpoint["hyper_parameters"], ("head", "n_way", "width")
         theirs, mine = ({name: values.get(name) for name in names} for values in (made, self.hparams))
         if theirs != mine:

@@ -23,7 +23,6 @@ class Classes(FileSource):
     """A folder of classes, and how they belong together.
 
     Attributes:
-        root: the folder.
         class_names: the paths of the classes' folders below the root.
         groups: the script or alphabet of each class; classes of one group are never in two splits.
         split: the split of the classes for which the folder says so; the others are split by hash.
@@ -48,14 +47,8 @@ class Classes(FileSource):
 def classes_of(source: SourceName, root: str | None, cache: Path) -> Classes:
     """The classes of a source.
 
-    Args:
-        source: glyphs (drawn here), folder (of class folders, or of train, val and test with class folders), or
-            omniglot (zip files or folders in Omniglot's layout: alphabet / character / image).
-        root: of folder and omniglot; of omniglot also several, separated by commas.
-        cache: where glyphs are drawn, and zip files unpacked.
-
-    Raises:
-        UserError: the root is missing, or of another layout.
+    Glyphs are drawn into ``cache``. A folder holds class folders, or train, val and test with class folders. Omniglot
+    is a folder or zip file in its layout, alphabet / character / image, or several of these, separated by commas.
     """
     if source == "glyphs":
         return _grouped(glyphs(cache))
@@ -131,11 +124,7 @@ def _reader(archive: zipfile.ZipFile, name: str) -> Callable[[], bytes]:
 def split_classes(classes: Classes, val_fraction: float, test_fraction: float, seed: int) -> dict[Split, list[str]]:
     """Gives each class a split, whole groups at a time, in the order of the hash of the seed and the group's name.
 
-    Args:
-        classes: to be split.
-        val_fraction: share of the classes, about.
-        test_fraction: likewise; 1: all test, and nothing is trained.
-        seed: another seed, another split.
+    The fractions are shares of the classes, about; with a test fraction of 1 all are for the test.
     """
     parts: dict[Split, list[str]] = {split: [] for split in SPLITS}
     members: dict[str, list[str]] = defaultdict(list)

@@ -31,16 +31,11 @@ class TrainParser(OptionParser, LightningArgumentParser):
 
 
 class TrainCLI(LightningCLI):
-    """Lightning's command line for one model and one kind of data.
-
-    Args:
-        options: the command line's.
-        root: the data's root where none is given.
+    """Lightning's command line for one model and one kind of data; ``root`` is the data's where none is given.
 
     Attributes:
         init_from: the checkpoint that the model starts from; None: it starts anew.
-        resume_from: the checkpoint whose fit is resumed; None: a new fit.
-        checkpoint: the content of that.
+        resume_from: the checkpoint whose fit is resumed, and ``checkpoint`` its content; None: a new fit.
         resumed: the run that is resumed in its own folder; None: a new folder.
     """
 

@@ -52,11 +52,7 @@ HEADS: dict[str, Callable[[int, int], nn.Module]] = {
 
 
 def linear_head(head: nn.Module) -> nn.Linear:
-    """The head, for what only a linear one can do.
-
-    Raises:
-        UserError: it is of another kind.
-    """
+    """The head, for what only a linear one can do; ``UserError`` for another kind."""
     if not isinstance(head, nn.Linear):
         raise UserError(f"this needs a linear head, and the checkpoint's is a {type(head).__name__}")
     return head

@@ -77,27 +77,16 @@ FAMILIES: tuple[Family, ...] = (Torchvision(),)
 
 @dataclass(frozen=True)
 class Network:
-    """A network that gives features.
-
-    Attributes:
-        family: that it is of.
-        net: without its classifier.
-        num_features: the width of its features.
-        classifier: the path of the layer that was cut off.
-    """
+    """A network that gives features."""
 
     family: Family
-    net: nn.Module
-    num_features: int
-    classifier: str
+    net: nn.Module  # without its classifier
+    num_features: int  # the width of its features
+    classifier: str  # the path of the layer that was cut off
 
 
 def network(name: str) -> Network:
-    """The network of that name, at the weights that ``random`` means.
-
-    Raises:
-        UserError: no family has it, or it has no linear classifier to cut off.
-    """
+    """The network of that name, at the weights that ``random`` means; one without a linear classifier is an error."""
     family = next((family for family in FAMILIES if name in family.names()), None)
     if family is None:
         known = ", ".join(known for family in FAMILIES for known in family.names())
@@ -114,16 +103,7 @@ def network(name: str) -> Network:
 
 
 def load_weights(made: Network, name: str, weights: str) -> Preprocessing:
-    """Loads weights into a network; gives the preprocessing that belongs to them.
-
-    Args:
-        made: whose weights are replaced.
-        name: of the network.
-        weights: bundled, imagenet, random, or the path of a state dict.
-
-    Raises:
-        UserError: they are missing, damaged or of another network.
-    """
+    """Loads weights (bundled, imagenet, random, or a path) into a network -> the preprocessing that belongs to them."""
     if weights == "bundled":
         if name != "resnet18":
             raise UserError(

@@ -21,27 +21,16 @@ CALIBRATION_BINS = 15
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A split's images, and the head's logits of each.
-
-    Attributes:
-        split: that was evaluated.
-        class_names: by label.
-        items: the N images.
-        labels: [N].
-        logits: [N, C].
-        temperature: the logits are divided by it for calibrated probabilities.
-        projected: the positions of at most 2,000 images, evenly spread, [M].
-        features: of those, [M, D].
-    """
+    """A split's N images, and the head's logits of each."""
 
     split: Split
-    class_names: list[str]
+    class_names: list[str]  # by label
     items: Sequence[Item]
-    labels: Tensor
-    logits: Tensor
-    temperature: float
-    projected: Tensor
-    features: Tensor
+    labels: Tensor  # [N]
+    logits: Tensor  # [N, C]
+    temperature: float  # the logits are divided by it for calibrated probabilities
+    projected: Tensor  # [M], the positions of at most 2,000 images, evenly spread
+    features: Tensor  # [M, D], theirs
 
     @cached_property
     def probabilities(self) -> Tensor:
@@ -107,19 +96,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Row:
-    """What the head said of one image.
-
-    Attributes:
-        path: of the image.
-        true: its class.
-        predicted: the predicted class.
-        confidence: the calibrated probability of that.
-    """
+    """What the head said of one image."""
 
     path: str
-    true: str
-    predicted: str
-    confidence: float
+    true: str  # the class's name
+    predicted: str  # likewise
+    confidence: float  # the calibrated probability of the predicted class
 
 
 def evenly_spaced(size: int, count: int) -> Tensor:
@@ -138,11 +120,7 @@ class _Share:
 
 
 class EvaluationCollector(Callback):
-    """Keeps the ``Evaluation`` of the last test, or of the last validation outside a fit.
-
-    Attributes:
-        evaluation: None until then, and on ranks other than zero.
-    """
+    """Keeps the ``evaluation`` of the last test, or of the last validation outside a fit; on rank zero alone."""
 
     def __init__(self) -> None:
         self.evaluation: Evaluation | None = None

@@ -162,11 +162,7 @@ def tiles_figure(evaluation: Evaluation, positions: Sequence[int], thumbnail: Ca
 
 
 def curves_figure(scalars: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
-    """Losses and scores by training step.
-
-    Args:
-        scalars: (step, value) pairs by name, such as train/loss and val/acc.
-    """
+    """Losses and scores by training step: (step, value) pairs by name, such as train/loss and val/acc."""
     figure = Figure(figsize=(11, 4), dpi=DPI, layout="tight")
     panels = (("train/loss", "val/loss"), ("val/acc", "val/balanced_acc", "val/f1", "val/auroc"))
     for number, names in enumerate(panels):

@@ -26,14 +26,7 @@ DATA_OPTIONS = ("num_workers", "cache", "cache_dir", "feature_precision", "max_p
 def evaluate(options: Sequence[str]) -> dict[str, Any]:
     """Scores a head; the figures, the predictions and the scores go to a folder of their own.
 
-    Args:
-        options: the command line's.
-
-    Returns:
-        The content of `result.json`.
-
-    Raises:
-        UserError: a mistake in the options, the checkpoint or the data.
+    Returns the content of `result.json`.
     """
     seconds = Seconds()
     quiet_libraries()

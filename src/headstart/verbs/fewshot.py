@@ -46,14 +46,7 @@ SIZE_OPTIONS = ("n_way", "k_shot", "n_query", "episodes")
 def fewshot(options: Sequence[str]) -> dict[str, Any]:
     """Tests a head on few-shot tasks, after meta-training if asked; or compares all; or saves one of few pictures.
 
-    Args:
-        options: of the command line.
-
-    Returns:
-        The content of `result.json`; of `--save`, the checkpoint and its accuracy.
-
-    Raises:
-        UserError: a mistake in the options or the data.
+    Returns the content of `result.json`; of `--save`, the checkpoint and its accuracy.
     """
     quiet_libraries()
     parser = _parser()
