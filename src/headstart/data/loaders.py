@@ -61,11 +61,9 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
             yield [(index, epoch) for index in batch.tolist()]
 
     def __len__(self) -> int:
-        return len(self.batches()) if self.seed is None else -(-(self.size // self.world_size) // self._share)
-
-    @property
-    def _share(self) -> int:
-        return self.batch_size // self.world_size
+        if self.seed is None:
+            return len(self.batches())
+        return -(-(self.size // self.world_size) // (self.batch_size // self.world_size))
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from PIL import Image
@@ -31,11 +31,6 @@ class FeatureStore:
     """A source's readable images, and matrices of the features of any of them; the options are ``ImageData``'s.
 
     Without a cache there are no features, and ``load`` decodes all images once to find those that cannot be read.
-
-    Attributes:
-        items: the readable images, once they are loaded.
-        skipped: the reasons of the others, by path.
-        seconds: what scanning and computing took.
     """
 
     def __init__(
@@ -51,8 +46,8 @@ class FeatureStore:
         self.workers = max(1, min(8, os.cpu_count() or 1) if num_workers is None else num_workers)
         self.cache_dir = cache_folder(cache_dir)
         self.feature_precision: FeaturePrecision = feature_precision
-        self.items: list[Item] = []
-        self.skipped: dict[str, str] = {}
+        self.items: list[Item] = []  # the readable images, once they are loaded
+        self.skipped: dict[str, str] = {}  # the reasons of the others, by path
         self.seconds = {"scan": 0.0, "features": 0.0}
         self.backbone: FrozenBackbone
         self.device: torch.device
@@ -67,6 +62,8 @@ class FeatureStore:
         self.backbone, self.device, self._caches = backbone, device, {}
         with self._timed("scan"):
             found, self.skipped = self.source.scan(self.cache_dir / "index" if self.cache else None)
+            if self.source.all_in:
+                found = [replace(item, split=self.source.all_in) for item in found]
         if self.cache:
             failures = self._fill({item.digest: item for item in found}, Views(), 0)
             self.skipped |= {item.path: failures[item.digest] for item in found if item.digest in failures}

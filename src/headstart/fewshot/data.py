@@ -46,9 +46,6 @@ class EpisodeData(LightningDataModule):
         cache_dir: where features are kept; None: $HEADSTART_CACHE, else the user's cache folder.
         feature_precision: arithmetic of the features; auto: bf16 where the device computes it fast, else fp32.
         max_pixels: images of more pixels are left out.
-
-    Raises:
-        UserError: the source is not there, or of another layout.
     """
 
     def __init__(

@@ -4,8 +4,9 @@ All are vectorised over the B tasks. What of them is meta-trained is an ``nn.Par
 already.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,6 @@ class Prototype(nn.Module):
             self.log_scale = nn.Parameter(torch.tensor(10.0).log())
 
     def forward(self, support: Tensor, query: Tensor) -> Tensor:
-        """Logits [B, N * Q, N]."""
         if self.centre:
             mean = support.mean(dim=(1, 2), keepdim=True)
             support, query = support - mean, query - mean
@@ -66,7 +66,6 @@ class Ridge(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
 
     def forward(self, support: Tensor, query: Tensor) -> Tensor:
-        """Logits [B, N * Q, N]."""
         weight, bias = self.linear(support)
         return query.flatten(1, 2) @ weight.mT + bias[:, None]
 
@@ -106,7 +105,6 @@ class Logistic(nn.Module):
         self.c = c
 
     def forward(self, support: Tensor, query: Tensor) -> Tensor:
-        """Logits [B, N * Q, N]."""
         support, query = functional.normalize(support, dim=-1), functional.normalize(query, dim=-1)
         n_way, k_shot = support.shape[1:3]
         labels = torch.arange(n_way, device=support.device).repeat_interleave(k_shot)
@@ -161,7 +159,6 @@ class Anil(nn.Module):
         self.inner_steps, self.first_order = inner_steps, first_order
 
     def forward(self, support: Tensor, query: Tensor) -> Tensor:
-        """Logits [B, N * Q, N]."""
         mean = support.mean(dim=(1, 2), keepdim=True)
         support, query = functional.normalize(support - mean, dim=-1), functional.normalize(query - mean, dim=-1)
         n_way, k_shot = support.shape[1:3]
@@ -207,41 +204,27 @@ class Projection(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
 
     def forward(self, support: Tensor, query: Tensor) -> Tensor:
-        """Logits [B, N * Q, N]."""
         length = support.norm(dim=-1).mean(dim=(1, 2))[:, None, None]
         prototypes = self.map(support.mean(dim=2)) / length
         distances = squared_distances(self.map(query.flatten(1, 2)) / length, prototypes)
         return -distances * self.log_scale.exp()
 
 
-def make_head(
-    name: HeadName,
-    n_way: int,
-    width: int,
-    metric: Literal["euclidean", "cosine"] = "euclidean",
-    centre: bool = False,
-    l2: bool = False,
-    inner_lr: float = 10.0,
-    inner_steps: int = 5,
-    first_order: bool = False,
-) -> nn.Module:
-    """The head of that name, before meta-training.
+# Another head is a class, whose arguments are among MetaLearner's, and a line here.
+HEADS: dict[HeadName, Callable[..., nn.Module]] = {
+    "prototype": Prototype,
+    "ridge": Ridge,
+    "logistic": Logistic,
+    "anil": Anil,
+    "projection": Projection,
+}
 
-    Args:
-        name: of the head.
-        n_way: classes a task.
-        width: of the features.
-        metric, centre, l2, inner_lr, inner_steps, first_order: as of ``MetaLearner``.
-    """
-    if name == "prototype":
-        return Prototype(metric, centre, l2)
-    if name == "ridge":
-        return Ridge()
-    if name == "logistic":
-        return Logistic()
-    if name == "anil":
-        return Anil(n_way, width, inner_lr, inner_steps, first_order)
-    return Projection(width)
+
+def make_head(name: HeadName, n_way: int, width: int, **options: Any) -> nn.Module:
+    """The head of that name, before meta-training; of the options of ``MetaLearner`` it takes its own."""
+    options |= {"n_way": n_way, "width": width}
+    own = inspect.signature(HEADS[name]).parameters
+    return HEADS[name](**{option: value for option, value in options.items() if option in own})
 
 
 def learnt(head: nn.Module, classes: Sequence[Tensor]) -> Linear:

@@ -46,7 +46,7 @@ class MetaLearner(LightningModule):
         super().__init__()
         self.save_hyperparameters(logger=False)
         self.hparams.update(plain(dict(self.hparams)))
-        self.head = make_head(head, n_way, width, metric, centre, l2, inner_lr, inner_steps, first_order)
+        self.head = make_head(head, **self.hparams)
         self.accuracies: list[Tensor] = []
 
     @property

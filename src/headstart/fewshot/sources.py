@@ -20,24 +20,17 @@ SourceName = Literal["glyphs", "folder", "omniglot"]
 
 @dataclass
 class Classes(FileSource):
-    """A folder of classes, and how they belong together.
-
-    Attributes:
-        class_names: the paths of the classes' folders below the root.
-        groups: the script or alphabet of each class; classes of one group are never in two splits.
-        split: the split of the classes for which the folder says so; the others are split by hash.
-    """
+    """A folder of classes, and how they belong together."""
 
     root: Path
-    class_names: list[str]
-    groups: list[str]
-    split: Mapping[str, Split]
+    class_names: list[str]  # the paths of the classes' folders below the root
+    groups: list[str]  # the script or alphabet of each class; classes of one group are never in two splits
+    split: Mapping[str, Split]  # of the classes for which the folder says so; the others are split by hash
 
     def __post_init__(self) -> None:
         self.path = self.root
 
     def listed(self) -> list[Item]:
-        """The images of each class."""
         found = folders.images_of_classes([self.root / name for name in self.class_names])
         return [
             Item(path.relative_to(self.root).as_posix(), label) for label, paths in enumerate(found) for path in paths
@@ -142,11 +135,4 @@ def split_classes(classes: Classes, val_fraction: float, test_fraction: float, s
         # To the split that lacks most; so a large group lands where it does least harm.
         lacking = {split: share * total - len(parts[split]) for split, share in shares.items()}
         parts[max(lacking, key=lambda split: lacking[split])] += members[group]
-    _assert_disjoint(parts)
     return parts
-
-
-def _assert_disjoint(parts: Mapping[Split, Sequence[str]]) -> None:
-    names = [name for split in SPLITS for name in parts[split]]
-    if len(set(names)) < len(names):
-        raise AssertionError("a class is in two splits")

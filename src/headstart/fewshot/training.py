@@ -28,10 +28,10 @@ def meta_train(
     data: EpisodeData,
     accelerator: str,
     run_folder: RunFolder,
-    max_epochs: int = 20,
-    patience: int = 5,
-    seed: int = 0,
-    checkpoint: Path | None = None,
+    max_epochs: int,
+    patience: int,
+    seed: int,
+    checkpoint: Path | None,
 ) -> tuple[Trainer, float]:
     """Trains the head, and leaves in the module what validates best: the untrained head included.
 

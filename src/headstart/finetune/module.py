@@ -82,9 +82,6 @@ class FineTunedClassifier(TransferClassifier):
         batch_norm: in the layers that learn: eval keeps the running statistics, train updates them.
         warmup: share of the steps in which the learning rate rises, before it falls as a cosine.
         kwargs: as ``TransferClassifier``; the backbone is the one that the head was trained on.
-
-    Raises:
-        UserError: the backbone has no such layer; and as ``TransferClassifier``.
     """
 
     def __init__(

@@ -23,28 +23,19 @@ LAYOUT = 2  # 2: with the temperature
 
 
 class HeadModule(LightningModule):
-    """What a head and its frozen backbone keep, check and load; ``TransferClassifier`` adds how the head learns.
-
-    Attributes:
-        digests: sha256 of each tensor of the backbone, when it was made or loaded.
-        weights_digest: sha256 of the named weights, before any fine-tuning.
-        finetuned: the tensors of the backbone that are no longer those of the named weights.
-        learning: the tensors of the backbone that may change in a fit.
-        temperature: the logits are divided by it for calibrated probabilities.
-    """
+    """What a head and its frozen backbone keep, check and load; ``TransferClassifier`` adds how the head learns."""
 
     class_names: list[str]
     backbone: FrozenBackbone
     head: nn.Module
-    temperature: float
-    learning: Sequence[str] = ()
+    temperature: float  # the logits are divided by it for calibrated probabilities
+    learning: Sequence[str] = ()  # the tensors of the backbone that may change in a fit
 
     def remember_backbone(self) -> None:
         """Notes what must not change."""
-        self.strict_loading = False  # what is frozen is not in a checkpoint
-        self.digests = self.backbone.digests()
-        self.weights_digest = combined(self.digests)
-        self.finetuned: list[str] = []
+        self.digests = self.backbone.digests()  # when it was made or loaded
+        self.weights_digest = combined(self.digests)  # of the named weights, before any fine-tuning
+        self.finetuned: list[str] = []  # the tensors that are no longer those of the named weights
 
     def on_fit_start(self) -> None:
         check_frozen(self.backbone.digests(), self.digests, but=self.learning)

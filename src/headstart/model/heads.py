@@ -21,7 +21,6 @@ class MLP(nn.Module):
         self.out = nn.Linear(hidden, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, width] -> [B, num_classes]."""
         logits: Tensor = self.out(self.hidden(features).relu())
         return logits
 
@@ -39,7 +38,6 @@ class Cosine(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(scale).log())
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, width] -> [B, num_classes]."""
         likeness = functional.linear(functional.normalize(features), functional.normalize(self.weight))
         return likeness * self.log_scale.exp()
 

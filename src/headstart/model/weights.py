@@ -48,11 +48,9 @@ class Torchvision(Family):
     """The classification models of torchvision."""
 
     def names(self) -> list[str]:
-        """All that torchvision lists."""
         return list(models.list_models(module=models))
 
     def build(self, name: str) -> nn.Module:
-        """torchvision's own model."""
         # These two scale their input anew when torchvision gives them ImageNet weights.
         options = {"init_weights": False, "transform_input": True} if name in ("googlenet", "inception_v3") else {}
         net: nn.Module = models.get_model(name, weights=None, **options)

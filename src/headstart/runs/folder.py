@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, cast
 
 import PIL
@@ -55,10 +54,10 @@ class RunFolder(Callback):
         name: str,
         config: str,
         resumed: Run | None = None,
-        kept: Mapping[str, bytes] = MappingProxyType({}),
+        kept: Mapping[str, bytes] | None = None,
     ) -> None:
         self.logs, self.name, self.config = logs, name, config
-        self.resumed, self.kept = resumed, kept
+        self.resumed, self.kept = resumed, kept or {}
         self.folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -14,7 +14,7 @@ from headstart.errors import UserError
 from headstart.fewshot.compare import BASELINE, Compared, accuracies, compare, shots_figure, to_csv
 from headstart.fewshot.data import EpisodeData
 from headstart.fewshot.episodes import TaskSize
-from headstart.fewshot.heads import HeadName, make_head
+from headstart.fewshot.heads import HEADS, HeadName, make_head
 from headstart.fewshot.module import MetaLearner
 from headstart.fewshot.save import save
 from headstart.fewshot.sources import SourceName
@@ -31,7 +31,6 @@ from headstart.runs.logger import RunLogger
 from headstart.search.intervals import mean_and_half_width
 from headstart.terminal import Seconds, quiet_libraries, say
 
-HEADS: tuple[HeadName, ...] = ("prototype", "ridge", "logistic", "anil", "projection")
 # What is meta-trained in a comparison; the prototype is the baseline without training.
 TRAINED: tuple[HeadName, ...] = ("ridge", "anil", "projection")
 SHOTS, COMPARED_QUERIES = (1, 5, 10), 10
@@ -97,7 +96,7 @@ class _Verb:
         given, config = self.given, self.given.clone()
         config.ckpt_path = None
         run_folder = RunFolder(self.logs, name, self.parser.dump(config, skip_none=False), self.resumed)
-        lengths = (int(given[name]) for name in ("max_epochs", "patience", "seed_everything"))
+        lengths = int(given.max_epochs), int(given.patience), int(given.seed_everything)
         trainer, before = meta_train(module, data, given.accelerator, run_folder, *lengths, self.checkpoint)
         assert run_folder.folder
         assert isinstance(trainer.logger, RunLogger)
@@ -199,12 +198,8 @@ def _interval(mean: float, half_width: float) -> str:
 
 def _parser() -> OptionParser:
     parser = parser_of("fewshot")
-    parser.add_argument(
-        "--head",
-        type=Literal["prototype", "ridge", "logistic", "anil", "projection", "all"],
-        default="prototype",
-        help="what learns a task; all: compare them at 1, 5 and 10 shots",
-    )
+    heads, compared = Literal[HeadName, "all"], "what learns a task; all: compare them at 1, 5 and 10 shots"
+    parser.add_argument("--head", type=heads, default="prototype", help=compared)
     parser.add_argument("--train", action="store_true", help="meta-train the head first, on other classes")
     parser.add_argument("--n_way", type=Positive, default=5, help="classes per task")
     parser.add_argument("--k_shot", type=Positive, default=1, help="examples per class")
