@@ -36,27 +36,22 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.size, self.batch_size, self.seed, self._epoch = size, batch_size, seed, epoch
+        self.size, self.batch_size, self.seed, self.epoch = size, batch_size, seed, epoch
         self.rank, self.world_size = rank, world_size
-
-    @property
-    def epoch(self) -> int:
-        """The current epoch, from 0."""
-        return self._epoch()
 
     def batches(self) -> list[Tensor]:
         """The indices of this rank's batches in the current epoch."""
         if self.seed is None:
             order = torch.arange(self.size)
         else:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
             order = torch.randperm(self.size, generator=generator)
             order = order[: self.size - self.size % self.world_size]
         shares = (batch[self.rank :: self.world_size] for batch in torch.split(order, self.batch_size))
         return [share for share in shares if len(share)]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self.epoch
+        epoch = self.epoch()
         for batch in self.batches():
             yield [(index, epoch) for index in batch.tolist()]
 
@@ -105,7 +100,7 @@ class FeatureLoader:
         self.batch_sampler = order
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        view = self.views[self.batch_sampler.epoch % len(self.views)]
+        view = self.views[self.batch_sampler.epoch() % len(self.views)]
         batches = self.batch_sampler.batches()
         for start in range(0, len(batches), BATCHES_A_BLOCK):
             block = batches[start : start + BATCHES_A_BLOCK]

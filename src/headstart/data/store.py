@@ -2,10 +2,8 @@
 
 import hashlib
 import os
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 import torch
@@ -21,7 +19,7 @@ from headstart.features.hashes import cache_folder
 from headstart.features.matrix import FeatureMatrix, Key
 from headstart.images import MAX_PIXELS, Preprocessing, UnreadableImage, Views, preprocess
 from headstart.model.backbone import FrozenBackbone
-from headstart.terminal import images_bar, say
+from headstart.terminal import Seconds, images_bar, say
 
 # Skipping more images than this, and more than this share, is not an accident of single files.
 MAX_SKIPPED, MAX_SKIPPED_SHARE = 5, 0.05
@@ -48,7 +46,7 @@ class FeatureStore:
         self.feature_precision: FeaturePrecision = feature_precision
         self.items: list[Item] = []  # the readable images, once they are loaded
         self.skipped: dict[str, str] = {}  # the reasons of the others, by path
-        self.seconds = {"scan": 0.0, "features": 0.0}
+        self.seconds = Seconds("scan", "features")
         self.backbone: FrozenBackbone
         self.device: torch.device
         self._caches: dict[Views, FeatureCache] = {}
@@ -60,7 +58,7 @@ class FeatureStore:
         if identity == self._loaded:
             return False
         self.backbone, self.device, self._caches = backbone, device, {}
-        with self._timed("scan"):
+        with self.seconds.of("scan"):
             found, self.skipped = self.source.scan(self.cache_dir / "index" if self.cache else None)
             if self.source.all_in:
                 found = [replace(item, split=self.source.all_in) for item in found]
@@ -68,7 +66,7 @@ class FeatureStore:
             failures = self._fill({item.digest: item for item in found}, Views(), 0)
             self.skipped |= {item.path: failures[item.digest] for item in found if item.digest in failures}
         else:
-            with self._timed("scan"):
+            with self.seconds.of("scan"):
                 self._decode_all(found)
         self.items = [item for item in found if item.path not in self.skipped]
         self._loaded = identity
@@ -105,7 +103,7 @@ class FeatureStore:
 
         if views not in self._caches:
             self._caches[views] = FeatureCache(self.cache_dir, self._key(views))
-        with self._timed("features"):
+        with self.seconds.of("features"):
             try:
                 return self._caches[views].fill(list(items), pixels, self.backbone, self.device, self.workers)
             except NonFiniteFeatures as error:
@@ -131,9 +129,3 @@ class FeatureStore:
                 advance(1)
                 if why is not None:
                     self.skipped[item.path] = why
-
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - started

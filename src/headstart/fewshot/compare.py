@@ -58,7 +58,7 @@ def to_csv(rows: Sequence[Compared]) -> bytes:
 
 
 def shots_figure(rows: Sequence[Compared]) -> Figure:
-    """Accuracy against the number of examples a class, with 95 % intervals."""
+    """Accuracy against the number of examples per class, with 95 % intervals."""
     figure = Figure(figsize=(7, 4.5), dpi=100, layout="tight")
     axes = figure.add_subplot()
     names = list(dict.fromkeys(row.head for row in rows))
@@ -69,7 +69,7 @@ def shots_figure(rows: Sequence[Compared]) -> Figure:
         dashes = "--" if name.endswith("(trained)") else "-"
         axes.errorbar(shots, means, widths, color=colour, linestyle=dashes, marker="o", capsize=3, label=name)
     axes.set_xticks(sorted({row.k_shot for row in rows}))
-    axes.set(xlabel="examples a class", ylabel="accuracy on new classes")
+    axes.set(xlabel="examples per class", ylabel="accuracy on new classes")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
     return figure

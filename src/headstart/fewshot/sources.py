@@ -5,6 +5,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -93,6 +94,7 @@ def _omniglot(roots: str, cache: Path) -> Path:
 
 def _collect(path: Path, target: Path) -> None:
     """Copies alphabet / character / image from a zip file or a folder; what is in two of them is there once."""
+    files: dict[tuple[str, ...], Callable[[], bytes]]
     if path.is_dir():
         files = {found.relative_to(path).parts[-3:]: found.read_bytes for found in path.rglob("*.png")}
     else:
@@ -101,17 +103,13 @@ def _collect(path: Path, target: Path) -> None:
         except (zipfile.BadZipFile, OSError) as error:
             raise UserError(f"--data.root={path}: no zip file ({error})") from error
         names = [name for name in archive.namelist() if name.endswith(".png") and "__MACOSX" not in name]
-        files = {tuple(name.split("/")[-3:]): _reader(archive, name) for name in names}
+        files = {tuple(name.split("/")[-3:]): partial(archive.read, name) for name in names}
     for parts, read in files.items():
         if len(parts) < 3 or any(part in ("", ".", "..") for part in parts):
             raise UserError(f"--data.root={path}: not in Omniglot's layout, alphabet / character / image")
         place = target.joinpath(*parts)
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(read())
-
-
-def _reader(archive: zipfile.ZipFile, name: str) -> Callable[[], bytes]:
-    return lambda: archive.read(name)
 
 
 def split_classes(classes: Classes, val_fraction: float, test_fraction: float, seed: int) -> dict[Split, list[str]]:

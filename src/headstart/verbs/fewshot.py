@@ -126,7 +126,10 @@ class _Verb:
         if scores["gain/acc_ci95"]:  # else it is the baseline
             say(f"baseline:   {_interval(scores['baseline/acc'], scores['baseline/acc_ci95'])} (prototype, untrained)")
             say(f"gain:       {_interval(scores['gain/acc'], scores['gain/acc_ci95'])} (paired, 95 %)")
-        self._say_next(folder)
+        say(f"run:      {folder}")
+        say(f"inspect:  tensorboard --logdir {self.given.logs}")
+        if not self.given.train:
+            say("next:     headstart fewshot --head=projection --train    (meta-trains on other classes first)")
         return result
 
     def _compare(self, data: EpisodeData, tested: EpisodeData) -> dict[str, Any]:
@@ -180,12 +183,6 @@ class _Verb:
         result |= {"head": self.given.head, **{name: int(self.given[name]) for name in SIZE_OPTIONS}}
         write_result(folder, result)
         return result
-
-    def _say_next(self, folder: Path) -> None:
-        say(f"run:      {folder}")
-        say(f"inspect:  tensorboard --logdir {self.given.logs}")
-        if not self.given.train:
-            say("next:     headstart fewshot --head=projection --train    (meta-trains on other classes first)")
 
 
 def _name(given: Any) -> str:

@@ -78,11 +78,11 @@ def _say(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         scores = (f"{row[name]:.3f}" if name in row else "" for name in SHOWN)
         seconds = row["state"] if row["seconds"] is None else f"{row['seconds']:.0f}"
-        settings = {
-            name: value
-            for name, value in row.items()
-            if name not in ABOUT and not ("/" in name and isinstance(value, float))
-        }
+        settings = {name: value for name, value in row.items() if name not in ABOUT and not _is_score(name, value)}
         shown = " ".join(f"{name.split('.')[-1]}={value}" for name, value in settings.items())
         table.add_row(row["run"], *scores, seconds, shown)
     say(table)
+
+
+def _is_score(name: str, value: Any) -> bool:
+    return "/" in name and isinstance(value, float)
