@@ -20,7 +20,7 @@ QUIET = COMMON | {"devices": 1, "logger": False, "enable_checkpointing": False, 
 
 
 def quiet_trainer(accelerator: str = "auto", **options: Any) -> Trainer:
-    """A Trainer on one device, without files, progress or messages; ``options`` of the Trainer's win."""
+    """A Trainer on one device, without files, progress or messages; further ``options`` of the Trainer's win."""
     try:
         return Trainer(accelerator=accelerator, **QUIET | options)
     except (MisconfigurationException, ValueError) as error:

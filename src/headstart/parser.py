@@ -95,7 +95,7 @@ def add_accelerator(parser: OptionParser) -> None:
 
 
 def add_run(parser: OptionParser, name: str) -> None:
-    """Adds where a verb works and where its folder goes; ``name`` tells in the help what it is called by default."""
+    """Adds where a verb works and where its folder goes; ``name`` describes the folder's default name in the help."""
     add_accelerator(parser)
     parser.add_argument("--name", type=str | None, help=f"name of the run; None: {name}")
     parser.add_argument("--logs", type=str, default="logs", help="where the run's folder goes")

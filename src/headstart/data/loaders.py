@@ -92,7 +92,7 @@ class ImageLoader(DataLoader[tuple[Tensor, int]]):
 class FeatureLoader:
     """Batches of (features [B, D], labels [B]), sliced from the matrix: no worker, no collation.
 
-    An epoch takes the view of its number modulo the number of views.
+    Epoch e takes view e, modulo the number of views.
     """
 
     def __init__(self, labelled: Labelled, order: BatchOrder) -> None:

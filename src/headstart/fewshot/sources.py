@@ -115,7 +115,7 @@ def _collect(path: Path, target: Path) -> None:
 def split_classes(classes: Classes, val_fraction: float, test_fraction: float, seed: int) -> dict[Split, list[str]]:
     """Gives each class a split, whole groups at a time, in the order of the hash of the seed and the group's name.
 
-    The fractions are shares of the classes, about; with a test fraction of 1 all are for the test.
+    The fractions are approximate shares of the classes; a test fraction of 1 puts all into the test.
     """
     parts: dict[Split, list[str]] = {split: [] for split in SPLITS}
     members: dict[str, list[str]] = defaultdict(list)

@@ -50,7 +50,7 @@ HEADS: dict[str, Callable[[int, int], nn.Module]] = {
 
 
 def linear_head(head: nn.Module) -> nn.Linear:
-    """The head, for what only a linear one can do; ``UserError`` for another kind."""
+    """The head, for what only a linear one can do; another kind is a ``UserError``."""
     if not isinstance(head, nn.Linear):
         raise UserError(f"this needs a linear head, and the checkpoint's is a {type(head).__name__}")
     return head

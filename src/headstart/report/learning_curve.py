@@ -77,7 +77,7 @@ def learning_curve(data: ImageData, settings: HeadSettings, epochs: int, warmup:
 
 
 def stratified(labels: Tensor, share: float, seed: int) -> Tensor:
-    """The positions of a random share of each class, at least one image; a larger share holds a smaller of one seed."""
+    """The positions of a random share of each class, at least one image; with one seed, a larger share holds a smaller."""
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator)
     classes = [shuffled[labels[shuffled] == label] for label in sorted(set(labels.tolist()))]

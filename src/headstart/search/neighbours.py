@@ -21,7 +21,7 @@ class Neighbours:
 
 
 def neighbours(features: Tensor, digests: Sequence[bytes], k: int, threshold: float) -> Neighbours:
-    """Compares every image with those of another content, by features [N, D]; lists pairs from the threshold on."""
+    """Compares each image with all of other content: the ``k`` nearest by features [N, D], and pairs from the threshold."""
     first = {digest: position for position, digest in reversed(list(enumerate(digests)))}
     content = torch.tensor([first[digest] for digest in digests])
     unit = functional.normalize(features - features.mean(dim=0), dim=1)

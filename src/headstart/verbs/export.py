@@ -27,7 +27,7 @@ MAKERS = {".onnx": (to_onnx, run_onnx), ".pth": (to_torchvision, run_torchvision
 
 
 def export(options: Sequence[str]) -> dict[str, Any]:
-    """Writes a model file that was compared with the checkpoint on real images before; nothing where they differ.
+    """Writes a model file, once its output was compared with the checkpoint's on real images; none where they differ.
 
     Returns the `output`, how many `images` were compared, and the largest `difference` of a probability.
     """

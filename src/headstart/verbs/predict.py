@@ -73,7 +73,7 @@ def predict(options: Sequence[str]) -> dict[str, int]:
 class Predictor:
     """From paths to predictions, in order; memory does not grow with their number.
 
-    Of each it names the ``top_k`` classes; class activation maps are drawn into the folder ``maps``, if there is one.
+    Each names the ``top_k`` classes; class activation maps are drawn into the folder ``maps``, if one is given.
     """
 
     def __init__(
