@@ -20,15 +20,7 @@ QUIET = COMMON | {"devices": 1, "logger": False, "enable_checkpointing": False, 
 
 
 def quiet_trainer(accelerator: str = "auto", **options: Any) -> Trainer:
-    """A Trainer on one device, without files, progress or messages.
-
-    Args:
-        accelerator: auto, cpu, gpu, or another of Lightning's names.
-        options: more of the Trainer's, which win.
-
-    Raises:
-        UserError: this machine has no such accelerator.
-    """
+    """A Trainer on one device, without files, progress or messages; further ``options`` of the Trainer's win."""
     try:
         return Trainer(accelerator=accelerator, **QUIET | options)
     except (MisconfigurationException, ValueError) as error:
@@ -36,9 +28,5 @@ def quiet_trainer(accelerator: str = "auto", **options: Any) -> Trainer:
 
 
 def device_of(accelerator: str) -> torch.device:
-    """The device of that name, or with auto what the machine has.
-
-    Raises:
-        UserError: it has none such.
-    """
+    """The device of that name, or with auto what the machine has."""
     return quiet_trainer(accelerator).strategy.root_device

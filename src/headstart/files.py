@@ -40,11 +40,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def new_path(option: str, given: str | Path) -> Path:
-    """The path of a file to write.
-
-    Raises:
-        UserError: it exists already.
-    """
+    """The path of a file to write, which must not exist yet."""
     path = Path(given).expanduser()
     if path.exists():
         raise UserError(f"{option}={path}: is there already; give another name")
@@ -52,11 +48,7 @@ def new_path(option: str, given: str | Path) -> Path:
 
 
 def write_new(option: str, given: str | Path, data: bytes) -> Path:
-    """Writes a file that does not exist yet.
-
-    Raises:
-        UserError: it exists already, or cannot be written.
-    """
+    """Writes a file that must not exist yet."""
     path = new_path(option, given)
     try:
         write_atomically(path, data)
@@ -90,17 +82,7 @@ def csv_bytes(rows: Iterable[Iterable[object]]) -> bytes:
 
 
 def read_csv(option: str, file: Path, columns: Sequence[str], errors: str = "strict") -> list[dict[str, str]]:
-    """The rows of a CSV file by column name.
-
-    Args:
-        option: the option that names the file, for messages.
-        file: its path.
-        columns: the names that its first line must have.
-        errors: what to do with bytes that are not UTF-8.
-
-    Raises:
-        UserError: it cannot be read as CSV, or lacks a column.
-    """
+    """The rows of a CSV file by column name; ``columns`` must be there, ``errors`` is for bytes that are not UTF-8."""
     try:
         with file.open(newline="", encoding="utf-8-sig", errors=errors) as text:
             reader = csv.DictReader(text, strict=True)

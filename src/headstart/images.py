@@ -28,21 +28,13 @@ _random = threading.Lock()
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What happens to an image before the backbone: resize the shorter side, crop the centre, normalise.
+    """What happens to an image before the backbone: resize the shorter side, crop the centre, normalise."""
 
-    Attributes:
-        resize_size: the shorter side after resizing, in pixels.
-        crop_size: the side of the centre crop, in pixels.
-        interpolation: a name of torchvision's ``InterpolationMode``, antialiased.
-        mean: per channel, of values in [0, 1].
-        std: per channel, of values in [0, 1].
-    """
-
-    resize_size: int = 256
-    crop_size: int = 224
-    interpolation: str = "bilinear"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    resize_size: int = 256  # the shorter side after resizing, in pixels
+    crop_size: int = 224  # the side of the centre crop, in pixels
+    interpolation: str = "bilinear"  # a name of torchvision's ``InterpolationMode``, antialiased
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # per channel, of values in [0, 1]
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # likewise
 
     def resized(self, image_size: int) -> "Preprocessing":
         """The same with another crop size, the resize in proportion."""
@@ -59,13 +51,8 @@ def decode(data: bytes, shorter_side: int, max_pixels: int = MAX_PIXELS) -> Imag
     Transparency is laid on white, 16 bits are scaled to 8, the EXIF orientation is applied, and an animation gives
     its first frame. A JPEG is decoded at a reduced scale where that still leaves ``shorter_side`` pixels.
 
-    Args:
-        data: the file's content.
-        shorter_side: the size that the shorter side will be resized to, in pixels.
-        max_pixels: images of more pixels are not decoded.
-
     Raises:
-        UnreadableImage: it is no image, damaged, too small or too large.
+        UnreadableImage: it is no image, damaged, too small, or of more than ``max_pixels`` pixels.
     """
     Image.MAX_IMAGE_PIXELS = max_pixels  # PIL's own guard, at opening
     try:
@@ -144,25 +131,13 @@ def _policy(policy: Augment, preprocessing: Preprocessing) -> v2.Transform:
 
 @dataclass(frozen=True)
 class Views:
-    """How training images vary; view 0 of an image is the image itself.
-
-    Attributes:
-        policy: of augmentation.
-        seed: of the augmented views.
-    """
+    """How training images vary; view 0 of an image is the image itself."""
 
     policy: Augment = "none"
     seed: int = 0
 
     def view(self, image: Image.Image, digest: bytes, number: int, preprocessing: Preprocessing) -> Tensor:
-        """The view of that number -> [3, H, W] uint8: a function of the content, not of the order of images.
-
-        Args:
-            image: RGB.
-            digest: sha256 of its content.
-            number: of the view.
-            preprocessing: the backbone's.
-        """
+        """The view of that number -> [3, H, W] uint8: a function of the content, whose sha256 is ``digest``."""
         if number == 0 or self.policy == "none":
             return preprocess(image, preprocessing)
         content = hashlib.sha256(b"%d %d " % (self.seed, number) + digest).digest()

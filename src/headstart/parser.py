@@ -15,17 +15,11 @@ SHORT_HELP = ("max_epochs", "accelerator", "devices", "precision")
 
 
 class OptionParser(ArgumentParser):
-    """Short help, and errors of one line with the nearest valid name.
+    """Short help, and errors of one line with the nearest valid name."""
 
-    Attributes:
-        usage_line: the first line of the help.
-        last_line: the last line of the short help; empty: none.
-        full: whether the help is jsonargparse's own page of every option.
-    """
-
-    usage_line = "headstart VERB [options]"
-    last_line = ""
-    full = False
+    usage_line = "headstart VERB [options]"  # the first line of the help
+    last_line = ""  # the last line of the short help; empty: none
+    full = False  # whether the help is jsonargparse's own page of every option
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises ``UserError``."""
@@ -74,12 +68,7 @@ class OptionParser(ArgumentParser):
 
 
 def parser_of(verb: str, arguments: str = "") -> OptionParser:
-    """An empty parser for a verb.
-
-    Args:
-        verb: its name.
-        arguments: what the usage line shows after it, beside the options.
-    """
+    """An empty parser for a verb; ``arguments`` is what its usage line shows beside the options."""
     parser = OptionParser(allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a file of options; later ones win")
     parser.usage_line = f"headstart {verb} [options]{f' {arguments}' if arguments else ''}"
@@ -106,23 +95,14 @@ def add_accelerator(parser: OptionParser) -> None:
 
 
 def add_run(parser: OptionParser, name: str) -> None:
-    """Adds where a verb works and where its folder goes.
-
-    Args:
-        parser: to which they are added.
-        name: what the folder is called when no name is given, for the help.
-    """
+    """Adds where a verb works and where its folder goes; ``name`` describes the folder's default name in the help."""
     add_accelerator(parser)
     parser.add_argument("--name", type=str | None, help=f"name of the run; None: {name}")
     parser.add_argument("--logs", type=str, default="logs", help="where the run's folder goes")
 
 
 def required(given: Any, *options: str) -> None:
-    """Stops where an option without which the verb cannot work is missing.
-
-    Raises:
-        UserError: names it.
-    """
+    """Stops where an option is missing without which the verb cannot work."""
     for option in options:
         if given[option.removeprefix("--")] is None:
             raise UserError(f"{option} is missing; --help lists the options")

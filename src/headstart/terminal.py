@@ -61,18 +61,18 @@ def images_bar(description: str, total: int | None) -> Iterator[Callable[[int], 
 class Seconds(dict[str, float]):
     """What the parts of a run took, by name, and with ``total`` the time since it was made."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *parts: str) -> None:
+        super().__init__(dict.fromkeys(parts, 0.0))
         self._started = time.perf_counter()
 
     @contextmanager
     def of(self, part: str) -> Iterator[None]:
-        """Measures what happens within."""
+        """Adds what happens within."""
         started = time.perf_counter()
         try:
             yield
         finally:
-            self[part] = time.perf_counter() - started
+            self[part] = self.get(part, 0.0) + (time.perf_counter() - started)
 
     def with_total(self) -> dict[str, float]:
         """The parts and the total."""

@@ -34,35 +34,22 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to look at.
+    """Something to look at."""
 
-    Attributes:
-        kind: a key of ``KINDS``.
-        path: the image's path, or the name of a small class.
-        class_name: the class that it is in.
-        split: the split that it would be in.
-        note: why, or what it should be.
-        score: the larger, the surer; for near-duplicates, the similarity.
-        group: the images that belong together; 0: none.
-    """
-
-    kind: str
-    path: str
-    class_name: str
-    split: str = ""
-    note: str = ""
-    score: float = 1.0
-    group: int = 0
+    kind: str  # a key of ``KINDS``
+    path: str  # the image's path, or the name of a small class
+    class_name: str  # the class that it is in
+    split: str = ""  # the split that it would be in
+    note: str = ""  # why, or what it should be
+    score: float = 1.0  # the larger, the surer; for near-duplicates, the similarity
+    group: int = 0  # number of the images that belong together; 0: none
 
 
 def find(source: FileSource, skipped: Mapping[str, str], items: Sequence[Item], features: Tensor) -> Iterator[Finding]:
     """All findings, kind by kind, the surest first.
 
-    Args:
-        source: where the images come from.
-        skipped: the reasons of those that cannot be read, by path.
-        items: the others, with the splits that they would have.
-        features: their features, rooted, [N, D].
+    ``skipped`` has the reasons of the images that cannot be read, by path; ``features`` [N, D], those of the others,
+    are rooted.
     """
     names = source.class_names
     labels = torch.tensor([item.label for item in items])
@@ -98,12 +85,9 @@ def rooted(features: Tensor) -> Tensor:
 
 
 def isolations(similarities: Tensor) -> Tensor:
-    """How isolated each image is: robust deviations of its mean similarity to its neighbours below the median, [N].
+    """How isolated each image is: robust deviations of its mean similarity to its k neighbours below the median, [N].
 
     Ramaswamy et al., "Efficient Algorithms for Mining Outliers from Large Data Sets", SIGMOD 2000.
-
-    Args:
-        similarities: of its nearest neighbours, [N, k].
     """
     mean = similarities.mean(dim=1)
     spread = 1.4826 * (mean - mean.median()).abs().median()
@@ -111,12 +95,7 @@ def isolations(similarities: Tensor) -> Tensor:
 
 
 def near_groups(pairs: Tensor, digests: Sequence[bytes]) -> list[list[int]]:
-    """Positions that chains of near-duplicates connect.
-
-    Args:
-        pairs: positions of near-duplicates, [P, 2].
-        digests: the contents; identical ones alone are no near-duplicates.
-    """
+    """Positions that chains of near-duplicate pairs [P, 2] connect; identical contents alone are no near-duplicates."""
     from scipy.sparse import coo_array  # where it is used, since scipy takes a while to import
     from scipy.sparse.csgraph import connected_components
 

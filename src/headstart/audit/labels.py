@@ -1,7 +1,5 @@
 """Labels to look at: probabilities of each image by heads that did not see it."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -21,25 +19,25 @@ def out_of_fold(features: Tensor, labels: Tensor, num_classes: int, groups: Tens
     """Log probabilities of each image by heads that did not see it, [N, C].
 
     Exact heads over 5 folds give the L2 penalty with the lowest loss, and the 5 % of the images that fit worst. Heads
-    that were not taught by those, averaged over 3 partitions, give the probabilities.
-
-    Args:
-        features: rooted, [N, D].
-        labels: [N].
-        num_classes: C.
-        groups: images of one group share a fold, [N].
+    that were not taught by those, averaged over 3 partitions, give the probabilities. The features [N, D] are rooted;
+    images of one group share a fold.
     """
     features = features / features.square().mean().sqrt()
     everything = torch.ones(len(labels), dtype=torch.bool)
-    if len(labels) > MAX_IMAGES_REPEATED:
-        with images_bar("labels", len(labels)) as advance:
-            return _one_round(features, labels, num_classes, groups, DEFAULT_PENALTY, 0, everything, advance)
-    rounds = len(PENALTIES) + REPEATS
-    with images_bar("labels", rounds * len(labels)) as advance:
+    large = len(labels) > MAX_IMAGES_REPEATED
+    with images_bar("labels", (1 if large else len(PENALTIES) + REPEATS) * len(labels)) as advance:
 
         def one_round(l2: float, seed: int, kept: Tensor) -> Tensor:
-            return _one_round(features, labels, num_classes, groups, l2, seed, kept, advance)
+            folds, found = _folds(labels, groups, seed), torch.zeros(len(labels), num_classes)
+            for fold in range(FOLDS):
+                inside, outside = (folds != fold) & kept, folds == fold
+                head = fit_exact(Labelled.of(features[inside], labels[inside]), num_classes, l2, tolerance=TOLERANCE)
+                found[outside] = head(features[outside]).log_softmax(dim=1)
+                advance(int(outside.sum()))
+            return found
 
+        if large:
+            return one_round(DEFAULT_PENALTY, 0, everything)
         tried = {l2: one_round(l2, 0, everything) for l2 in PENALTIES}
         l2 = min(tried, key=lambda l2: float(losses(tried[l2], labels).mean()))
         kept = everything.clone()
@@ -50,26 +48,6 @@ def out_of_fold(features: Tensor, labels: Tensor, num_classes: int, groups: Tens
 def losses(log_probabilities: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy of each image, [N]: the higher, the less its label fits."""
     return -log_probabilities.gather(1, labels[:, None])[:, 0]
-
-
-def _one_round(
-    features: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    groups: Tensor,
-    l2: float,
-    seed: int,
-    kept: Tensor,
-    advance: Callable[[int], None],
-) -> Tensor:
-    folds = _folds(labels, groups, seed)
-    found = torch.zeros(len(labels), num_classes)
-    for fold in range(FOLDS):
-        inside, outside = (folds != fold) & kept, folds == fold
-        head = fit_exact(Labelled.of(features[inside], labels[inside]), num_classes, l2, tolerance=TOLERANCE)
-        found[outside] = head(features[outside]).log_softmax(dim=1)
-        advance(int(outside.sum()))
-    return found
 
 
 def _folds(labels: Tensor, groups: Tensor, seed: int) -> Tensor:

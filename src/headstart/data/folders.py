@@ -25,12 +25,7 @@ IGNORED_FOLDERS = {"__MACOSX", "__pycache__"}
 
 
 def images(folder: Path, others: Counter[str] | None = None) -> list[Path]:
-    """The image files below a folder, in order; hidden files and folders are left alone.
-
-    Args:
-        folder: that is searched.
-        others: counts the other files, by suffix.
-    """
+    """The image files below a folder, in order, without hidden ones; ``others`` counts the other files by suffix."""
     found, others = [], Counter() if others is None else others
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not _ignored(name))
@@ -55,12 +50,7 @@ def images_of_classes(classes: Sequence[Path]) -> list[list[Path]]:
 
 
 def read(root: Path, item: Item, shorter_side: int, max_pixels: int) -> Image.Image:
-    """Decodes an image file, which must still be the one that was scanned.
-
-    Raises:
-        UnreadableImage: it is no image, damaged, too small or too large.
-        UserError: it vanished or changed since the scan.
-    """
+    """Decodes an image file, which must still be the one that was scanned; raises ``UnreadableImage`` as ``decode``."""
     try:
         data = (root / item.path).read_bytes()
     except FileNotFoundError as error:
@@ -71,11 +61,7 @@ def read(root: Path, item: Item, shorter_side: int, max_pixels: int) -> Image.Im
 
 
 def existing(root: str) -> Path:
-    """The folder's absolute path.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The absolute path of a folder that must exist."""
     path = Path(root).expanduser().resolve()
     if not path.is_dir():
         nearest = next(parent for parent in path.parents if parent.exists())
@@ -98,11 +84,7 @@ def _image_suffixes() -> frozenset[str]:
 
 
 def of_splits(root: Path) -> dict[Path, Split | None]:
-    """The folders that hold class folders, and the split of each; None: to be split.
-
-    Raises:
-        UserError: two folders claim one split.
-    """
+    """The folders that hold class folders, and the split of each; None: to be split."""
     named = {root / name: SPLIT_FOLDERS[name.lower()] for name in subfolders(root) if name.lower() in SPLIT_FOLDERS}
     if "train" not in named.values() or len(named) < 2:
         return {root: None}
@@ -112,11 +94,7 @@ def of_splits(root: Path) -> dict[Path, Split | None]:
 
 
 def class_names(folders: Mapping[Path, Split | None]) -> list[str]:
-    """The names of the class folders, which are the same in every split.
-
-    Raises:
-        UserError: they differ, or are fewer than two.
-    """
+    """The names of the class folders: at least two, and the same in every split."""
     names = {folder: subfolders(folder) for folder in folders}
     first, expected = next(iter(names.items()))
     for folder, found in names.items():

@@ -22,15 +22,9 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
 
     So a resumed run sees the batches that the uninterrupted run would have seen, and every rank knows the others'.
     In training, ranks get equally many samples, for which fewer samples than there are ranks are left out of an epoch;
-    in evaluation each sample comes exactly once.
+    in evaluation, which has no seed, each sample comes exactly once, in order.
 
-    Args:
-        size: the number of samples.
-        batch_size: samples a batch, over all ranks.
-        seed: of the shuffling; None: in order, for evaluation.
-        epoch: tells the epoch, when a loader asks for its first batch.
-        rank: of this process.
-        world_size: the number of processes.
+    ``batch_size`` counts the samples of all ranks; ``epoch`` is asked when a loader wants its first batch.
     """
 
     def __init__(
@@ -42,47 +36,33 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.size, self.batch_size, self.seed, self._epoch = size, batch_size, seed, epoch
+        self.size, self.batch_size, self.seed, self.epoch = size, batch_size, seed, epoch
         self.rank, self.world_size = rank, world_size
-
-    @property
-    def epoch(self) -> int:
-        """The current epoch, from 0."""
-        return self._epoch()
 
     def batches(self) -> list[Tensor]:
         """The indices of this rank's batches in the current epoch."""
         if self.seed is None:
             order = torch.arange(self.size)
         else:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
             order = torch.randperm(self.size, generator=generator)
             order = order[: self.size - self.size % self.world_size]
         shares = (batch[self.rank :: self.world_size] for batch in torch.split(order, self.batch_size))
         return [share for share in shares if len(share)]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self.epoch
+        epoch = self.epoch()
         for batch in self.batches():
             yield [(index, epoch) for index in batch.tolist()]
 
     def __len__(self) -> int:
-        return len(self.batches()) if self.seed is None else -(-(self.size // self.world_size) // self._share)
-
-    @property
-    def _share(self) -> int:
-        return self.batch_size // self.world_size
+        if self.seed is None:
+            return len(self.batches())
+        return -(-(self.size // self.world_size) // (self.batch_size // self.world_size))
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
-    """Images decoded when they are asked for, by (index, epoch); another epoch, another augmented view.
-
-    Args:
-        items: the images.
-        read: decodes one to RGB; may raise ``UnreadableImage``.
-        preprocessing: the backbone's.
-        views: how they are augmented.
-    """
+    """Images decoded when they are asked for, by (index, epoch); another epoch, another augmented view."""
 
     def __init__(
         self, items: Sequence[Item], read: Callable[[Item], Image], preprocessing: Preprocessing, views: Views
@@ -112,9 +92,7 @@ class ImageLoader(DataLoader[tuple[Tensor, int]]):
 class FeatureLoader:
     """Batches of (features [B, D], labels [B]), sliced from the matrix: no worker, no collation.
 
-    Args:
-        labelled: the samples; an epoch takes the view of its number modulo their count.
-        order: the order of the samples.
+    Epoch e takes view e, modulo the number of views.
     """
 
     def __init__(self, labelled: Labelled, order: BatchOrder) -> None:
@@ -122,7 +100,7 @@ class FeatureLoader:
         self.batch_sampler = order
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        view = self.views[self.batch_sampler.epoch % len(self.views)]
+        view = self.views[self.batch_sampler.epoch() % len(self.views)]
         batches = self.batch_sampler.batches()
         for start in range(0, len(batches), BATCHES_A_BLOCK):
             block = batches[start : start + BATCHES_A_BLOCK]

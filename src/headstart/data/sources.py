@@ -23,54 +23,37 @@ from headstart.terminal import images_bar
 
 
 class Source(ABC):
-    """Which images there are, of which class, and how one is read.
+    """Which images there are, of which class, and how one is read."""
 
-    Attributes:
-        class_names: by label.
-        path: what the data is called by, and where it is.
-        has_val: whether no image that it gives without a split should validate.
-        has_test: whether none should test.
-    """
-
-    class_names: list[str]
-    path: Path
-    has_val = False
-    has_test = False
+    class_names: list[str]  # by label
+    path: Path  # what the data is called by, and where it is
+    has_val = False  # whether no image that it gives without a split should validate
+    has_test = False  # whether none should test
+    all_in: Split | None = None  # the split that every image is used in; None: that which it has, or is given
 
     @abstractmethod
     def scan(self, remembered: Path | None) -> tuple[list[Item], dict[str, str]]:
         """The images with the hash of their content, and the reason for each that cannot be read, by path.
 
-        Args:
-            remembered: a folder for the hashes of files that did not change; None: all are hashed.
+        ``remembered`` is a folder for the hashes of files that did not change; None: all are hashed.
         """
 
     @abstractmethod
     def read(self, item: Item, shorter_side: int, max_pixels: int) -> Image.Image:
-        """Decodes an image to RGB.
-
-        Raises:
-            UnreadableImage: it cannot be used; the message is the reason.
-        """
+        """Decodes an image to RGB; raises ``UnreadableImage``, whose message is the reason."""
 
 
 class FileSource(Source):
-    """Images in files below a root.
-
-    Attributes:
-        root: the folder.
-        label_of: the label of each image by its path, readable or not, once they are scanned.
-    """
+    """Images in files below a root."""
 
     root: Path
-    label_of: dict[str, int]
+    label_of: dict[str, int]  # by the path of each image, readable or not, once they are scanned
 
     @abstractmethod
     def listed(self) -> list[Item]:
         """The image files, not yet read; paths are relative to the root."""
 
     def scan(self, remembered: Path | None) -> tuple[list[Item], dict[str, str]]:
-        """Hashes the files that changed."""
         listed = self.listed()
         self.label_of = {item.path: item.label for item in listed}
         with images_bar("scan", len(listed)) as advance:
@@ -78,19 +61,11 @@ class FileSource(Source):
         return [replace(item, digest=digests[item.path]) for item in listed if item.path in digests], unreadable
 
     def read(self, item: Item, shorter_side: int, max_pixels: int) -> Image.Image:
-        """From the file, which must still be the one that was scanned."""
         return folders.read(self.root, item, shorter_side, max_pixels)
 
 
 class FolderSource(FileSource):
-    """A folder of class folders; or one that holds ``train``, ``val`` and maybe ``test``, used so.
-
-    Args:
-        root: the folder.
-
-    Raises:
-        UserError: it is neither; the message says what is missing.
-    """
+    """A folder of class folders; or one that holds ``train``, ``val`` and maybe ``test``, used so."""
 
     def __init__(self, root: str) -> None:
         self.root = self.path = folders.existing(root)
@@ -99,7 +74,6 @@ class FolderSource(FileSource):
         self.has_test = "test" in self._places.values()
 
     def listed(self) -> list[Item]:
-        """The images of each class in each split."""
         places = [
             (folder / name, label, split)
             for folder, split in self._places.items()
@@ -113,36 +87,29 @@ class FolderSource(FileSource):
         ]
 
 
-class TableSource(FileSource):
-    """A CSV file that lists images: path (relative to the file), label, and maybe split and group.
+class ListedSource(FileSource):
+    """Images that are listed already, by their paths below the root."""
 
-    Args:
-        file: the file.
-
-    Raises:
-        UserError: it cannot be used; the message names the line.
-    """
-
-    def __init__(self, file: str) -> None:
-        self.path = Path(file).expanduser().resolve()
-        self.root = self.path.parent
-        self.class_names, self._items = read_table(self.path)
-        self.has_test = any(item.split == "test" for item in self._items)
+    def __init__(self, root: Path, class_names: list[str], items: list[Item], path: Path | None = None) -> None:
+        self.root, self.path, self.class_names, self._items = root, path or root, class_names, items
+        self.has_test = any(item.split == "test" for item in items)
 
     def listed(self) -> list[Item]:
-        """The images of the list."""
         return list(self._items)
 
 
+class TableSource(ListedSource):
+    """A CSV file that lists images: path (relative to the file), label, and maybe split and group."""
+
+    def __init__(self, file: str) -> None:
+        path = Path(file).expanduser().resolve()
+        super().__init__(path.parent, *read_table(path), path)
+
+
 class DatasetSource(Source):
-    """Datasets of (PIL image, label) pairs.
+    """Datasets of (PIL image, label) pairs by name, each with its split; None: to be split.
 
-    Args:
-        datasets: by name, with the split that each says; None: to be split.
-        class_names: by label; None: the first dataset's own ``classes``.
-
-    Raises:
-        UserError: there are no class names.
+    Without ``class_names`` they are the ``classes`` of the dataset that trains.
     """
 
     def __init__(
@@ -156,7 +123,6 @@ class DatasetSource(Source):
         self.has_val, self.has_test = "val" in datasets, "test" in datasets
 
     def scan(self, remembered: Path | None) -> tuple[list[Item], dict[str, str]]:
-        """Decodes all; an image's content is its pixels."""
         samples = [
             (name, index, split)
             for name, (dataset, split) in self._datasets.items()
@@ -166,7 +132,6 @@ class DatasetSource(Source):
             return [self._item(*sample, advance) for sample in samples], {}
 
     def read(self, item: Item, shorter_side: int, max_pixels: int) -> Image.Image:
-        """From the dataset."""
         name, index = item.path.split("/")
         return to_rgb(self._datasets[name][0][int(index)][0])
 
@@ -177,30 +142,9 @@ class DatasetSource(Source):
                 f"DatasetData: {name}[{index}] gives a {type(image).__name__} and no PIL image; drop transforms"
             )
         advance(1)
+        # An image's content is its pixels.
         content = f"{image.mode} {image.size} ".encode() + image.tobytes()
         return Item(f"{name}/{index}", int(label), hashlib.sha256(content).digest(), split)
-
-
-class TestSource(Source):
-    """Another source, every image of which is for the test.
-
-    Args:
-        whole: that source.
-    """
-
-    __test__ = False  # it is not a test, whatever pytest thinks of its name
-
-    def __init__(self, whole: Source) -> None:
-        self.class_names, self.path, self._whole = whole.class_names, whole.path, whole
-
-    def scan(self, remembered: Path | None) -> tuple[list[Item], dict[str, str]]:
-        """All for the test."""
-        items, unreadable = self._whole.scan(remembered)
-        return [replace(item, split="test") for item in items], unreadable
-
-    def read(self, item: Item, shorter_side: int, max_pixels: int) -> Image.Image:
-        """As the other source."""
-        return self._whole.read(item, shorter_side, max_pixels)
 
 
 # By the name that --data.source gives; what is called with --data.root.
@@ -211,11 +155,7 @@ SOURCES: dict[str, Callable[[str], Source]] = {
 
 
 def open_source(root: str | None, csv: str | None, source: str | None) -> Source:
-    """The source that options name; ``csv`` is short for source=csv with that root.
-
-    Raises:
-        UserError: neither or both of root and csv are given, or there is no such source.
-    """
+    """The source that options name; ``csv`` is short for source=csv with that root."""
     if (root is None) == (csv is None):
         raise UserError("give either --data.root, a folder of class folders, or --data.csv, a list of images")
     kind = source or ("folder" if csv is None else "csv")

@@ -25,21 +25,13 @@ TABLE_ROWS = 24
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """An image: where it is, what it shows, what it holds, where it belongs.
+    """An image: where it is, what it shows, what it holds, where it belongs."""
 
-    Attributes:
-        path: relative to the data's root, with forward slashes; of a dataset, its name and the index.
-        label: the index of its class.
-        digest: sha256 of its content.
-        split: None until it is assigned.
-        group: of images that belong together, such as a burst of one scene; empty: it is alone.
-    """
-
-    path: str
-    label: int
-    digest: bytes = b""
-    split: Split | None = None
-    group: str = ""
+    path: str  # relative to the data's root, with forward slashes; of a dataset, its name and the index
+    label: int  # the index of its class
+    digest: bytes = b""  # sha256 of its content
+    split: Split | None = None  # None until it is assigned
+    group: str = ""  # name of the images that belong together, such as a burst of one scene; empty: alone
 
 
 def assign(items: Sequence[Item], class_names: Sequence[str], val: float, test: float, seed: int) -> list[Item]:
@@ -47,17 +39,8 @@ def assign(items: Sequence[Item], class_names: Sequence[str], val: float, test: 
 
     A new image never moves an old one, and identical images share a split, as do those of a group. A class that would
     be missing from a split gets its lowest-hashed image there, or group; that is said, and is the one case in which a
-    new image can move another.
-
-    Args:
-        items: of which some may have a split already; those keep it.
-        class_names: by label.
-        val: share of the images, in [0, 1).
-        test: likewise.
-        seed: another seed, another split.
-
-    Raises:
-        UserError: a class has no image, or fewer different images or groups than there are splits.
+    new image can move another. ``val`` and ``test`` are shares of the images, in [0, 1). A class with fewer different
+    images or groups than there are splits is an error.
     """
     present = {item.label for item in items}
     for label, name in enumerate(class_names):

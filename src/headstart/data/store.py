@@ -2,11 +2,9 @@
 
 import hashlib
 import os
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from PIL import Image
@@ -21,27 +19,16 @@ from headstart.features.hashes import cache_folder
 from headstart.features.matrix import FeatureMatrix, Key
 from headstart.images import MAX_PIXELS, Preprocessing, UnreadableImage, Views, preprocess
 from headstart.model.backbone import FrozenBackbone
-from headstart.terminal import images_bar, say
+from headstart.terminal import Seconds, images_bar, say
 
 # Skipping more images than this, and more than this share, is not an accident of single files.
 MAX_SKIPPED, MAX_SKIPPED_SHARE = 5, 0.05
 
 
 class FeatureStore:
-    """A source's readable images, and matrices of the features of any of them.
+    """A source's readable images, and matrices of the features of any of them; the options are ``ImageData``'s.
 
-    Args:
-        source: where the images come from.
-        num_workers: threads that decode; None: one per processor core, at most 8.
-        cache_dir: where features are kept; None: $HEADSTART_CACHE, else the user's cache folder.
-        feature_precision: arithmetic of the features; auto: bf16 where the device computes it fast, else fp32.
-        max_pixels: images of more pixels are left out.
-        cache: false: no features; the images are decoded once, to find those that cannot be read.
-
-    Attributes:
-        items: the readable images, once they are loaded.
-        skipped: the reasons of the others, by path.
-        seconds: what scanning and computing took.
+    Without a cache there are no features, and ``load`` decodes all images once to find those that cannot be read.
     """
 
     def __init__(
@@ -57,9 +44,9 @@ class FeatureStore:
         self.workers = max(1, min(8, os.cpu_count() or 1) if num_workers is None else num_workers)
         self.cache_dir = cache_folder(cache_dir)
         self.feature_precision: FeaturePrecision = feature_precision
-        self.items: list[Item] = []
-        self.skipped: dict[str, str] = {}
-        self.seconds = {"scan": 0.0, "features": 0.0}
+        self.items: list[Item] = []  # the readable images, once they are loaded
+        self.skipped: dict[str, str] = {}  # the reasons of the others, by path
+        self.seconds = Seconds("scan", "features")
         self.backbone: FrozenBackbone
         self.device: torch.device
         self._caches: dict[Views, FeatureCache] = {}
@@ -71,13 +58,15 @@ class FeatureStore:
         if identity == self._loaded:
             return False
         self.backbone, self.device, self._caches = backbone, device, {}
-        with self._timed("scan"):
+        with self.seconds.of("scan"):
             found, self.skipped = self.source.scan(self.cache_dir / "index" if self.cache else None)
+            if self.source.all_in:
+                found = [replace(item, split=self.source.all_in) for item in found]
         if self.cache:
             failures = self._fill({item.digest: item for item in found}, Views(), 0)
             self.skipped |= {item.path: failures[item.digest] for item in found if item.digest in failures}
         else:
-            with self._timed("scan"):
+            with self.seconds.of("scan"):
                 self._decode_all(found)
         self.items = [item for item in found if item.path not in self.skipped]
         self._loaded = identity
@@ -88,11 +77,7 @@ class FeatureStore:
         return self.source.read(item, self.backbone.preprocessing.resize_size, self.max_pixels)
 
     def check_skips(self) -> None:
-        """Says what is left out.
-
-        Raises:
-            UserError: it is too much to be an accident.
-        """
+        """Says what is left out, and stops where it is too much to be an accident."""
         if not self.skipped:
             return
         first = "; ".join(f"{path}: {reason}" for path, reason in list(self.skipped.items())[:3])
@@ -102,13 +87,7 @@ class FeatureStore:
         say(f"data: {len(self.skipped)} of {total} images are left out ({first}); all in skipped.csv")
 
     def matrix(self, items: Sequence[Item], views: Views | None = None, number: int = 0) -> FeatureMatrix:
-        """The features of one view of images, computed if they are missing.
-
-        Args:
-            items: the images.
-            views: how they are augmented; None: not at all.
-            number: the number of the view; 0: the images themselves.
-        """
+        """The features of one view of images, computed if they are missing; view 0 is the images themselves."""
         if not number or views is None:
             return self._caches[Views()].matrix([item.digest for item in items])
         keys = [hashlib.sha256(b"view %d " % number + item.digest).digest() for item in items]
@@ -124,7 +103,7 @@ class FeatureStore:
 
         if views not in self._caches:
             self._caches[views] = FeatureCache(self.cache_dir, self._key(views))
-        with self._timed("features"):
+        with self.seconds.of("features"):
             try:
                 return self._caches[views].fill(list(items), pixels, self.backbone, self.device, self.workers)
             except NonFiniteFeatures as error:
@@ -150,9 +129,3 @@ class FeatureStore:
                 advance(1)
                 if why is not None:
                     self.skipped[item.path] = why
-
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - started

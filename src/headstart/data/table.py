@@ -17,9 +17,6 @@ def read_table(file: Path) -> tuple[list[str], list[Item]]:
     """The class names, sorted, and the images of the columns path and label, and split and group if they are there.
 
     Without an image for val, those of train are split; then, or with the empty split, a hash decides.
-
-    Raises:
-        UserError: columns are missing, values are empty or unknown, or the lines contradict each other.
     """
     rows = [{name: value.strip() for name, value in row.items()} for row in read_csv("--data.csv", file, NEEDED)]
     for line, row in enumerate(rows, start=2):

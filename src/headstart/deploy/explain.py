@@ -11,18 +11,12 @@ from headstart.model.backbone import FrozenBackbone
 
 
 class ClassActivation:
-    """Class activation maps of the images that a backbone saw last.
+    """Class activation maps of the images that a backbone saw last; weight: the head's, [C, D].
 
     The features of such a backbone are the mean of its last feature map over the places, and the head is linear, so
     each logit is the mean over the places of <weight, map>, plus the bias: that product is the map, with nothing
-    approximated. Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR 2016.
-
-    Args:
-        backbone: whose forward passes are watched.
-        weight: of the head, [C, D].
-
-    Raises:
-        UserError: the backbone's features are no mean over a feature map.
+    approximated. Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR 2016. A backbone whose
+    features are no such mean is an error.
     """
 
     def __init__(self, backbone: FrozenBackbone, weight: Tensor) -> None:

@@ -71,15 +71,11 @@ def chunk_size(rows: int) -> int:
 
 
 class FeatureCache:
-    """The features under one key.
+    """The features under one key, which ``cache_key`` makes.
 
     Whoever needs missing rows takes the lock of a chunk of them, computes it and writes it atomically; then it waits
     for the chunks that others hold, and takes over those whose owner died. Ranks, separate runs and resumed runs are
     all served by that. Where the folder cannot be written the features are computed for this run alone.
-
-    Args:
-        folder: of the whole cache.
-        key: as ``cache_key`` makes it.
     """
 
     def __init__(self, folder: Path, key: dict[str, Any]) -> None:
@@ -99,12 +95,7 @@ class FeatureCache:
     ) -> dict[Key, str]:
         """Computes those of ``rows`` that are missing -> why images among them have no features.
 
-        Args:
-            rows: the names of the rows; repeated ones are computed once.
-            read: gives the pixels of a row, [3, H, W] uint8; may raise ``UnreadableImage``.
-            backbone: computes them, in the dtype that the key names.
-            device: on which it computes them.
-            workers: threads that decode meanwhile.
+        In ``workers`` threads ``read`` gives the pixels of a row, [3, H, W] uint8; it may raise ``UnreadableImage``.
         """
         wanted, found = set(rows), self.read()
         if not self._agree(found, wanted, read, backbone):

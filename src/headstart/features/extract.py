@@ -42,11 +42,7 @@ def feature_dtype(precision: FeaturePrecision, device: torch.device) -> torch.dt
 
 
 class NonFiniteFeatures(Exception):
-    """The backbone gave NaN or infinity for an image, which is never cached.
-
-    Attributes:
-        key: of the image.
-    """
+    """The backbone gave NaN or infinity for the image of ``key``, which is never cached."""
 
     def __init__(self, key: Key) -> None:
         super().__init__(f"features that are not finite, row {key.hex()}")
@@ -55,34 +51,20 @@ class NonFiniteFeatures(Exception):
 
 @dataclass(frozen=True)
 class Computed:
-    """What the backbone made of a batch.
+    """What the backbone made of a batch."""
 
-    Attributes:
-        keys: all of the batch.
-        rows: the keys of those that could be read.
-        features: their features, [rows, D] float32.
-        failures: why the others could not, by key.
-    """
-
-    keys: Sequence[Key]
-    rows: list[Key]
-    features: Tensor
-    failures: dict[Key, str]
+    keys: Sequence[Key]  # all of the batch
+    rows: list[Key]  # the keys of those that could be read
+    features: Tensor  # their features, [rows, D] float32
+    failures: dict[Key, str]  # why the others could not, by key
 
 
 class Extractor:
     """Decodes in threads and computes; while an accelerator computes, the next batches are decoded.
 
-    Args:
-        backbone: a copy of it computes, which is made here, before any thread starts: torch.fx, which folds it,
-            replaces ``nn.Module.__call__`` for every thread while it traces.
-        read: gives the pixels of a key, [3, H, W] uint8; may raise ``UnreadableImage``.
-        device: the device that computes.
-        dtype: the arithmetic.
-        workers: the number of threads.
-
-    Attributes:
-        backbone: the copy.
+    A copy of the backbone computes, which is made here, before any thread starts: torch.fx, which folds it, replaces
+    ``nn.Module.__call__`` for every thread while it traces. ``read`` gives the pixels of a key, [3, H, W] uint8, and
+    may raise ``UnreadableImage``.
     """
 
     def __init__(
@@ -111,15 +93,7 @@ class Extractor:
                 yield self._finish(*decoding.popleft())
 
     def shard(self, keys: Sequence[Key], advance: Callable[[int], None]) -> Shard:
-        """The features of images as one piece of the cache.
-
-        Args:
-            keys: of the images.
-            advance: told the images done.
-
-        Raises:
-            NonFiniteFeatures: an image has no finite ones.
-        """
+        """The features of images as one piece of the cache; ``NonFiniteFeatures`` where an image has no finite ones."""
         started, parts = time.perf_counter(), []
         for part in self(keys):
             finite = part.features.isfinite().all(dim=1)

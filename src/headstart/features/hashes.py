@@ -24,11 +24,7 @@ def cache_folder(chosen: str | None = None) -> Path:
 
 
 def verify(shard: Path) -> None:
-    """Compares a shard's content with the checksum in its name.
-
-    Raises:
-        ValueError: they differ.
-    """
+    """Compares a shard's content with the checksum in its name; ``ValueError`` where they differ."""
     if sha256(shard).hex() != shard.stem.rsplit("-", 1)[-1]:
         raise ValueError("checksum differs")
 
@@ -39,14 +35,10 @@ def sha256(path: Path) -> bytes:
 
 
 class ContentIndex:
-    """The hashes of a folder's files, remembered between runs.
+    """The hashes of the files below ``root``, remembered in ``folder`` between runs; without one nothing is remembered.
 
     A remembered hash counts only while the file's size, mtime, ctime and inode are the same; ctime cannot be set back,
     so a change hidden from mtime is seen too. The index has its own checksum, and a damaged one is made anew.
-
-    Args:
-        root: the folder that the paths are relative to.
-        folder: where the index lies; None: nothing is remembered.
     """
 
     def __init__(self, root: Path, folder: Path | None) -> None:

@@ -19,19 +19,12 @@ IN_MEMORY = 2**30
 
 @dataclass(frozen=True)
 class Shard:
-    """A piece of the cache.
+    """A piece of the cache."""
 
-    Attributes:
-        rows: the keys of the rows.
-        features: [rows, D] float32.
-        failures: why images of this shard could not be read, by key.
-        seconds: what computing it took.
-    """
-
-    rows: list[Key]
-    features: Tensor
-    failures: dict[Key, str] = field(default_factory=dict)
-    seconds: float = 0.0
+    rows: list[Key]  # the keys of the rows
+    features: Tensor  # [rows, D] float32
+    failures: dict[Key, str] = field(default_factory=dict)  # why images of this shard could not be read, by key
+    seconds: float = 0.0  # what computing it took
 
     def to_bytes(self) -> bytes:
         """The content of its file."""
@@ -52,12 +45,7 @@ class Shard:
 
 
 class FeatureMatrix:
-    """Rows of features in the order that was asked for; in memory if the shards are small, else mapped from them.
-
-    Args:
-        shards: that hold the rows.
-        rows: the keys of the rows, in order.
-    """
+    """Rows of features in the order that was asked for; in memory if the shards are small, else mapped from them."""
 
     def __init__(self, shards: Sequence[Shard], rows: Sequence[Key]) -> None:
         place = {row: number for number, row in enumerate(row for shard in shards for row in shard.rows)}
@@ -125,15 +113,10 @@ class FeatureMatrix:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Features of images with their labels.
+    """Features of images with their labels."""
 
-    Attributes:
-        views: one matrix per view of the same N images.
-        labels: the class indices, [N].
-    """
-
-    views: Sequence[FeatureMatrix]
-    labels: Tensor
+    views: Sequence[FeatureMatrix]  # one matrix per view of the same N images
+    labels: Tensor  # the class indices, [N]
 
     @classmethod
     def of(cls, features: Tensor, labels: Tensor) -> "Labelled":

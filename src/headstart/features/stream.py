@@ -17,16 +17,6 @@ class FileStream:
     """From paths to features, in order, in batches of 32.
 
     They are those that training cached, to the bit: the same decoder, arithmetic and batch size.
-
-    Args:
-        backbone: maps images to features.
-        device: the device that computes.
-        precision: arithmetic of the backbone.
-        workers: threads that decode.
-        max_pixels: larger images are not read.
-
-    Attributes:
-        backbone: the copy that computes.
     """
 
     def __init__(
@@ -46,11 +36,7 @@ class FileStream:
         return self._extractor(os.fsencode(path) for path in paths)
 
     def image(self, path: str) -> Image.Image:
-        """The file as RGB.
-
-        Raises:
-            UnreadableImage: it cannot be read.
-        """
+        """The file as RGB; ``UnreadableImage`` where it cannot be read."""
         try:
             data = Path(path).read_bytes()
         except OSError as error:

@@ -20,23 +20,14 @@ COLOURS = (BLUE, ORANGE, GREEN, GREY, "#CC79A7", "#56B4E9", "#E69F00")
 
 @dataclass(frozen=True)
 class Compared:
-    """A head at a number of shots.
+    """A head at a number of shots."""
 
-    Attributes:
-        head: its name; "(trained)" after it: meta-trained.
-        k_shot: examples a class.
-        acc: mean accuracy of the episodes.
-        ci95: half the width of its 95 % interval.
-        gain: mean difference to the baseline on the same episodes.
-        gain_ci95: half the width of that one's.
-    """
-
-    head: str
-    k_shot: int
-    acc: float
-    ci95: float
-    gain: float
-    gain_ci95: float
+    head: str  # its name; "(trained)" after it: meta-trained
+    k_shot: int  # examples per class
+    acc: float  # mean accuracy of the episodes
+    ci95: float  # half the width of its 95 % interval
+    gain: float  # mean difference to the baseline on the same episodes
+    gain_ci95: float  # half the width of its 95 % interval
 
 
 @torch.no_grad()
@@ -51,13 +42,7 @@ def accuracies(head: nn.Module, sampler: EpisodeSampler, episodes: int) -> Tenso
 
 
 def compare(heads: Mapping[str, nn.Module], samplers: Mapping[int, EpisodeSampler], episodes: int) -> list[Compared]:
-    """Every head at every number of shots; the baseline, which nothing was trained for, must be among them.
-
-    Args:
-        heads: by name.
-        samplers: by k_shot.
-        episodes: of each.
-    """
+    """Every head at every number of shots; the baseline, which nothing was trained for, must be among them."""
     rows = []
     for k_shot, sampler in samplers.items():
         scores = {name: accuracies(head, sampler, episodes) for name, head in heads.items()}
@@ -73,7 +58,7 @@ def to_csv(rows: Sequence[Compared]) -> bytes:
 
 
 def shots_figure(rows: Sequence[Compared]) -> Figure:
-    """Accuracy against the number of examples a class, with 95 % intervals."""
+    """Accuracy against the number of examples per class, with 95 % intervals."""
     figure = Figure(figsize=(7, 4.5), dpi=100, layout="tight")
     axes = figure.add_subplot()
     names = list(dict.fromkeys(row.head for row in rows))
@@ -84,7 +69,7 @@ def shots_figure(rows: Sequence[Compared]) -> Figure:
         dashes = "--" if name.endswith("(trained)") else "-"
         axes.errorbar(shots, means, widths, color=colour, linestyle=dashes, marker="o", capsize=3, label=name)
     axes.set_xticks(sorted({row.k_shot for row in rows}))
-    axes.set(xlabel="examples a class", ylabel="accuracy on new classes")
+    axes.set(xlabel="examples per class", ylabel="accuracy on new classes")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
     return figure

@@ -46,9 +46,6 @@ class EpisodeData(LightningDataModule):
         cache_dir: where features are kept; None: $HEADSTART_CACHE, else the user's cache folder.
         feature_precision: arithmetic of the features; auto: bf16 where the device computes it fast, else fp32.
         max_pixels: images of more pixels are left out.
-
-    Raises:
-        UserError: the source is not there, or of another layout.
     """
 
     def __init__(
@@ -114,15 +111,7 @@ class EpisodeData(LightningDataModule):
         return [of_class for of_class in rows.values() if len(of_class) >= images]
 
     def sampler(self, split: Split, size: TaskSize | None = None) -> EpisodeSampler:
-        """Draws the split's episodes.
-
-        Args:
-            split: the split whose classes they are of.
-            size: the size of a task; None: the data's own.
-
-        Raises:
-            UserError: too few classes have images enough.
-        """
+        """Draws the split's episodes; ``size`` None: the data's own."""
         size = size or self.size
         rows = self.rows_of(split, size.k_shot + size.n_query)
         return EpisodeSampler(self._features, rows, size, split, self.episode_seed)

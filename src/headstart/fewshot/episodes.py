@@ -16,15 +16,10 @@ Keys = npt.NDArray[np.uint64]
 
 
 class Episode(NamedTuple):
-    """A batch of B tasks: tell N classes apart from K examples each.
+    """A batch of B tasks: tell N classes apart from K examples each."""
 
-    Attributes:
-        support: the examples, [B, N, K, D].
-        query: the images to classify, [B, N, Q, D]; slot n of the query is of the class of slot n of the support.
-    """
-
-    support: Tensor
-    query: Tensor
+    support: Tensor  # the examples, [B, N, K, D]
+    query: Tensor  # the images to classify, [B, N, Q, D]; slot n is of the class of slot n of the support
 
     @property
     def labels(self) -> Tensor:
@@ -35,34 +30,19 @@ class Episode(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskSize:
-    """The size of a task.
+    """The size of a task."""
 
-    Attributes:
-        n_way: classes.
-        k_shot: examples a class.
-        n_query: images to classify a class.
-    """
-
-    n_way: int
-    k_shot: int
-    n_query: int
+    n_way: int  # classes
+    k_shot: int  # examples per class
+    n_query: int  # images to classify per class
 
 
 class EpisodeSampler:
-    """Draws tasks from the features of classes.
+    """Draws tasks from the features [R, D] of all images; ``classes`` has the rows of each class of the split.
 
     Classes, their order (slots are permuted at random), and the images of each come from a hash of (seed, split, number
-    of the episode), so episode i is the same whatever was drawn before, and methods meet identical episodes.
-
-    Args:
-        features: the features of all images, [R, D].
-        classes: the rows of each class of the split.
-        size: the size of a task.
-        split: the split whose classes they are.
-        seed: another seed, other episodes.
-
-    Raises:
-        UserError: too few classes, or a class of too few images.
+    of the episode), so episode i is the same whatever was drawn before, and methods meet identical episodes. Too few
+    classes, or a class of too few images, are an error.
     """
 
     def __init__(
@@ -102,14 +82,7 @@ class EpisodeSampler:
 
 
 class EpisodeLoader:
-    """Batches of episodes.
-
-    Args:
-        sampler: draws them.
-        episodes: how many.
-        batch_size: episodes per batch.
-        start: tells the number of the first one, when the first batch is asked for.
-    """
+    """Batches of episodes; ``start`` tells the number of the first one, when the first batch is asked for."""
 
     def __init__(self, sampler: EpisodeSampler, episodes: int, batch_size: int, start: Callable[[], int] = int) -> None:
         self._sampler, self._episodes, self._batch_size, self._start = sampler, episodes, batch_size, start

@@ -35,14 +35,7 @@ COMPARED_SIDE = 24
 
 
 def glyphs(cache: Path) -> Path:
-    """The folder of drawings; drawn at the first use.
-
-    Args:
-        cache: the cache's folder.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
+    """The folder of drawings in the cache's folder; drawn at the first use."""
     typefaces = _typefaces()
     versions = f"{matplotlib.__version__} {PIL.__version__} {DRAWING_VERSION}"
     folder = cache / "glyphs" / hashlib.sha256(versions.encode()).hexdigest()[:16]

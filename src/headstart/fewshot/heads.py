@@ -4,8 +4,9 @@ All are vectorised over the B tasks. What of them is meta-trained is an ``nn.Par
 already.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,7 @@ class Prototype(nn.Module):
     """The nearest class mean, by squared Euclidean distance or by cosine with a learnt scale.
 
     Snell et al., "Prototypical Networks for Few-shot Learning", NeurIPS 2017. Cosine: Chen et al., "Meta-Baseline",
-    ICCV 2021. Centring and L2: Wang et al., "SimpleShot", 2019; the centre is that of the support.
-
-    Args:
-        metric: euclidean or cosine.
-        centre: subtract the mean of the support first.
-        l2: divide each feature vector by its length first.
+    ICCV 2021. Centring and L2 (length 1): Wang et al., "SimpleShot", 2019; the centre is that of the support.
     """
 
     def __init__(
@@ -37,7 +33,6 @@ class Prototype(nn.Module):
             self.log_scale = nn.Parameter(torch.tensor(10.0).log())
 
     def forward(self, support: Tensor, query: Tensor) -> Tensor:
-        """Logits [B, N * Q, N]."""
         if self.centre:
             mean = support.mean(dim=(1, 2), keepdim=True)
             support, query = support - mean, query - mean
@@ -61,10 +56,8 @@ class Ridge(nn.Module):
     """Ridge regression on one-hot labels, in closed form; its strength and its scale can be meta-trained.
 
     Bertinetto et al., "Meta-learning with differentiable closed-form solvers" (R2-D2), ICLR 2019. Features and labels
-    are centred on the support, which is an intercept without a penalty. The dual has N * K unknowns.
-
-    Args:
-        strength: of the penalty, in units of the mean squared length of the centred support.
+    are centred on the support, which is an intercept without a penalty. The dual has N * K unknowns. ``strength`` is in
+    units of the mean squared length of the centred support.
     """
 
     def __init__(self, strength: float = 1.0) -> None:
@@ -73,7 +66,6 @@ class Ridge(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
 
     def forward(self, support: Tensor, query: Tensor) -> Tensor:
-        """Logits [B, N * Q, N]."""
         weight, bias = self.linear(support)
         return query.flatten(1, 2) @ weight.mT + bias[:, None]
 
@@ -104,10 +96,8 @@ def ridge_dual(rows: Tensor, target: Tensor, strength: Tensor) -> Tensor:
 class Logistic(nn.Module):
     """Logistic regression on features of length 1, as scikit-learn's ``LogisticRegression`` solves it.
 
-    Tian et al., "Rethinking Few-Shot Image Classification: a Good Embedding Is All You Need?", ECCV 2020.
-
-    Args:
-        c: scikit-learn's C, the inverse strength of the L2 penalty; the intercept has none.
+    Tian et al., "Rethinking Few-Shot Image Classification: a Good Embedding Is All You Need?", ECCV 2020. ``c`` is
+    scikit-learn's C, the inverse strength of the L2 penalty; the intercept has none.
     """
 
     def __init__(self, c: float = 1.0) -> None:
@@ -115,7 +105,6 @@ class Logistic(nn.Module):
         self.c = c
 
     def forward(self, support: Tensor, query: Tensor) -> Tensor:
-        """Logits [B, N * Q, N]."""
         support, query = functional.normalize(support, dim=-1), functional.normalize(query, dim=-1)
         n_way, k_shot = support.shape[1:3]
         labels = torch.arange(n_way, device=support.device).repeat_interleave(k_shot)
@@ -128,15 +117,7 @@ def fit_logistic(rows: Tensor, labels: Tensor, n_way: int, c: float) -> tuple[Te
     """Minimises sum of cross entropies + |W|^2 / (2 c) for W = coefficients^T rows, by Nesterov's method.
 
     Nesterov, "Introductory Lectures on Convex Optimization", 2004, section 2.2, with the step 1 / L of each task.
-
-    Args:
-        rows: [B, M, D].
-        labels: [M].
-        n_way: N.
-        c: the inverse strength.
-
-    Returns:
-        Coefficients [B, M, N] and bias [B, N].
+    Rows [B, M, D] and labels [M] -> coefficients [B, M, N] and bias [B, N].
     """
     target = functional.one_hot(labels, n_way).to(rows.dtype)
     gram = rows @ rows.mT
@@ -164,14 +145,8 @@ class Anil(nn.Module):
 
     Raghu et al., "Rapid Learning or Feature Reuse? Towards Understanding the Effectiveness of MAML" (ANIL), ICLR 2020:
     MAML (Finn et al., ICML 2017) whose inner loop changes the head alone. Features are centred on the support, whose
-    common part would make the steps diverge, and divided by their length.
-
-    Args:
-        n_way: N.
-        width: of the features.
-        inner_lr: of the gradient steps, at the start of the meta-training.
-        inner_steps: their number; 0: the start itself.
-        first_order: leave out the second derivatives.
+    common part would make the steps diverge, and divided by their length. ``inner_lr`` is where meta-training starts;
+    without ``inner_steps`` the head is the start itself; ``first_order`` leaves out the second derivatives.
     """
 
     def __init__(
@@ -184,7 +159,6 @@ class Anil(nn.Module):
         self.inner_steps, self.first_order = inner_steps, first_order
 
     def forward(self, support: Tensor, query: Tensor) -> Tensor:
-        """Logits [B, N * Q, N]."""
         mean = support.mean(dim=(1, 2), keepdim=True)
         support, query = functional.normalize(support - mean, dim=-1), functional.normalize(query - mean, dim=-1)
         n_way, k_shot = support.shape[1:3]
@@ -221,9 +195,6 @@ class Projection(nn.Module):
 
     The loss is Snell et al.'s ("Prototypical Networks", NeurIPS 2017), of squared distances between features that were
     divided by their mean length over the support; a learnt scale sharpens them.
-
-    Args:
-        width: of the features.
     """
 
     def __init__(self, width: int) -> None:
@@ -233,53 +204,34 @@ class Projection(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
 
     def forward(self, support: Tensor, query: Tensor) -> Tensor:
-        """Logits [B, N * Q, N]."""
         length = support.norm(dim=-1).mean(dim=(1, 2))[:, None, None]
         prototypes = self.map(support.mean(dim=2)) / length
         distances = squared_distances(self.map(query.flatten(1, 2)) / length, prototypes)
         return -distances * self.log_scale.exp()
 
 
-def make_head(
-    name: HeadName,
-    n_way: int,
-    width: int,
-    metric: Literal["euclidean", "cosine"] = "euclidean",
-    centre: bool = False,
-    l2: bool = False,
-    inner_lr: float = 10.0,
-    inner_steps: int = 5,
-    first_order: bool = False,
-) -> nn.Module:
-    """The head of that name, before meta-training.
+# Another head is a class, whose arguments are among MetaLearner's, and a line here.
+HEADS: dict[HeadName, Callable[..., nn.Module]] = {
+    "prototype": Prototype,
+    "ridge": Ridge,
+    "logistic": Logistic,
+    "anil": Anil,
+    "projection": Projection,
+}
 
-    Args:
-        name: of the head.
-        n_way: classes a task.
-        width: of the features.
-        metric, centre, l2, inner_lr, inner_steps, first_order: as of ``MetaLearner``.
-    """
-    if name == "prototype":
-        return Prototype(metric, centre, l2)
-    if name == "ridge":
-        return Ridge()
-    if name == "logistic":
-        return Logistic()
-    if name == "anil":
-        return Anil(n_way, width, inner_lr, inner_steps, first_order)
-    return Projection(width)
+
+def make_head(name: HeadName, n_way: int, width: int, **options: Any) -> nn.Module:
+    """The head of that name, before meta-training; of the options of ``MetaLearner`` it takes its own."""
+    options |= {"n_way": n_way, "width": width}
+    own = inspect.signature(HEADS[name]).parameters
+    return HEADS[name](**{option: value for option, value in options.items() if option in own})
 
 
 def learnt(head: nn.Module, classes: Sequence[Tensor]) -> Linear:
-    """What a prototype or ridge head learns of one task, as an ordinary linear head.
+    """What a prototype or ridge head learns of one task, as an ordinary linear head: weight [N, D] and bias [N].
 
-    Args:
-        head: a euclidean ``Prototype`` without L2 (distances then differ from a linear function by a term that all
-            classes share), or a ``Ridge``.
-        classes: the features of each class's examples, [K, D] each.
-
-    Returns:
-        weight [N, D] and bias [N].
+    ``classes`` are the features of each class's examples, [K, D] each. A prototype must be euclidean and without L2:
+    its distances then differ from a linear function by a term that all classes share.
     """
     if isinstance(head, Ridge):
         labels = torch.tensor([label for label, rows in enumerate(classes) for _ in rows])

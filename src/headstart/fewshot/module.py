@@ -18,16 +18,16 @@ class MetaLearner(LightningModule):
     """Trains a few-shot head on tasks, so that it does well on new tasks of new classes.
 
     Args:
-        n_way: classes a task.
-        width: of the features.
+        n_way: classes per task.
+        width: width of the features.
         head: prototype, ridge, logistic, anil or projection.
-        lr: of Adam, over tasks.
-        metric: of prototype: euclidean, or cosine with a learnt scale.
-        centre: of prototype: subtract the mean of the support.
-        l2: of prototype: divide features by their length.
-        inner_lr: of anil, at the start.
-        inner_steps: of anil.
-        first_order: of anil: leave out second derivatives.
+        lr: learning rate of Adam, over tasks.
+        metric: distance of prototype: euclidean, or cosine with a learnt scale.
+        centre: subtract the mean of the support; prototype only.
+        l2: divide features by their length; prototype only.
+        inner_lr: learning rate of anil's inner loop, at the start.
+        inner_steps: gradient steps of anil's inner loop.
+        first_order: leave out second derivatives; anil only.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class MetaLearner(LightningModule):
         super().__init__()
         self.save_hyperparameters(logger=False)
         self.hparams.update(plain(dict(self.hparams)))
-        self.head = make_head(head, n_way, width, metric, centre, l2, inner_lr, inner_steps, first_order)
+        self.head = make_head(head, **self.hparams)
         self.accuracies: list[Tensor] = []
 
     @property
@@ -90,11 +90,7 @@ class MetaLearner(LightningModule):
         return torch.optim.Adam(self.head.parameters(), lr=self.hparams["lr"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another head.
-
-        Raises:
-            UserError: one line with both.
-        """
+        """Refuses a checkpoint of another head."""
         made, names = checkpoint["hyper_parameters"], ("head", "n_way", "width")
         theirs, mine = ({name: values.get(name) for name in names} for values in (made, self.hparams))
         if theirs != mine:

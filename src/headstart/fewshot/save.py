@@ -1,4 +1,4 @@
-"""From a few pictures a class to a checkpoint that evaluate, predict and export take."""
+"""From a few pictures per class to a checkpoint that evaluate, predict and export take."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,21 +17,10 @@ from headstart.model.heads import linear_head
 
 
 def save(path: Path, module: TransferClassifier, head: nn.Module, classes: Sequence[Tensor]) -> float:
-    """Writes what the head learns of all pictures as an ordinary linear head.
+    """Writes what the head learns of all pictures as an ordinary linear head -> its accuracy on pictures left out.
 
-    The temperature is fitted on each picture's logits by a head that did not see it.
-
-    Args:
-        path: of the new checkpoint.
-        module: of the same classes and backbone.
-        head: prototype (euclidean, without L2) or ridge.
-        classes: the features of each class's pictures, [K, D] each.
-
-    Returns:
-        The accuracy of the heads that left one picture out, on that picture.
-
-    Raises:
-        UserError: the file is there already, or a class has one picture alone.
+    The temperature is fitted on each picture's logits by a head that did not see it. The head is a prototype
+    (euclidean, without L2) or ridge; ``classes`` are the features of each class's pictures, [K, D] each, at least two.
     """
     new_path("--save", path)
     if alone := [name for name, rows in zip(module.class_names, classes, strict=True) if len(rows) < 2]:

@@ -5,6 +5,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,25 +21,17 @@ SourceName = Literal["glyphs", "folder", "omniglot"]
 
 @dataclass
 class Classes(FileSource):
-    """A folder of classes, and how they belong together.
-
-    Attributes:
-        root: the folder.
-        class_names: the paths of the classes' folders below the root.
-        groups: the script or alphabet of each class; classes of one group are never in two splits.
-        split: the split of the classes for which the folder says so; the others are split by hash.
-    """
+    """A folder of classes, and how they belong together."""
 
     root: Path
-    class_names: list[str]
-    groups: list[str]
-    split: Mapping[str, Split]
+    class_names: list[str]  # the paths of the classes' folders below the root
+    groups: list[str]  # the script or alphabet of each class; classes of one group are never in two splits
+    split: Mapping[str, Split]  # of the classes for which the folder says so; the others are split by hash
 
     def __post_init__(self) -> None:
         self.path = self.root
 
     def listed(self) -> list[Item]:
-        """The images of each class."""
         found = folders.images_of_classes([self.root / name for name in self.class_names])
         return [
             Item(path.relative_to(self.root).as_posix(), label) for label, paths in enumerate(found) for path in paths
@@ -48,14 +41,8 @@ class Classes(FileSource):
 def classes_of(source: SourceName, root: str | None, cache: Path) -> Classes:
     """The classes of a source.
 
-    Args:
-        source: glyphs (drawn here), folder (of class folders, or of train, val and test with class folders), or
-            omniglot (zip files or folders in Omniglot's layout: alphabet / character / image).
-        root: of folder and omniglot; of omniglot also several, separated by commas.
-        cache: where glyphs are drawn, and zip files unpacked.
-
-    Raises:
-        UserError: the root is missing, or of another layout.
+    Glyphs are drawn into ``cache``. A folder holds class folders, or train, val and test with class folders. Omniglot
+    is a folder or zip file in its layout, alphabet / character / image, or several of these, separated by commas.
     """
     if source == "glyphs":
         return _grouped(glyphs(cache))
@@ -107,6 +94,7 @@ def _omniglot(roots: str, cache: Path) -> Path:
 
 def _collect(path: Path, target: Path) -> None:
     """Copies alphabet / character / image from a zip file or a folder; what is in two of them is there once."""
+    files: dict[tuple[str, ...], Callable[[], bytes]]
     if path.is_dir():
         files = {found.relative_to(path).parts[-3:]: found.read_bytes for found in path.rglob("*.png")}
     else:
@@ -115,7 +103,7 @@ def _collect(path: Path, target: Path) -> None:
         except (zipfile.BadZipFile, OSError) as error:
             raise UserError(f"--data.root={path}: no zip file ({error})") from error
         names = [name for name in archive.namelist() if name.endswith(".png") and "__MACOSX" not in name]
-        files = {tuple(name.split("/")[-3:]): _reader(archive, name) for name in names}
+        files = {tuple(name.split("/")[-3:]): partial(archive.read, name) for name in names}
     for parts, read in files.items():
         if len(parts) < 3 or any(part in ("", ".", "..") for part in parts):
             raise UserError(f"--data.root={path}: not in Omniglot's layout, alphabet / character / image")
@@ -124,18 +112,10 @@ def _collect(path: Path, target: Path) -> None:
         place.write_bytes(read())
 
 
-def _reader(archive: zipfile.ZipFile, name: str) -> Callable[[], bytes]:
-    return lambda: archive.read(name)
-
-
 def split_classes(classes: Classes, val_fraction: float, test_fraction: float, seed: int) -> dict[Split, list[str]]:
     """Gives each class a split, whole groups at a time, in the order of the hash of the seed and the group's name.
 
-    Args:
-        classes: to be split.
-        val_fraction: share of the classes, about.
-        test_fraction: likewise; 1: all test, and nothing is trained.
-        seed: another seed, another split.
+    The fractions are approximate shares of the classes; a test fraction of 1 puts all into the test.
     """
     parts: dict[Split, list[str]] = {split: [] for split in SPLITS}
     members: dict[str, list[str]] = defaultdict(list)
@@ -153,11 +133,4 @@ def split_classes(classes: Classes, val_fraction: float, test_fraction: float, s
         # To the split that lacks most; so a large group lands where it does least harm.
         lacking = {split: share * total - len(parts[split]) for split, share in shares.items()}
         parts[max(lacking, key=lambda split: lacking[split])] += members[group]
-    _assert_disjoint(parts)
     return parts
-
-
-def _assert_disjoint(parts: Mapping[Split, Sequence[str]]) -> None:
-    names = [name for split in SPLITS for name in parts[split]]
-    if len(set(names)) < len(names):
-        raise AssertionError("a class is in two splits")

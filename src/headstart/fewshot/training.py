@@ -28,25 +28,15 @@ def meta_train(
     data: EpisodeData,
     accelerator: str,
     run_folder: RunFolder,
-    max_epochs: int = 20,
-    patience: int = 5,
-    seed: int = 0,
-    checkpoint: Path | None = None,
+    max_epochs: int,
+    patience: int,
+    seed: int,
+    checkpoint: Path | None,
 ) -> tuple[Trainer, float]:
     """Trains the head, and leaves in the module what validates best: the untrained head included.
 
-    Args:
-        module: with a head that learns.
-        data: loaded.
-        accelerator: as the Trainer's.
-        run_folder: where checkpoints and curves go.
-        max_epochs: maximum number of epochs.
-        patience: epochs without a better validation, after which it stops.
-        seed: seed of the initial values.
-        checkpoint: the checkpoint of the run that is resumed.
-
-    Returns:
-        The trainer, and the validation accuracy of the head before.
+    It stops after ``patience`` epochs without a better validation. Returns the trainer, and the validation accuracy of
+    the head before.
     """
     seed_everything(seed, workers=True, verbose=False)
     before = make_trainer(accelerator).validate(module, data, verbose=False)[0]["val/acc"]

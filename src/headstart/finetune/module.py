@@ -16,15 +16,7 @@ from headstart.ranges import Fraction, Rate, Share
 class Front(FrozenBackbone):
     """The layers before the unfrozen ones, as a backbone of their own, so that its output is cached like any features.
 
-    It shares all tensors with the whole.
-
-    Args:
-        whole: the backbone.
-        layers: its first ones; from normalised images to what the next layer takes.
-        before: the name of the next layer.
-
-    Attributes:
-        shape: shape of that output for one image, such as (256, 8, 8).
+    It shares all tensors with the whole. ``shape`` is its output's for one image, such as (256, 8, 8).
     """
 
     def __init__(self, whole: FrozenBackbone, layers: nn.Module, before: str) -> None:
@@ -37,15 +29,7 @@ class Front(FrozenBackbone):
 
 
 def learning_names(net: nn.Module, unfreeze: str) -> list[str]:
-    """The names of the parameters and buffers from the named layer to the last, in the order of the network.
-
-    Args:
-        net: the backbone's network.
-        unfreeze: the name of one of its modules, or ``all``.
-
-    Raises:
-        UserError: there is no such module, or it has nothing to learn.
-    """
+    """The names of the parameters and buffers from the named layer to the last, in the order of the network."""
     names = list(net.state_dict())
     if unfreeze == "all":
         return names
@@ -98,9 +82,6 @@ class FineTunedClassifier(TransferClassifier):
         batch_norm: in the layers that learn: eval keeps the running statistics, train updates them.
         warmup: share of the steps in which the learning rate rises, before it falls as a cosine.
         kwargs: as ``TransferClassifier``; the backbone is the one that the head was trained on.
-
-    Raises:
-        UserError: the backbone has no such layer; and as ``TransferClassifier``.
     """
 
     def __init__(
@@ -129,11 +110,7 @@ class FineTunedClassifier(TransferClassifier):
 
     @property
     def frozen(self) -> FrozenBackbone:
-        """What maps an image to the same numbers in every epoch: the layers before those that learn.
-
-        Raises:
-            UserError: all layers learn, or the backbone cannot be divided there.
-        """
+        """What maps an image to the same numbers in every epoch: the layers before those that learn."""
         if self.front is None:
             raise UserError("--data.cache=false is needed: nothing is frozen whose output could be cached")
         return self.front

@@ -31,18 +31,7 @@ class TrainParser(OptionParser, LightningArgumentParser):
 
 
 class TrainCLI(LightningCLI):
-    """Lightning's command line for one model and one kind of data.
-
-    Args:
-        options: the command line's.
-        root: the data's root where none is given.
-
-    Attributes:
-        init_from: the checkpoint that the model starts from; None: it starts anew.
-        resume_from: the checkpoint whose fit is resumed; None: a new fit.
-        checkpoint: the content of that.
-        resumed: the run that is resumed in its own folder; None: a new folder.
-    """
+    """Lightning's command line for one model and one kind of data; ``root`` is the data's where none is given."""
 
     usage = "python train.py [options]    or    headstart train [options]"
     module_class: type[TransferClassifier] = TransferClassifier
@@ -52,10 +41,10 @@ class TrainCLI(LightningCLI):
 
     def __init__(self, options: Sequence[str], root: Path | None = None) -> None:
         self.root, self.full_help = root, "--help_all" in options
-        self.init_from: Path | None = None
-        self.resume_from: Path | None = None
-        self.checkpoint: dict[str, Any] | None = None
-        self.resumed: Run | None = None
+        self.init_from: Path | None = None  # the checkpoint that the model starts from; None: it starts anew
+        self.resume_from: Path | None = None  # the checkpoint whose fit is resumed; None: a new fit
+        self.checkpoint: dict[str, Any] | None = None  # the content of that
+        self.resumed: Run | None = None  # the run that is resumed in its own folder; None: a new folder
         super().__init__(
             self.module_class,
             ImageFolderData,

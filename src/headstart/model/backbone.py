@@ -111,16 +111,7 @@ def combined(digests: Mapping[str, str]) -> str:
 
 
 def check_frozen(now: Mapping[str, str], before: Mapping[str, str], but: Collection[str] = ()) -> None:
-    """Compares the digests of a module's tensors with those of an earlier moment.
-
-    Args:
-        now: digest by name.
-        before: likewise.
-        but: names of tensors that may change.
-
-    Raises:
-        RuntimeError: another parameter or buffer changed; it names them.
-    """
+    """Compares the digests of tensors with earlier ones; ``RuntimeError`` where one changed that is not in ``but``."""
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name) and name not in but]
     if changed:
         raise RuntimeError(

@@ -13,16 +13,12 @@ HALVINGS = 40
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature T, in [0.01, 100], at which softmax(logits / T) has the lowest cross entropy.
+    """The temperature T, in [0.01, 100], at which softmax(logits / T) has the lowest cross entropy; logits [N, C].
 
     Guo et al., "On Calibration of Modern Neural Networks", ICML 2017. The cross entropy is convex in b = 1 / T, so its
     slope, the mean of <p, z> - <target, z> over the images, has one root, which is found by bisection. The targets are
     smoothed by 1 / (N + 2), after Platt, "Probabilistic Outputs for Support Vector Machines", 1999: a head that is
     right on all of a few images is not certain.
-
-    Args:
-        logits: [N, C].
-        labels: [N].
     """
     logits = logits.double()
     smoothing = 1 / (len(labels) + 2)

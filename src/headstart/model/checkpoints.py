@@ -23,28 +23,19 @@ LAYOUT = 2  # 2: with the temperature
 
 
 class HeadModule(LightningModule):
-    """What a head and its frozen backbone keep, check and load; ``TransferClassifier`` adds how the head learns.
-
-    Attributes:
-        digests: sha256 of each tensor of the backbone, when it was made or loaded.
-        weights_digest: sha256 of the named weights, before any fine-tuning.
-        finetuned: the tensors of the backbone that are no longer those of the named weights.
-        learning: the tensors of the backbone that may change in a fit.
-        temperature: the logits are divided by it for calibrated probabilities.
-    """
+    """What a head and its frozen backbone keep, check and load; ``TransferClassifier`` adds how the head learns."""
 
     class_names: list[str]
     backbone: FrozenBackbone
     head: nn.Module
-    temperature: float
-    learning: Sequence[str] = ()
+    temperature: float  # the logits are divided by it for calibrated probabilities
+    learning: Sequence[str] = ()  # the tensors of the backbone that may change in a fit
 
     def remember_backbone(self) -> None:
         """Notes what must not change."""
-        self.strict_loading = False  # what is frozen is not in a checkpoint
-        self.digests = self.backbone.digests()
-        self.weights_digest = combined(self.digests)
-        self.finetuned: list[str] = []
+        self.digests = self.backbone.digests()  # when it was made or loaded
+        self.weights_digest = combined(self.digests)  # of the named weights, before any fine-tuning
+        self.finetuned: list[str] = []  # the tensors that are no longer those of the named weights
 
     @property
     def frozen(self) -> FrozenBackbone:
@@ -58,11 +49,7 @@ class HeadModule(LightningModule):
         self.check_frozen()
 
     def check_frozen(self) -> None:
-        """Compares every tensor of the backbone that does not learn with what it was when it was made or loaded.
-
-        Raises:
-            RuntimeError: one changed.
-        """
+        """``RuntimeError`` where a tensor that does not learn is not what it was when it was made or loaded."""
         check_frozen(tensor_digests(self.backbone), self.digests, but=self.learning)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -90,11 +77,7 @@ class HeadModule(LightningModule):
         self.take(checkpoint)
 
     def take(self, checkpoint: Mapping[str, Any]) -> None:
-        """Takes from a checkpoint's content what is not a tensor.
-
-        Raises:
-            UserError: it belongs to another head, other classes or another backbone.
-        """
+        """Takes what is not a tensor; a checkpoint of another head, other classes or another backbone is refused."""
         made, tuned = checkpoint["headstart"], finetuned_in(checkpoint)
         names = set(checkpoint["state_dict"]) - {f"backbone.{name}" for name in tuned}
         if names != {f"head.{name}" for name in self.head.state_dict()}:
@@ -113,11 +96,7 @@ class HeadModule(LightningModule):
         self.finetuned = sorted({*self.finetuned, *tuned})
 
     def start_from(self, checkpoint: Mapping[str, Any]) -> None:
-        """Takes the head, the temperature and what was fine-tuned from a checkpoint's content.
-
-        Raises:
-            UserError: as ``take``.
-        """
+        """Takes the head, the temperature and what was fine-tuned from a checkpoint's content, as ``take``."""
         self.take(checkpoint)
         self.load_state_dict(checkpoint["state_dict"], strict=False)
         self.digests = self.backbone.digests()
@@ -135,12 +114,7 @@ class HeadModule(LightningModule):
     def load_from_checkpoint(  # type: ignore[override]
         cls, checkpoint_path: Any, map_location: Any = None, **kwargs: Any
     ) -> Self:
-        """As Lightning's, from a local file; no code in the file is executed.
-
-        Args:
-            checkpoint_path: the file.
-            map_location: the device; None: the processor.
-            kwargs: hyper-parameters that replace those of the file.
+        """As Lightning's, from a local file; no code in it is executed. ``kwargs`` replace its hyper-parameters.
 
         Raises:
             UserError: the file is missing, damaged or no checkpoint of a head; or its backbone is not here any more.
@@ -164,15 +138,7 @@ def finetuned_in(checkpoint: Mapping[str, Any]) -> list[str]:
 
 
 def read_checkpoint(path: Path, logs: Path = Path("logs")) -> dict[str, Any]:
-    """The content of a checkpoint of a head; no code in the file is executed.
-
-    Args:
-        path: a local file.
-        logs: where to look for others when there is none.
-
-    Raises:
-        UserError: the file is missing, damaged or no checkpoint of a head.
-    """
+    """The content of a checkpoint of a head, as ``read_sealed``."""
     checkpoint = read_sealed(path, logs)
     made = checkpoint.get("headstart", {})
     if made.get("layout") != LAYOUT:

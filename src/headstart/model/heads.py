@@ -21,7 +21,6 @@ class MLP(nn.Module):
         self.out = nn.Linear(hidden, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, width] -> [B, num_classes]."""
         logits: Tensor = self.out(self.hidden(features).relu())
         return logits
 
@@ -39,7 +38,6 @@ class Cosine(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(scale).log())
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, width] -> [B, num_classes]."""
         likeness = functional.linear(functional.normalize(features), functional.normalize(self.weight))
         return likeness * self.log_scale.exp()
 
@@ -63,11 +61,7 @@ def make_head(name: str, width: int, num_classes: int) -> nn.Module:
 
 
 def linear_head(head: nn.Module) -> nn.Linear:
-    """The head, for what only a linear one can do.
-
-    Raises:
-        UserError: it is of another kind.
-    """
+    """The head, for what only a linear one can do; another kind is a ``UserError``."""
     if not isinstance(head, nn.Linear):
         raise UserError(f"this needs a linear head, and the checkpoint's is a {type(head).__name__}")
     return head

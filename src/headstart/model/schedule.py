@@ -6,10 +6,7 @@ import math
 def warmup_cosine(step: int, warmup_steps: int, steps: float) -> float:
     """The learning rate as a share of its peak: a linear rise, then half a cosine to 0.
 
-    Args:
-        step: the step, from 0.
-        warmup_steps: how many steps it rises.
-        steps: of the whole fit; infinite: the rate stays at its peak.
+    Where ``steps`` is infinite it stays at its peak.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)

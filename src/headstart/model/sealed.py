@@ -26,11 +26,7 @@ class SealedCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Seals and writes a checkpoint.
-
-        Raises:
-            UserError: the disk is full, or the folder cannot be written; what was there before still is.
-        """
+        """Seals and writes a checkpoint; where it cannot be written, what was there before still is."""
         file = io.BytesIO()
         torch.save({**checkpoint, SEAL: content_digest(checkpoint)}, file)
         data = file.getvalue()
@@ -43,25 +39,16 @@ class SealedCheckpointIO(TorchCheckpointIO):
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
-        """Reads a local checkpoint; no code in it is executed, whatever ``weights_only`` says.
-
-        Raises:
-            UserError: its content does not match its seal.
-        """
+        """Reads a local checkpoint; no code in it is executed, whatever ``weights_only`` says."""
         checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
         check_seal(checkpoint, Path(path))
         return checkpoint
 
 
 def read_sealed(path: Path, logs: Path = Path("logs")) -> dict[str, Any]:
-    """The content of any checkpoint of ours; no code in the file is executed.
+    """The content of any checkpoint of ours, a local file; no code in it is executed.
 
-    Args:
-        path: of a local file.
-        logs: where to look for others when there is none.
-
-    Raises:
-        UserError: the file is missing, damaged or no checkpoint.
+    A missing, damaged or foreign file is a ``UserError``, which names other checkpoints: beside it, or in ``logs``.
     """
     if not path.is_file():
         candidates = sorted((path if path.is_dir() else logs).rglob("*.ckpt"), key=lambda found: found.stat().st_mtime)
@@ -79,11 +66,7 @@ def read_sealed(path: Path, logs: Path = Path("logs")) -> dict[str, Any]:
 
 
 def check_seal(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Compares a checkpoint's content with its seal; one that a plain Trainer wrote has none.
-
-    Raises:
-        UserError: they differ.
-    """
+    """Compares a checkpoint's content with its seal; one that a plain Trainer wrote has none."""
     content = {name: value for name, value in checkpoint.items() if name != SEAL}
     if SEAL in checkpoint and checkpoint[SEAL] != content_digest(content):
         raise UserError(f"{path}: is corrupt (its sha256 differs); try another of {path.parent}")
@@ -116,11 +99,8 @@ def _add(digest: Any, value: Any) -> None:
 class RunCheckpoint(ModelCheckpoint):
     """A ``ModelCheckpoint`` whose best score survives when the run's folder was moved.
 
-    Lightning keeps absolute paths, and drops the best score where they differ.
-
-    Args:
-        moved: whether the checkpoint that is loaded belongs to this very run, wherever its folder was then.
-        options: as ``ModelCheckpoint``.
+    Lightning keeps absolute paths, and drops the best score where they differ. ``moved``: the checkpoint that is loaded
+    belongs to this very run, wherever its folder was then.
     """
 
     def __init__(self, moved: bool, **options: Any) -> None:
@@ -143,13 +123,9 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 def run_checkpoints(moved: bool, **best: Any) -> tuple[RunCheckpoint, RunCheckpoint]:
-    """The two checkpoints of a run: the best epoch, and the last one to resume from.
+    """The two checkpoints of a run: the best epoch, by the options ``best``, and the last one to resume from.
 
     Lightning's own `last` is written only in epochs that were among the best.
-
-    Args:
-        moved: as ``RunCheckpoint``.
-        best: what the best is chosen by.
     """
     return RunCheckpoint(moved, filename="best", **best), RunCheckpoint(
         moved, filename="last", save_on_train_epoch_end=True

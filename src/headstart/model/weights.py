@@ -6,7 +6,7 @@ import urllib.error
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors.torch
 import torch
@@ -25,7 +25,7 @@ SHA256 = {
 }
 
 
-class Family:
+class Family(Protocol):
     """Networks of one kind, which end in an ``nn.Linear`` that classifies; it is cut off.
 
     The simplest family gives names and networks; its weights are random, or a file.
@@ -33,26 +33,24 @@ class Family:
 
     def names(self) -> list[str]:
         """The names of its networks."""
-        raise NotImplementedError
+        ...
 
     def build(self, name: str) -> nn.Module:
         """The network of that name, at random weights."""
-        raise NotImplementedError
+        ...
 
     def official(self, name: str) -> tuple[str, Preprocessing] | None:
         """The address of the weights that ``imagenet`` names, and their preprocessing; None: there are none."""
-        return None
+        ...
 
 
-class Torchvision(Family):
+class Torchvision:
     """The classification models of torchvision."""
 
     def names(self) -> list[str]:
-        """All that torchvision lists."""
         return list(models.list_models(module=models))
 
     def build(self, name: str) -> nn.Module:
-        """torchvision's own model."""
         # These two scale their input anew when torchvision gives them ImageNet weights.
         options = {"init_weights": False, "transform_input": True} if name in ("googlenet", "inception_v3") else {}
         net: nn.Module = models.get_model(name, weights=None, **options)
@@ -77,27 +75,16 @@ FAMILIES: tuple[Family, ...] = (Torchvision(),)
 
 @dataclass(frozen=True)
 class Network:
-    """A network that gives features.
-
-    Attributes:
-        family: that it is of.
-        net: without its classifier.
-        num_features: the width of its features.
-        classifier: the path of the layer that was cut off.
-    """
+    """A network that gives features."""
 
     family: Family
-    net: nn.Module
-    num_features: int
-    classifier: str
+    net: nn.Module  # without its classifier
+    num_features: int  # the width of its features
+    classifier: str  # the path of the layer that was cut off
 
 
 def network(name: str) -> Network:
-    """The network of that name, at the weights that ``random`` means.
-
-    Raises:
-        UserError: no family has it, or it has no linear classifier to cut off.
-    """
+    """The network of that name, at the weights that ``random`` means; one without a linear classifier is an error."""
     family = next((family for family in FAMILIES if name in family.names()), None)
     if family is None:
         known = ", ".join(known for family in FAMILIES for known in family.names())
@@ -114,16 +101,7 @@ def network(name: str) -> Network:
 
 
 def load_weights(made: Network, name: str, weights: str) -> Preprocessing:
-    """Loads weights into a network; gives the preprocessing that belongs to them.
-
-    Args:
-        made: whose weights are replaced.
-        name: of the network.
-        weights: bundled, imagenet, random, or the path of a state dict.
-
-    Raises:
-        UserError: they are missing, damaged or of another network.
-    """
+    """Loads weights (bundled, imagenet, random, or a path) into a network -> the preprocessing that belongs to them."""
     if weights == "bundled":
         if name != "resnet18":
             raise UserError(

@@ -1,8 +1,9 @@
 """What a head said of each image of a split: the one thing that every figure and the report are made of."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -21,27 +22,16 @@ CALIBRATION_BINS = 15
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A split's images, and the head's logits of each.
-
-    Attributes:
-        split: that was evaluated.
-        class_names: by label.
-        items: the N images.
-        labels: [N].
-        logits: [N, C].
-        temperature: the logits are divided by it for calibrated probabilities.
-        projected: the positions of at most 2,000 images, evenly spread, [M].
-        features: of those, [M, D].
-    """
+    """A split's N images, and the head's logits of each."""
 
     split: Split
-    class_names: list[str]
+    class_names: list[str]  # by label
     items: Sequence[Item]
-    labels: Tensor
-    logits: Tensor
-    temperature: float
-    projected: Tensor
-    features: Tensor
+    labels: Tensor  # [N]
+    logits: Tensor  # [N, C]
+    temperature: float  # the logits are divided by it for calibrated probabilities
+    projected: Tensor  # [M], the positions of at most 2,000 images, evenly spread
+    features: Tensor  # [M, D], theirs
 
     @cached_property
     def probabilities(self) -> Tensor:
@@ -107,19 +97,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Row:
-    """What the head said of one image.
-
-    Attributes:
-        path: of the image.
-        true: its class.
-        predicted: the predicted class.
-        confidence: the calibrated probability of that.
-    """
+    """What the head said of one image."""
 
     path: str
-    true: str
-    predicted: str
-    confidence: float
+    true: str  # the class's name
+    predicted: str  # likewise
+    confidence: float  # the calibrated probability of the predicted class
 
 
 def evenly_spaced(size: int, count: int) -> Tensor:
@@ -127,26 +110,14 @@ def evenly_spaced(size: int, count: int) -> Tensor:
     return torch.linspace(0, size - 1, min(size, count)).round().long() if size else torch.empty(0, dtype=torch.long)
 
 
-@dataclass
-class _Share:
-    """What one rank saw: positions in the split, logits, and the features of those that are projected."""
-
-    positions: list[Tensor] = field(default_factory=list)
-    logits: list[Tensor] = field(default_factory=list)
-    features: list[Tensor] = field(default_factory=list)
-    kept: list[Tensor] = field(default_factory=list)
-
-
 class EvaluationCollector(Callback):
-    """Keeps the ``Evaluation`` of the last test, or of the last validation outside a fit.
-
-    Attributes:
-        evaluation: None until then, and on ranks other than zero.
-    """
+    """Keeps the ``evaluation`` of the last test, or of the last validation outside a fit; on rank zero alone."""
 
     def __init__(self) -> None:
         self.evaluation: Evaluation | None = None
-        self._share = _Share()
+        # Positions in the split and logits of what this rank saw, and those and features of what is projected.
+        self._seen: list[tuple[Tensor, Tensor]] = []
+        self._kept: list[tuple[Tensor, Tensor]] = []
         self._batches: list[Tensor] = []
         self._projected = torch.empty(0, dtype=torch.long)
 
@@ -178,23 +149,21 @@ class EvaluationCollector(Callback):
     def _start(self, loader: Any) -> None:
         order = loader.batch_sampler
         assert isinstance(order, BatchOrder)
-        self._share, self._batches = _Share(), order.batches()
+        self._seen, self._kept, self._batches = [], [], order.batches()
         self._projected = evenly_spaced(order.size, MAX_PROJECTED)
 
     def _add(self, outputs: dict[str, Tensor], batch: int) -> None:
         positions = self._batches[batch]
-        self._share.positions.append(positions)
-        self._share.logits.append(outputs["logits"].cpu())
+        self._seen.append((positions, outputs["logits"].cpu()))
         kept = torch.isin(positions, self._projected)
-        self._share.kept.append(positions[kept])
-        self._share.features.append(outputs["features"].cpu()[kept].float())
+        self._kept.append((positions[kept], outputs["features"].cpu()[kept].float()))
 
     def _finish(self, trainer: Trainer, module: LightningModule, split: Split) -> None:
-        shares = [trainer.strategy.broadcast(self._share, src=rank) for rank in range(trainer.world_size)]
+        shares = [trainer.strategy.broadcast((self._seen, self._kept), src=rank) for rank in range(trainer.world_size)]
         if not trainer.is_global_zero:
             return
-        positions, logits = _in_order(shares, "positions", "logits")
-        kept, features = _in_order(shares, "kept", "features")
+        positions, logits = _in_order(seen for seen, _ in shares)
+        kept, features = _in_order(kept for _, kept in shares)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         items = data.items_in(split)
         self.evaluation = Evaluation(
@@ -209,9 +178,8 @@ class EvaluationCollector(Callback):
         )
 
 
-def _in_order(shares: Sequence[_Share], positions: str, values: str) -> tuple[Tensor, Tensor]:
-    """The ranks' rows, put together in the order of the split."""
-    at = torch.cat([part for share in shares for part in getattr(share, positions)])
-    rows = torch.cat([part for share in shares for part in getattr(share, values)])
-    order = at.argsort()
-    return at[order], rows[order]
+def _in_order(shares: Iterable[Iterable[tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
+    """The positions and values of all ranks, in the order of the split."""
+    positions, values = (torch.cat(parts) for parts in zip(*chain.from_iterable(shares), strict=True))
+    order = positions.argsort()
+    return positions[order], values[order]

@@ -100,24 +100,15 @@ def per_class_figure(evaluation: Evaluation) -> Figure:
 def roc_figure(evaluation: Evaluation) -> Figure:
     """The receiver operating characteristic of each class against the rest, and their mean."""
     curves = _one_against_rest(evaluation, multiclass_roc)
-    return _curves_figure(
-        evaluation,
-        {label: (false, true) for label, (false, true) in curves.items()},
-        ("false positive rate", "true positive rate"),
-        "area under the curve",
-    )
+    return _curves_figure(evaluation, curves, "false positive rate", "true positive rate")
 
 
 def precision_recall_figure(evaluation: Evaluation) -> Figure:
     """Precision against recall of each class against the rest, and their mean."""
     curves = _one_against_rest(evaluation, multiclass_precision_recall_curve)
-    return _curves_figure(
-        evaluation,
-        # torchmetrics goes from recall 1 to 0.
-        {label: (recall.flip(0), precision.flip(0)) for label, (precision, recall) in curves.items()},
-        ("recall", "precision"),
-        "area under the curve",
-    )
+    # torchmetrics goes from recall 1 to 0.
+    turned = {label: (recall.flip(0), precision.flip(0)) for label, (precision, recall) in curves.items()}
+    return _curves_figure(evaluation, turned, "recall", "precision")
 
 
 def reliability_figure(evaluation: Evaluation) -> Figure:
@@ -162,11 +153,7 @@ def tiles_figure(evaluation: Evaluation, positions: Sequence[int], thumbnail: Ca
 
 
 def curves_figure(scalars: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
-    """Losses and scores by training step.
-
-    Args:
-        scalars: (step, value) pairs by name, such as train/loss and val/acc.
-    """
+    """Losses and scores by training step: (step, value) pairs by name, such as train/loss and val/acc."""
     figure = Figure(figsize=(11, 4), dpi=DPI, layout="tight")
     panels = (("train/loss", "val/loss"), ("val/acc", "val/balanced_acc", "val/f1", "val/auroc"))
     for number, names in enumerate(panels):
@@ -205,7 +192,7 @@ def _one_against_rest(evaluation: Evaluation, curve: Callable[..., Any]) -> dict
 
 
 def _curves_figure(
-    evaluation: Evaluation, curves: Mapping[int, tuple[Tensor, Tensor]], axes_names: tuple[str, str], area: str
+    evaluation: Evaluation, curves: Mapping[int, tuple[Tensor, Tensor]], x_name: str, y_name: str
 ) -> Figure:
     figure = Figure(figsize=(6, 6), dpi=DPI, layout="tight")
     axes = figure.add_subplot()
@@ -221,8 +208,8 @@ def _curves_figure(
         mean = np.mean([np.interp(grid, x.numpy(), y.numpy()) for x, y in curves.values()], axis=0)
         average = sum(areas.values()) / len(areas)
         axes.plot(grid, mean, color=BLUE, linewidth=2.5, label=f"mean of {len(curves)} classes {average:.3f}")
-        axes.legend(title=f"{area}; the lowest are named", loc="lower left", framealpha=0.85)
-    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel=axes_names[0], ylabel=axes_names[1])
+        axes.legend(title="area under the curve; the lowest are named", loc="lower left", framealpha=0.85)
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel=x_name, ylabel=y_name)
     return figure
 
 

@@ -20,19 +20,12 @@ DRAWS, MAX_IMAGES_DRAWN_OFTEN = 3, 10_000
 
 @dataclass(frozen=True)
 class LearningCurve:
-    """Test accuracy by training images.
+    """Test accuracy by training images."""
 
-    Attributes:
-        images: how many trained each point.
-        accuracies: of the test images, a mean over draws.
-        gain: of accuracy, from half of the training images to all.
-        error: the standard error of the gain, over the test images.
-    """
-
-    images: list[int]
-    accuracies: list[float]
-    gain: float
-    error: float
+    images: list[int]  # training images of each point
+    accuracies: list[float]  # on the test images, means over draws
+    gain: float  # rise in accuracy from half of the training images to all
+    error: float  # the standard error of the gain, over the test images
 
     @property
     def advice(self) -> str:
@@ -52,14 +45,8 @@ class LearningCurve:
 def learning_curve(data: ImageData, settings: HeadSettings, epochs: int, warmup: float, seed: int) -> LearningCurve:
     """Trains on 5, 10, 25, 50 and 100 % of the training images of each class, and tests.
 
-    Each head is kept at its lowest validation loss, as `train` does.
-
-    Args:
-        data: loaded, with a cache and a test split.
-        settings: of the optimizer.
-        epochs: on all images.
-        warmup: share of the steps in which the learning rate rises.
-        seed: seed of the initial values, the order and the draws.
+    Each head is kept at its lowest validation loss, as `train` does. The data is loaded, with a cache and a test split;
+    ``epochs`` are those on all images.
     """
     train, val, test = data.labelled("train"), data.labelled("val"), data.labelled("test")
     wanted_steps = min(epochs * math.ceil(len(train) / data.batch_size), MIN_STEPS)
@@ -90,13 +77,7 @@ def learning_curve(data: ImageData, settings: HeadSettings, epochs: int, warmup:
 
 
 def stratified(labels: Tensor, share: float, seed: int) -> Tensor:
-    """The positions of a random share of each class, at least one image; of one seed, a larger share holds a smaller.
-
-    Args:
-        labels: [N].
-        share: in (0, 1].
-        seed: of the draw.
-    """
+    """The positions of a random share of each class, at least one image; a larger share holds a smaller one."""
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator)
     classes = [shuffled[labels[shuffled] == label] for label in sorted(set(labels.tolist()))]

@@ -45,19 +45,9 @@ def write_report(
     logger: RunLogger | None = None,
     curve: LearningCurve | None = None,
 ) -> Path:
-    """Draws the figures once, puts them into TensorBoard, and writes the report.
+    """Draws the figures once, puts them into TensorBoard, writes the report, and gives its path.
 
-    Args:
-        folder: the run's folder, with its configuration if it has one.
-        evaluation: what is shown.
-        data: that was evaluated.
-        module: that was evaluated.
-        scores: by name, such as val/acc.
-        logger: the run's; None: nothing goes into TensorBoard.
-        curve: would more images help? None: without that.
-
-    Returns:
-        The report's path.
+    The folder is a run's, with its configuration if it has one. Without a logger nothing goes into TensorBoard.
     """
     figures = evaluation_figures(evaluation)
     scalars: dict[str, list[tuple[int, float]]] = {}
@@ -80,12 +70,7 @@ def render(
     pictures: Sequence[tuple[str, bytes]],
     curve: LearningCurve | None,
 ) -> str:
-    """The report as HTML; whatever comes from file names is escaped.
-
-    Args:
-        folder, evaluation, data, scores, curve: as ``write_report``.
-        pictures: title and PNG of each figure.
-    """
+    """The report as HTML, with pictures of (title, PNG); whatever comes from file names is escaped."""
     environment = Environment(loader=PackageLoader("headstart", "report"), autoescape=True, trim_blocks=True)
     config, thumbnail = folder / CONFIG, thumbnails(data, evaluation)
     return environment.get_template("page.html.jinja").render(

@@ -37,15 +37,7 @@ def thumbnails(data: ImageData, evaluation: Evaluation) -> Callable[[int], Image
 def log_evaluation(
     experiment: Any, evaluation: Evaluation, figures: Mapping[str, bytes], data: ImageData, module: LightningModule
 ) -> None:
-    """Puts the figures, the tiles, the projector, the graph and the confusion table into TensorBoard.
-
-    Args:
-        experiment: the logger's ``SummaryWriter``.
-        evaluation: what is shown.
-        figures: drawn already, as PNG by name.
-        data: the images are read from it.
-        module: its graph is shown.
-    """
+    """Puts the figures, the tiles, the projector, the graph and the confusion table into TensorBoard."""
     thumbnail, split = thumbnails(data, evaluation), evaluation.split
     tiles = {
         name: png(tiles_figure(evaluation, evaluation.surest(right, TILES), thumbnail))

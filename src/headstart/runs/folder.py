@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, cast
 
 import PIL
@@ -28,11 +27,7 @@ from headstart.runs.logger import RunLogger
 
 
 def new_run_folder(logs: Path, name: str) -> Path:
-    """Makes ``logs/name/<start time>``; ``mkdir`` fails where the folder exists, so no two runs get the same.
-
-    Raises:
-        UserError: the folder cannot be made.
-    """
+    """Makes ``logs/name/<start time>``; ``mkdir`` fails where the folder exists, so no two runs get the same."""
     start = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     attempt = 1
     while True:
@@ -48,14 +43,9 @@ def new_run_folder(logs: Path, name: str) -> Path:
 
 
 class RunFolder(Callback):
-    """Claims the run's folder when a fit starts, and keeps its files.
+    """Claims the run's folder, ``logs/name/<start time>`` or that of a resumed run, when a fit starts; keeps its files.
 
-    Args:
-        logs: where runs land.
-        name: name of the run; the folder is ``logs/name/<start time>``.
-        config: the run's configuration as YAML, which repeats it.
-        resumed: the run that is resumed in its own folder, instead of a new one.
-        kept: more files of the folder, by their path in it.
+    ``config`` is the configuration as YAML, which repeats the run; ``kept`` are more files, by path in the folder.
     """
 
     def __init__(
@@ -64,10 +54,10 @@ class RunFolder(Callback):
         name: str,
         config: str,
         resumed: Run | None = None,
-        kept: Mapping[str, bytes] = MappingProxyType({}),
+        kept: Mapping[str, bytes] | None = None,
     ) -> None:
         self.logs, self.name, self.config = logs, name, config
-        self.resumed, self.kept = resumed, kept
+        self.resumed, self.kept = resumed, kept or {}
         self.folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -137,14 +127,7 @@ def settings_in(config: str) -> dict[str, Any]:
 
 
 def result_of(backbone: FrozenBackbone, data: Any, scores: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
-    """The content of ``result.json``: scores by name, and what they depend on.
-
-    Args:
-        backbone: whose features they are.
-        data: with its images in splits, and its store.
-        scores: by name, such as test/acc.
-        seconds: that the run's parts took, beside those of the data.
-    """
+    """The content of ``result.json``: scores by name, such as test/acc, and what they depend on."""
     about: dict[str, Any] = {
         "seconds": {name: round(value, 3) for name, value in (data.store.seconds | seconds).items()},
         "images": {split: len(data.items_in(split)) for split in splits.SPLITS},

@@ -16,11 +16,7 @@ RESULT, CONFIG, SPLITS_FILE = "result.json", "config.yaml", "splits.csv"
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder.
-
-    Attributes:
-        folder: its path.
-    """
+    """A run's folder."""
 
     folder: Path
 
@@ -56,11 +52,7 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Its configuration; empty where there is none.
-
-        Raises:
-            UserError: it is damaged.
-        """
+        """Its configuration; empty where there is none."""
         file = self.folder / CONFIG
         if not file.is_file():
             return {}
@@ -87,15 +79,7 @@ class Run:
 
 
 def newest_unfinished(logs: Path, name: str) -> Run:
-    """The newest run of the name that has a ``last.ckpt`` and no ``result.json``.
-
-    Args:
-        logs: where runs are.
-        name: its name; may hold wildcards.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The newest run of the name, which may hold wildcards, that has a ``last.ckpt`` and no ``result.json``."""
     started = logs.glob(f"{name}/*/checkpoints/last.ckpt")
     for path in sorted(started, key=lambda path: path.parts[-3], reverse=True):
         run = Run.of(path)

@@ -7,14 +7,10 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 
 class RunLogger(TensorBoardLogger):
-    """TensorBoard, in the run's folder; it has no experiment before the folder is claimed.
+    """TensorBoard, in the run's folder; it has no experiment before ``folder`` is set, once that is claimed.
 
     Lightning asks ``hasattr(logger, "experiment")`` before the data is read, and a run that its data stops should leave
-    no folder behind.
-
-    Args:
-        folder: of the run; None: set once it is claimed.
-        steps_done: of a resumed run: TensorBoard forgets what a killed process wrote of later steps.
+    no folder behind. In a resumed run TensorBoard forgets what a killed process wrote after ``steps_done``.
     """
 
     def __init__(self, folder: Path | None = None, steps_done: int | None = None) -> None:

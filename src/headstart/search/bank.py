@@ -27,50 +27,29 @@ class HeadSettings:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How heads are trained.
-
-    Attributes:
-        epochs: how many.
-        batch_size: images per step.
-        warmup: share of the steps in which the learning rate rises.
-        seed: seed of the initial values and of the order.
-    """
+    """How heads are trained."""
 
     epochs: int
     batch_size: int
-    warmup: float
-    seed: int
+    warmup: float  # share of the steps in which the learning rate rises
+    seed: int  # seed of the initial values and of the order
 
 
 @dataclass(frozen=True)
 class TrainedHead:
-    """A head and its validation.
+    """A head and its validation."""
 
-    Attributes:
-        head: as it was at its best.
-        acc: validation accuracy.
-        loss: validation loss, unsmoothed.
-        epoch: in which the loss was lowest, from 0.
-    """
-
-    head: nn.Linear
-    acc: float
-    loss: float
-    epoch: int = 0
+    head: nn.Linear  # as it was at its best
+    acc: float  # validation accuracy
+    loss: float  # validation loss, unsmoothed
+    epoch: int = 0  # the epoch of the lowest loss, from 0
 
 
 class Bank:
     """H linear heads on the same features, each with AdamW settings of its own, trained in one pass.
 
     Every head ends where ``torch.optim.AdamW`` would bring it alone with the same initial values and batches: gradients
-    of the summed loss do not mix heads, and AdamW works element by element.
-
-    Args:
-        settings: one per head.
-        num_classes: the number of classes.
-        width: the width D of the features.
-        seed: seed of the initial values, which all heads share.
-        device: where the heads are.
+    of the summed loss do not mix heads, and AdamW works element by element. All share the initial values of the seed.
     """
 
     def __init__(
@@ -145,14 +124,8 @@ def train_bank(
 ) -> list[TrainedHead]:
     """Trains one head per setting, as ``train`` would train each alone, and keeps each at its lowest validation loss.
 
-    Args:
-        settings: one per head.
-        train: the training images; an epoch takes one view.
-        val: what chooses the epoch.
-        num_classes: the number of classes.
-        schedule: how they are trained.
-        advance: told the images done.
-        keep_last: keep each head as it ends, for data that must not choose the epoch too.
+    With ``keep_last`` each is kept as it ends, for data that must not choose the epoch too. ``advance`` is told the
+    images done.
     """
     epoch = 0
     loader = FeatureLoader(train, BatchOrder(len(train), schedule.batch_size, schedule.seed, lambda: epoch))

@@ -16,14 +16,9 @@ def fit_exact(
 ) -> nn.Linear:
     """The minimum of mean cross entropy + l2 / 2 * |weight|^2, by full-batch L-BFGS.
 
-    It is scikit-learn's ``LogisticRegression(C=1 / (l2 * N))``. The objective is convex, so there is one minimum.
-
-    Args:
-        train: N images.
-        num_classes: the number of classes.
-        l2: strength of the penalty, above 0; the bias has none.
-        start: where to start; None: at zero.
-        tolerance: the largest gradient, of the mean loss, at which it is the minimum.
+    It is scikit-learn's ``LogisticRegression(C=1 / (l2 * N))``; the bias has no penalty. The objective is convex, so
+    there is one minimum, at which no gradient of the mean loss exceeds the tolerance. Without ``start`` the fit starts
+    at zero.
     """
     sample = train.sample()
     weight = start.weight.detach().clone() if start else sample.new_zeros(num_classes, sample.shape[1])

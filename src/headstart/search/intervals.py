@@ -8,11 +8,7 @@ from torch import Tensor
 
 
 def mean_and_half_width(values: Tensor | Sequence[float]) -> tuple[float, float]:
-    """The mean, and half the width of its 95 % interval; of paired differences if those are given.
-
-    Args:
-        values: independent ones, such as the accuracy of each episode, [E].
-    """
+    """The mean of independent values, [E], and half the width of its 95 % interval; of paired differences if given."""
     from scipy.special import stdtrit  # where it is used, since scipy takes a while to import
 
     found = torch.as_tensor(values, dtype=torch.float64)

@@ -14,26 +14,14 @@ ROWS_AT_ONCE = 2048
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The images most like each image, by the cosine of centred features.
+    """The images most like each image, by the cosine of centred features."""
 
-    Attributes:
-        similarities: of the k nearest other contents, the nearest first, [N, k].
-        pairs: the positions of every two contents at least as similar as the threshold, [P, 2].
-    """
-
-    similarities: Tensor
-    pairs: Tensor
+    similarities: Tensor  # of the k nearest other contents, the nearest first, [N, k]
+    pairs: Tensor  # the positions of every two contents at least as similar as the threshold, [P, 2]
 
 
 def neighbours(features: Tensor, digests: Sequence[bytes], k: int, threshold: float) -> Neighbours:
-    """Compares every image with every other.
-
-    Args:
-        features: [N, D].
-        digests: the contents; an image is not compared with one of the same content.
-        k: how many neighbours.
-        threshold: the similarity from which pairs are listed.
-    """
+    """The ``k`` nearest images of other content to each, and the pairs from the threshold on, by features [N, D]."""
     first = {digest: position for position, digest in reversed(list(enumerate(digests)))}
     content = torch.tensor([first[digest] for digest in digests])
     unit = functional.normalize(features - features.mean(dim=0), dim=1)

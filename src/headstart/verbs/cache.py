@@ -17,17 +17,7 @@ from headstart.terminal import images_bar, say
 
 
 def cache(options: Sequence[str]) -> dict[str, Any]:
-    """Lists, verifies or prunes the cache.
-
-    Args:
-        options: the command line's.
-
-    Returns:
-        Counts, by name.
-
-    Raises:
-        UserError: a mistake in the options.
-    """
+    """Lists, verifies or prunes the cache; gives counts, by name."""
     parser = parser_of("cache", "[list|verify|prune]")
     parser.add_argument("action", nargs="?", type=Literal["list", "verify", "prune"], default="list", help="what to do")
     parser.add_argument("--cache_dir", type=str | None, help="None: $HEADSTART_CACHE, else the user's cache folder")

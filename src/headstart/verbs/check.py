@@ -32,14 +32,7 @@ SPLIT_OPTIONS = ("val_fraction", "test_fraction", "split_seed", "splits")
 def check(options: Sequence[str]) -> dict[str, int]:
     """Looks for duplicates, likely wrong labels, outliers, small classes and damaged files; changes nothing.
 
-    Args:
-        options: the command line's.
-
-    Returns:
-        How many findings of each kind.
-
-    Raises:
-        UserError: a mistake in the options, or the folder is no folder of classes.
+    Returns how many findings there are of each kind.
     """
     quiet_libraries()
     given = _parser().parse_args(list(options))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.data.module import ImageData, ImageFolderData
-from headstart.data.sources import Source, TestSource, open_source
+from headstart.data.sources import open_source
 from headstart.device import quiet_trainer
 from headstart.errors import UserError
 from headstart.files import write_atomically
@@ -26,14 +26,7 @@ DATA_OPTIONS = ("num_workers", "cache", "cache_dir", "feature_precision", "max_p
 def evaluate(options: Sequence[str]) -> dict[str, Any]:
     """Scores a head; the figures, the predictions and the scores go to a folder of their own.
 
-    Args:
-        options: the command line's.
-
-    Returns:
-        The content of `result.json`.
-
-    Raises:
-        UserError: a mistake in the options, the checkpoint or the data.
+    Returns the content of `result.json`.
     """
     seconds = Seconds()
     quiet_libraries()
@@ -72,7 +65,8 @@ def _data(given: Any, checkpoint: Path, class_names: Sequence[str]) -> ImageData
     """All of the given images, or the test split of the run that the checkpoint belongs to."""
     options = {name: given.data[name] for name in DATA_OPTIONS}
     if given.data.root or given.data.csv:
-        source: Source = TestSource(open_source(*(given.data[name] for name in WHERE)))
+        source = open_source(*(given.data[name] for name in WHERE))
+        source.all_in = "test"
     else:
         run = Run.of(checkpoint)
         if not run.data:

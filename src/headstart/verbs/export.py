@@ -27,16 +27,9 @@ MAKERS = {".onnx": (to_onnx, run_onnx), ".pth": (to_torchvision, run_torchvision
 
 
 def export(options: Sequence[str]) -> dict[str, Any]:
-    """Writes a model file, which was compared with the checkpoint on real images before.
+    """Writes a model file, once its output was compared with the checkpoint's on real images; none where they differ.
 
-    Args:
-        options: the command line's.
-
-    Returns:
-        The `output`, how many `images` were compared, and the largest `difference` of a probability.
-
-    Raises:
-        UserError: a mistake in the options; or the exported model computes something else, and nothing is written.
+    Returns the `output`, how many `images` were compared, and the largest `difference` of a probability.
     """
     quiet_libraries()
     parser = parser_of("export")

@@ -14,7 +14,7 @@ from headstart.errors import UserError
 from headstart.fewshot.compare import BASELINE, Compared, accuracies, compare, shots_figure, to_csv
 from headstart.fewshot.data import EpisodeData
 from headstart.fewshot.episodes import TaskSize
-from headstart.fewshot.heads import HeadName, make_head
+from headstart.fewshot.heads import HEADS, HeadName, make_head
 from headstart.fewshot.module import MetaLearner
 from headstart.fewshot.save import save
 from headstart.fewshot.sources import SourceName
@@ -31,7 +31,6 @@ from headstart.runs.logger import RunLogger
 from headstart.search.intervals import mean_and_half_width
 from headstart.terminal import Seconds, quiet_libraries, say
 
-HEADS: tuple[HeadName, ...] = ("prototype", "ridge", "logistic", "anil", "projection")
 # What is meta-trained in a comparison; the prototype is the baseline without training.
 TRAINED: tuple[HeadName, ...] = ("ridge", "anil", "projection")
 SHOTS, COMPARED_QUERIES = (1, 5, 10), 10
@@ -46,14 +45,7 @@ SIZE_OPTIONS = ("n_way", "k_shot", "n_query", "episodes")
 def fewshot(options: Sequence[str]) -> dict[str, Any]:
     """Tests a head on few-shot tasks, after meta-training if asked; or compares all; or saves one of few pictures.
 
-    Args:
-        options: of the command line.
-
-    Returns:
-        The content of `result.json`; of `--save`, the checkpoint and its accuracy.
-
-    Raises:
-        UserError: a mistake in the options or the data.
+    Returns the content of `result.json`; of `--save`, the checkpoint and its accuracy.
     """
     quiet_libraries()
     parser = _parser()
@@ -104,16 +96,8 @@ class _Verb:
         given, config = self.given, self.given.clone()
         config.ckpt_path = None
         run_folder = RunFolder(self.logs, name, self.parser.dump(config, skip_none=False), self.resumed)
-        lengths = {"max_epochs": int(given.max_epochs), "patience": int(given.patience)}
-        trainer, before = meta_train(
-            module,
-            data,
-            given.accelerator,
-            run_folder,
-            **lengths,
-            seed=int(given.seed_everything),
-            checkpoint=self.checkpoint,
-        )
+        lengths = int(given.max_epochs), int(given.patience), int(given.seed_everything)
+        trainer, before = meta_train(module, data, given.accelerator, run_folder, *lengths, self.checkpoint)
         assert run_folder.folder
         assert isinstance(trainer.logger, RunLogger)
         return trainer.logger, run_folder.folder, before
@@ -142,7 +126,10 @@ class _Verb:
         if scores["gain/acc_ci95"]:  # else it is the baseline
             say(f"baseline:   {_interval(scores['baseline/acc'], scores['baseline/acc_ci95'])} (prototype, untrained)")
             say(f"gain:       {_interval(scores['gain/acc'], scores['gain/acc_ci95'])} (paired, 95 %)")
-        self._say_next(folder)
+        say(f"run:      {folder}")
+        say(f"inspect:  tensorboard --logdir {self.given.logs}")
+        if not self.given.train:
+            say("next:     headstart fewshot --head=projection --train    (meta-trains on other classes first)")
         return result
 
     def _compare(self, data: EpisodeData, tested: EpisodeData) -> dict[str, Any]:
@@ -197,12 +184,6 @@ class _Verb:
         write_result(folder, result)
         return result
 
-    def _say_next(self, folder: Path) -> None:
-        say(f"run:      {folder}")
-        say(f"inspect:  tensorboard --logdir {self.given.logs}")
-        if not self.given.train:
-            say("next:     headstart fewshot --head=projection --train    (meta-trains on other classes first)")
-
 
 def _name(given: Any) -> str:
     return str(given.name or f"fewshot-{given.data.source}-{given.head}")
@@ -214,12 +195,8 @@ def _interval(mean: float, half_width: float) -> str:
 
 def _parser() -> OptionParser:
     parser = parser_of("fewshot")
-    parser.add_argument(
-        "--head",
-        type=Literal["prototype", "ridge", "logistic", "anil", "projection", "all"],
-        default="prototype",
-        help="what learns a task; all: compare them at 1, 5 and 10 shots",
-    )
+    heads, compared = Literal[HeadName, "all"], "what learns a task; all: compare them at 1, 5 and 10 shots"
+    parser.add_argument("--head", type=heads, default="prototype", help=compared)
     parser.add_argument("--train", action="store_true", help="meta-train the head first, on other classes")
     parser.add_argument("--n_way", type=Positive, default=5, help="classes per task")
     parser.add_argument("--k_shot", type=Positive, default=1, help="examples per class")

@@ -23,11 +23,7 @@ LARGEST_CACHE = 8 * 2**30
 
 
 class FinetuneCLI(TrainCLI):
-    """The command line of `train`, with the defaults of the head's own run.
-
-    Attributes:
-        head: the content of the checkpoint of the head.
-    """
+    """The command line of `train`, with the defaults of the head's own run; ``head`` is its checkpoint's content."""
 
     usage = "headstart finetune --ckpt_path=logs/…/checkpoints/best.ckpt [options]"
     module_class = FineTunedClassifier
@@ -98,14 +94,7 @@ class FinetuneCLI(TrainCLI):
 def finetune(options: Sequence[str]) -> dict[str, Any]:
     """Trains the head and the backbone's last layers, and says whether that was better than the head alone.
 
-    Args:
-        options: the command line's.
-
-    Returns:
-        The content of the run's `result.json`: the scores, those `before/…`, and the `recommended` checkpoint.
-
-    Raises:
-        UserError: a mistake in the options, the checkpoint or the data.
+    Returns the content of `result.json`: the scores, those `before/…`, and the `recommended` checkpoint.
     """
     seconds = Seconds()
     quiet_libraries()

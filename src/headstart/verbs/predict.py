@@ -33,30 +33,17 @@ FORMATS = (".csv", ".jsonl")
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a head says of a file.
+    """What a head says of a file."""
 
-    Attributes:
-        path: as it was given, or below the folder that was given.
-        best: the k most probable classes and their calibrated probabilities, the best first; empty at an error.
-        error: why there is none; empty if there is one.
-    """
-
-    path: str
-    best: tuple[tuple[str, float], ...] = ()
-    error: str = ""
+    path: str  # as it was given, or below the folder that was given
+    best: tuple[tuple[str, float], ...] = ()  # the k most probable classes with calibrated probabilities
+    error: str = ""  # why there is none; empty if there is one
 
 
 def predict(options: Sequence[str]) -> dict[str, int]:
     """Writes a row per file: to a CSV or JSON lines, or to the standard output.
 
-    Args:
-        options: the command line's.
-
-    Returns:
-        How many files were `predicted`, and how many had an `error`.
-
-    Raises:
-        UserError: a mistake in the options, or not one file could be read.
+    Returns how many files were `predicted`, and how many had an `error`.
     """
     quiet_libraries()
     given = _parser().parse_args(list(options))
@@ -86,11 +73,7 @@ def predict(options: Sequence[str]) -> dict[str, int]:
 class Predictor:
     """From paths to predictions, in order; memory does not grow with their number.
 
-    Args:
-        module: the trained head with its backbone.
-        stream: reads the files.
-        top_k: how many classes a prediction names.
-        maps: a folder for class activation maps; None: none are drawn.
+    Each names the ``top_k`` classes; class activation maps are drawn into the folder ``maps``, if one is given.
     """
 
     def __init__(

@@ -22,17 +22,7 @@ NO_SETTINGS = (
 
 
 def runs(options: Sequence[str]) -> list[dict[str, Any]]:
-    """Lists the runs, the best first.
-
-    Args:
-        options: the command line's.
-
-    Returns:
-        A row per run, as the CSV file has it.
-
-    Raises:
-        UserError: a mistake in the options, or there is no run.
-    """
+    """Lists the runs, the best first; gives a row per run, as the CSV file has it."""
     parser = parser_of("runs")
     parser.add_argument("--logs", type=str, default="logs", help="where the runs are")
     parser.add_argument("--sort", type=str, default="test/acc", help="the score or setting to sort by, best first")

@@ -15,15 +15,8 @@ STRONGER = "--data.{}={} --model.weights=imagenet    (better features for photog
 def train(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
     """Fits a head, tests the best checkpoint, writes the report and the result, and says what to do next.
 
-    Args:
-        options: the command line's.
-        root: the data's root where none is given.
-
-    Returns:
-        The content of the run's `result.json`; empty where nothing was left to train.
-
-    Raises:
-        UserError: a mistake in the options or the data.
+    Takes the command line's options, and the data's root where they give none. Returns the content of the run's
+    `result.json`; empty where nothing was left to train.
     """
     seconds = Seconds()
     quiet_libraries()

@@ -65,15 +65,7 @@ class TuneCLI(TrainCLI):
 def tune(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
     """Trains the grid at once, fits the exact optimum, and trains once more with the winner.
 
-    Args:
-        options: the command line's; those of `train` hold for every head.
-        root: the data's root where none is given.
-
-    Returns:
-        `settings` (one per head, best first), `exact`, `folds`, the winner's `recipe`, and `result` of the final run.
-
-    Raises:
-        UserError: a mistake in the options or the data.
+    Returns `settings` (one per head, best first), `exact`, `folds`, the winner's `recipe`, and its `result`.
     """
     quiet_libraries()
     cli = TuneCLI(options, root)
