@@ -33,6 +33,7 @@ class HeadModule(LightningModule):
 
     def remember_backbone(self) -> None:
         """Notes what must not change."""
+        self.strict_loading = False  # what is frozen is not in a checkpoint
         self.digests = self.backbone.digests()  # when it was made or loaded
         self.weights_digest = combined(self.digests)  # of the named weights, before any fine-tuning
         self.finetuned: list[str] = []  # the tensors that are no longer those of the named weights
