@@ -24,7 +24,7 @@ class Front(FrozenBackbone):
         with torch.no_grad():
             shape = layers(torch.zeros(1, 3, side, side, device=whole.mean.device)).shape[1:]
         net = nn.Sequential(layers, nn.Flatten())
-        self._freeze(f"{whole.name} before {before}", whole.weights, net, shape.numel(), whole.preprocessing)
+        self.adopt(f"{whole.name} before {before}", whole.weights, net, shape.numel(), whole.preprocessing)
         self.shape = tuple(shape)
 
 

@@ -35,10 +35,11 @@ class FrozenBackbone(nn.Module):
         preprocessing = load_weights(made, name, weights)
         if image_size is not None:
             preprocessing = preprocessing.resized(image_size)
-        self._freeze(name, weights, made.net, made.num_features, preprocessing)
+        self.adopt(name, weights, made.net, made.num_features, preprocessing)
         self.family, self.classifier_path = made.family, made.classifier
 
-    def _freeze(self, name: str, weights: str, net: nn.Module, num_features: int, preprocessing: Preprocessing) -> None:
+    def adopt(self, name: str, weights: str, net: nn.Module, num_features: int, preprocessing: Preprocessing) -> None:
+        """Takes a ready network, and freezes it."""
         super().__init__()
         self.name, self.weights, self.net = name, weights, net
         self.num_features, self.preprocessing = num_features, preprocessing

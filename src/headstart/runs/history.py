@@ -73,7 +73,8 @@ class Run:
         data = self.data
         if not data or not self.splits_file.is_file():
             return []
-        root = Path(data["csv"]).parent if data.get("csv") else Path(data["root"])
+        root = Path(data.get("csv") or data["root"])
+        root = root.parent if root.is_file() else root  # a list, whose paths are relative to it
         rows = read_csv("--ckpt_path", self.splits_file, ["path"], errors="surrogateescape")
         return [root / row["path"] for row in rows]
 
