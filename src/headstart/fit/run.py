@@ -6,13 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from headstart.fit.cli import TrainCLI
-from headstart.report.learning_curve import LearningCurve, learning_curve
-from headstart.report.page import REPORT, write_report
+from headstart.runs.history import REPORT
 from headstart.runs.logger import RunLogger
-from headstart.search.bank import HeadSettings
 from headstart.terminal import Seconds, say, say_scores
 
 
@@ -40,22 +37,16 @@ def test(cli: TrainCLI, seconds: Seconds) -> dict[str, Any]:
 
 def report(cli: TrainCLI, scores: Mapping[str, float], seconds: Seconds) -> None:
     """The figures, in TensorBoard and in the report; a dry run has no folder for them, and other ranks no data."""
-    folder, evaluation = cli.run_folder.folder, cli.collector.evaluation
+    folder, evaluation, module, data = cli.run_folder.folder, cli.collector.evaluation, cli.model, cli.datamodule
     logger = cli.trainer.logger if isinstance(cli.trainer.logger, RunLogger) else None
     with seconds.of("report"):
         if folder is None or evaluation is None or not cli.config.report:
             return
-        curve = _learning_curve(cli) if evaluation.split == "test" else None
-        write_report(folder, evaluation, cli.datamodule, cli.model, scores, logger, curve)
+        from headstart.report.learning_curve import learning_curve_of  # what draws takes a while to import
+        from headstart.report.page import write_report
 
-
-def _learning_curve(cli: TrainCLI) -> LearningCurve | None:
-    """How the head would do with fewer images; that tells nothing of another head or of a fine-tuned backbone."""
-    module, data = cli.model, cli.datamodule
-    if module.finetuned or not data.store.cache or not isinstance(module.head, nn.Linear):
-        return None
-    settings = HeadSettings(*(float(module.hparams[name]) for name in ("lr", "weight_decay", "label_smoothing")))
-    return learning_curve(data, settings, max(1, int(cli.trainer.max_epochs or 1)), module.hparams["warmup"], seed=0)
+        curve = learning_curve_of(module, data, cli.trainer.max_epochs) if evaluation.split == "test" else None
+        write_report(folder, evaluation, data, module, scores, logger, curve)
 
 
 def finish(cli: TrainCLI, scores: Mapping[str, Any], seconds: Seconds) -> dict[str, Any]:

@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from headstart.data.module import ImageData
+from headstart.model.classifier import TransferClassifier
 from headstart.search.bank import HeadSettings, Schedule, train_bank
 from headstart.search.exact import predicted
 from headstart.terminal import images_bar
@@ -40,6 +41,14 @@ class LearningCurve:
         if points + noise < 2:
             return f"{found} (± {noise:.1f}): more photos like these would help little; other ones or weights might."
         return f"{found}, within ± {noise:.1f}: too few test images to tell whether more photos would help."
+
+
+def learning_curve_of(module: TransferClassifier, data: ImageData, epochs: int | None) -> LearningCurve | None:
+    """How a run's head would do with fewer images; that tells nothing of another head or of a fine-tuned backbone."""
+    if module.finetuned or not data.store.cache or not isinstance(module.head, nn.Linear):
+        return None
+    settings = HeadSettings(*(float(module.hparams[name]) for name in ("lr", "weight_decay", "label_smoothing")))
+    return learning_curve(data, settings, max(1, epochs or 1), module.hparams["warmup"], seed=0)
 
 
 def learning_curve(data: ImageData, settings: HeadSettings, epochs: int, warmup: float, seed: int) -> LearningCurve:

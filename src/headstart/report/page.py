@@ -20,11 +20,10 @@ from headstart.report.figures import TILES, curves_figure, evaluation_figures, l
 from headstart.report.learning_curve import LearningCurve
 from headstart.report.tensorboard import log_evaluation, thumbnails
 from headstart.runs.folder import command_line, versions
-from headstart.runs.history import CONFIG
+from headstart.runs.history import CONFIG, REPORT
 from headstart.runs.logger import RunLogger
 from headstart.terminal import score_rows
 
-REPORT = "report.html"
 MAX_SKIPPED_SHOWN = 50
 TITLES = {
     "confusion_matrix": "Confusion matrix, counts",

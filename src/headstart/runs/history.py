@@ -11,7 +11,7 @@ import yaml
 from headstart.errors import UserError
 from headstart.files import read_csv
 
-RESULT, CONFIG, SPLITS_FILE = "result.json", "config.yaml", "splits.csv"
+RESULT, REPORT, CONFIG, SPLITS_FILE = "result.json", "report.html", "config.yaml", "splits.csv"
 
 
 @dataclass(frozen=True)
