@@ -29,7 +29,7 @@ def test_a_wheel_trains_from_any_folder(copy, colours, tmp_path):
     result = json.loads(next(elsewhere.glob("logs/colours/*/result.json")).read_text())
     assert result["test/acc"] == 1.0
     assert "headstart train" in done.stdout
-    shown = "import headstart.model.backbone as b; print(b.__file__, b.BUNDLED.stat().st_size)"
+    shown = "import headstart.model.weights as b; print(b.__file__, b.BUNDLED.stat().st_size)"
     where = subprocess.run(
         [sys.executable, "-c", shown],
         cwd=elsewhere,

@@ -131,7 +131,6 @@ def _say_gain(result: Mapping[str, Any], folder: Path | None) -> None:
             before, after = result[f"before/{split}/acc"], result[f"{split}/acc"]
             say(f"{split}/acc:  {before:.3f} with the head alone, {after:.3f} now")
     if folder:
-        recommended = folder / result["recommended"]
         if result["recommended"] == HEAD:
             say("finetune: validation did not improve (by its loss): the head alone is the better choice")
-        say(f"next:     headstart predict --ckpt_path={recommended} path/to/files")  # wing: deploy
+        say(f"next:     headstart predict --ckpt_path={folder / result['recommended']} path/to/files")  # wing: deploy
