@@ -130,7 +130,9 @@ def _say_gain(result: Mapping[str, Any], folder: Path | None) -> None:
         if f"before/{split}/acc" in result and f"{split}/acc" in result:
             before, after = result[f"before/{split}/acc"], result[f"{split}/acc"]
             say(f"{split}/acc:  {before:.3f} with the head alone, {after:.3f} now")
+    if folder and result["recommended"] == HEAD:
+        say("finetune: validation did not improve (by its loss): the head alone is the better choice")
+    # wing: deploy
     if folder:
-        if result["recommended"] == HEAD:
-            say("finetune: validation did not improve (by its loss): the head alone is the better choice")
-        say(f"next:     headstart predict --ckpt_path={folder / result['recommended']} path/to/files")  # wing: deploy
+        say(f"next:     headstart predict --ckpt_path={folder / result['recommended']} path/to/files")
+    # /wing
