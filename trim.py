@@ -24,6 +24,8 @@ WINGS = {
     "deploy": (("predict", "export"), ()),
     "finetune": (("finetune",), ("benchmarks/finetune.py",)),
 }
+# Modules that only wings use -> those wings; they go with the last of them.
+SHARED = {"features/stream.py": {"deploy"}, "search/neighbours.py": {"audit"}}
 PART = re.compile(r"^ *(?:#|<!--) wing: (\w+)(?: -->)?\n.*?^ *(?:#|<!--) /wing(?: -->)?\n", re.MULTILINE | re.DOTALL)
 LINE = re.compile(r"^.*(?:#|<!--) wing: (\w+)(?: -->)?\n", re.MULTILINE)
 
@@ -64,12 +66,15 @@ def trim(wings: set[str]) -> None:
     """Takes the wings off."""
     for wing in wings:
         remove_files(wing)
+    for name, users in SHARED.items():
+        if not any((PACKAGE / wing).exists() for wing in users):
+            (PACKAGE / name).unlink(missing_ok=True)
     if not any((PACKAGE / wing).exists() for wing in WINGS):  # nothing is left to take off
         wings = wings | {"any"}
         Path(__file__).unlink()
         (ROOT / "tests/journeys/test_trim.py").unlink(missing_ok=True)
     for path in files():
-        if path.suffix in (".py", ".md", ".toml", ".yaml", ".cff", "") and path != Path(__file__).resolve():
+        if path.suffix in (".py", ".md", ".toml", ".yaml", ".jinja", "") and path != Path(__file__).resolve():
             text = path.read_bytes().decode()
             if (trimmed := without(text, wings, path.suffix)) != text:
                 path.write_bytes(trimmed.encode())

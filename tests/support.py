@@ -1,8 +1,12 @@
-"""Small images that the tests draw, and where to find what a run left."""
+"""Small images that the tests draw, where to find what a run left, and a limit for what could hang."""
 
+import contextlib
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 REPOSITORY = Path(__file__).parent.parent
@@ -30,3 +34,15 @@ def features(cache: Path) -> dict[bytes, bytes]:
 
     shards = [Shard.open(path) for path in cache.glob("features/*/*.safetensors")]
     return {row: line.numpy().tobytes() for each in shards for row, line in zip(each.rows, each.features, strict=True)}
+
+
+@contextlib.contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """A hang is a failure."""
+    previous = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("hangs"))
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import ctypes
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -25,11 +26,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from headstart.cli import main
 from headstart.data.loaders import ImageDataset
 from headstart.errors import UserError
-from headstart.features.cache import FeatureCache, Shard
+from headstart.features.cache import FeatureCache
+from headstart.features.matrix import Shard
+from headstart.images import UnreadableImage, decode
 from headstart.model import weights
 from headstart.model.classifier import TransferClassifier
 from headstart.model.sealed import SEAL, SealedCheckpointIO, content_digest
-from support import REPOSITORY, draw, newest_run
+from support import REPOSITORY, at_most, draw, newest_run
 
 SMALL = ["--model.image_size=32", "--report=false"]
 
@@ -380,6 +383,82 @@ def test_no_file_that_lies_about_executes_code(colours, train, refused, own_cach
     monkeypatch.setitem(weights.SHA256, hub.name, hashlib.sha256(hub.read_bytes()).hexdigest())
     assert "plain tensors" in refused("train", f"--data.root={colours}", "--model.weights=imagenet")
     assert not Path("executed").exists()
+
+
+@pytest.mark.fault("image that would start a program")
+def test_no_image_starts_a_program(colours, train, monkeypatch):
+    started = []
+    monkeypatch.setattr("subprocess.Popen.__init__", lambda self, *given, **options: started.append(given))
+    monkeypatch.setattr("subprocess.Popen.__del__", lambda self: None)
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\n%%EOF\n"
+    for name in ("red/drawing.jpg", "red/drawing.eps", "blue/drawing.png"):
+        (colours / name).write_bytes(script)
+    assert train(colours, "--trainer.max_epochs=1")["skipped"] == 2  # an .eps is no image here
+    with pytest.raises(UnreadableImage, match="not an image"):
+        decode(script, 36)
+    assert not started
+
+
+@pytest.mark.fault("FIFO or device in place of a file")
+def test_only_regular_files_are_opened(colours, checkpoint, train, refused, monkeypatch, capsys):
+    os.mkfifo("fifo")
+    (colours / "red/zero.png").symlink_to("/dev/zero")
+    os.mkfifo(colours / "blue/fifo.png")
+    with at_most(60):
+        result = train(colours, "--trainer.max_epochs=1")
+        assert result["skipped"] == 2
+        out = capsys.readouterr().out
+        assert out.count("not a regular file") == 2
+        for option in (
+            "--config=fifo",
+            "--config fifo",
+            "--data.splits=fifo",
+            "--model.weights=fifo",
+            "--ckpt_path=fifo",
+        ):
+            assert "fifo" in refused("train", f"--data.root={colours}", *option.split(), *SMALL)
+        assert "not a regular file" in refused("train", "--data.csv=fifo", *SMALL)
+        assert "is no file" in refused("evaluate", "--ckpt_path=fifo")
+        # wing: deploy
+        counts = main(["predict", f"--ckpt_path={checkpoint}", "fifo", str(colours / "red"), "--output=rows.csv"])
+        assert counts == {"predicted": 20, "errors": 2}
+        monkeypatch.setattr(sys, "stdin", io.StringIO("/dev/zero\nfifo\n"))
+        assert "none of the 2 files" in refused("predict", f"--ckpt_path={checkpoint}", "--output=none.csv")
+        # /wing
+
+
+@pytest.mark.fault("folder without permission")
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
+def test_folders_that_cannot_be_read_are_named(colours, train, refused, capsys):
+    for name in ("red/inner", "blue/inner"):
+        (colours / name).mkdir()
+        shutil.move(colours / Path(name).parent / "000.png", colours / name / "000.png")
+        (colours / name).chmod(0)
+    with without_roots_rights():
+        assert sum(train(colours, "--trainer.max_epochs=1")["images"].values()) == 58
+        out = capsys.readouterr().out
+        assert out.count("1 folders cannot be read") == 2
+        assert "red/inner (Permission denied)" in out
+        colours.chmod(0)
+        line = refused("train", f"--data.root={colours}", *SMALL)
+        colours.chmod(0o700)
+    for name in ("red/inner", "blue/inner"):
+        (colours / name).chmod(0o700)
+    assert "cannot be read (Permission denied)" in line
+
+
+@pytest.mark.fault("class without a training image")
+def test_a_class_without_a_training_image_is_refused(tmp_path, refused, train, capsys):
+    for split in ("train", "val", "test"):
+        draw(tmp_path / "data" / split, images=8, seed=len(split))
+    for path in (tmp_path / "data/val/green").iterdir():
+        path.unlink()
+    train(tmp_path / "data", "--trainer.max_epochs=1")
+    assert capsys.readouterr().out.count("1 of 3 classes have no image in val, such as 'green'") == 1
+    for path in (tmp_path / "data/train/blue").iterdir():
+        path.unlink()
+    for verb in ("train", "tune"):
+        assert "class 'blue': no training image" in refused(verb, f"--data.root={tmp_path / 'data'}", *SMALL)
 
 
 def test_every_row_of_the_table_of_faults_is_tried():

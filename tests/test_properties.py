@@ -4,8 +4,6 @@ import contextlib
 import hashlib
 import io
 import random
-import signal
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from headstart.data.splits import Item, assign
 from headstart.features.cache import cache_key
 from headstart.images import UnreadableImage, decode
 from headstart.model.backbone import FrozenBackbone
+from support import at_most
 
 CLASSES = ["a", "b", "c"]
 calm = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -139,18 +138,6 @@ def damaged(generator: random.Random, originals: list[bytes]) -> bytes:
             case 3:
                 data[place:place] = generator.randbytes(generator.randint(1, 16))
     return bytes(data)
-
-
-@contextlib.contextmanager
-def at_most(seconds: int) -> Iterator[None]:
-    """A hang is a failure."""
-    previous = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("hangs"))
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
 
 
 def fuzz(inputs: int, seed: int) -> dict[str, int]:

@@ -24,9 +24,9 @@ def quiet_trainer(accelerator: str = "auto", **options: Any) -> Trainer:
     try:
         return Trainer(accelerator=accelerator, **QUIET | options)
     except (MisconfigurationException, ValueError) as error:
-        raise UserError(f"--accelerator={accelerator}: {error}; auto takes what this machine has") from error
+        raise UserError(f"--accelerator={accelerator}: not on this machine; auto takes what it has") from error
 
 
 def device_of(accelerator: str) -> torch.device:
     """The device of that name, or with auto what the machine has."""
-    return quiet_trainer(accelerator).strategy.root_device
+    return quiet_trainer(accelerator, deterministic=None).strategy.root_device  # determinism would hold for all

@@ -1,6 +1,7 @@
 """Files of any kind: written whole or not at all, never written over, read with errors of one line."""
 
 import csv
+import errno
 import io
 import os
 import secrets
@@ -37,6 +38,13 @@ def _flush_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def read_regular(path: Path) -> bytes:
+    """The content of a regular file, after links; reading a FIFO would wait, and a device would fill the memory."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file")
+    return path.read_bytes()
 
 
 def new_path(option: str, given: str | Path) -> Path:
@@ -84,10 +92,12 @@ def csv_bytes(rows: Iterable[Iterable[object]]) -> bytes:
 def read_csv(option: str, file: Path, columns: Sequence[str], errors: str = "strict") -> list[dict[str, str]]:
     """The rows of a CSV file by column name; ``columns`` must be there, ``errors`` is for bytes that are not UTF-8."""
     try:
-        with file.open(newline="", encoding="utf-8-sig", errors=errors) as text:
-            reader = csv.DictReader(text, strict=True)
-            names = [name.strip() for name in reader.fieldnames or []]
-            rows = [dict(zip(names, (value or "" for value in row.values()), strict=False)) for row in reader]
+        text = read_regular(file).decode("utf-8-sig", errors)
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        names = [name.strip() for name in reader.fieldnames or []]
+        if len(set(names)) < len(names):
+            raise UserError(f"{option}={file}: its first line names a column twice; rename one")
+        rows = [dict(zip(names, (value or "" for value in row.values()), strict=False)) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{option}={file}: cannot be read as CSV ({error})") from error
     if missing := [name for name in columns if name not in names]:

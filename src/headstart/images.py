@@ -4,6 +4,7 @@ import hashlib
 import io
 import threading
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -22,6 +23,12 @@ DECODER_VERSION = 1
 MIN_SIDE = 8
 MAX_ASPECT = 20
 MAX_PIXELS = 89_478_485  # PIL's own limit against decompression bombs
+
+# What PIL may open: formats that start no program (EPS starts Ghostscript) and read no other file.
+FORMATS = (
+    *("AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "MSP", "PCX", "PNG", "PPM", "QOI"),
+    *("SGI", "TIFF", "WEBP", "XBM", "XPM", "TGA"),  # TGA last: its files do not say what they are
+)
 
 _random = threading.Lock()
 
@@ -45,6 +52,18 @@ class UnreadableImage(Exception):
     """An image that is left out; the message is the reason, in a few words."""
 
 
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those that this PIL was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def image_suffixes() -> frozenset[str]:
+    """The suffixes of files that are taken for images."""
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _formats())
+
+
 def decode(data: bytes, shorter_side: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes an image of any mode and orientation in full, to RGB.
 
@@ -56,7 +75,7 @@ def decode(data: bytes, shorter_side: int, max_pixels: int = MAX_PIXELS) -> Imag
     """
     Image.MAX_IMAGE_PIXELS = max_pixels  # PIL's own guard, at opening
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_formats())
         width, height = image.size
         if width * height > max_pixels:
             raise UnreadableImage(f"{width} x {height} pixels, more than --data.max_pixels={max_pixels}")

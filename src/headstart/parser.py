@@ -1,14 +1,15 @@
 """What every verb's options have in common: short help, errors of one line, ranges checked before any work."""
 
 import difflib
-import inspect
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
 from headstart.errors import UserError
+from headstart.ranges import arguments_of
 
 # The trainer's options that the short help shows.
 SHORT_HELP = ("max_epochs", "accelerator", "devices", "precision")
@@ -24,6 +25,14 @@ class OptionParser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises ``UserError``."""
         raise UserError(self._one_line(message)) from ex
+
+    def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
+        """As jsonargparse's, which would wait for a FIFO."""
+        for place, given in enumerate(args or []):
+            file = given.removeprefix("--config=") if given != "--config" else "".join(args[place + 1 : place + 2])
+            if given.startswith("--config") and Path(file).exists() and not Path(file).is_file():
+                raise UserError(f"--config={file}: not a regular file")
+        return super().parse_args(args, *others, **options)
 
     def format_help(self, formatter: Any = None) -> str:
         """One line per option; of the Trainer's, those that are often used."""
@@ -77,9 +86,7 @@ def parser_of(verb: str, arguments: str = "") -> OptionParser:
 
 def add_options(parser: OptionParser, of: type, group: str, names: Sequence[str]) -> None:
     """Adds some of a class's arguments, as ``--group.name``, with their types, defaults and descriptions."""
-    # Along the bases too, whose arguments a class may take as ``**kwargs``.
-    known = {name for base in of.__mro__ if "__init__" in vars(base) for name in inspect.signature(base).parameters}
-    parser.add_class_arguments(of, group, skip=known - set(names), as_group=False)
+    parser.add_class_arguments(of, group, skip=arguments_of(of) - set(names), as_group=False)
 
 
 def add_checkpoint(parser: OptionParser) -> None:

@@ -1,5 +1,6 @@
 """The ranges that options may take: checked when the command line and the config files are read."""
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # to a type checker they are the plain numbers
@@ -23,6 +24,11 @@ else:
     Rate = typing.restricted_number_type("Rate", float, [(">", 0), ("<=", 1000)])
     NonNegative = typing.restricted_number_type("NonNegative", float, [(">=", 0), ("<=", 1000)])
     Fraction = typing.restricted_number_type("Fraction", float, [(">=", 0), ("<", 1)])
+
+
+def arguments_of(of: type) -> set[str]:
+    """The names that a class's ``__init__`` takes, along its bases too, whose arguments may come as ``**kwargs``."""
+    return {name for base in of.__mro__ if "__init__" in vars(base) for name in inspect.signature(base).parameters}
 
 
 def plain(value: Any) -> Any:

@@ -16,6 +16,7 @@ from headstart import DatasetData, FrozenBackbone, ImageFolderData, TransferClas
 from headstart.cli import main
 from headstart.data.loaders import BatchOrder
 from headstart.data.splits import Item, assign, shared_between_splits
+from headstart.device import quiet_trainer
 from headstart.errors import UserError
 from support import COLOURS, draw, newest_run
 
@@ -392,6 +393,7 @@ def test_a_list_may_give_splits(splits, counts, bursts, tmp_path):
         ("path,label\na.png,x\na.png,y\n", "line 3: a.png was listed before"),
         ("path,label,split\na.png,x,training\nb.png,y,val\n", "line 2: unknown split 'training'"),
         ("path,label,split,group\na.png,x,train,g\nb.png,y,val,g\n", "group 'g' is in several splits"),
+        ("path,label,label\na.png,x,y,z\n", "names a column twice"),
         ("path,label\na.png,x\nb.png,y\n", "2 of 2 images"),
         ("\xff\xfe", "cannot be read as CSV"),
     ],
@@ -412,11 +414,16 @@ def test_a_root_and_a_list_are_too_much(colours, refused):
 def test_an_unknown_kind_of_data_is_refused_by_name(colours, refused):
     line = refused("train", f"--data.root={colours}", "--data.source=cloud")
     assert "--data.source=cloud: no such kind of data; there are folder, csv" in line
+    assert "is not data of the kind folder" in refused("train", "--data.csv=list.csv", "--data.source=folder")
 
 
 def test_the_order_of_training_images_has_a_seed(colours, monkeypatch):
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    assert ImageFolderData(str(colours)).order_seed == 0
-    monkeypatch.setenv("PL_GLOBAL_SEED", "7")  # as seed_everything(7) leaves it
-    assert ImageFolderData(str(colours)).order_seed == 7
-    assert ImageFolderData(str(colours), order_seed=3).order_seed == 3
+    def first_batch(seed: str, **options) -> list[int]:
+        data = ImageFolderData(str(colours), **options)
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)  # as seed_everything leaves it, also after the data was made
+        model = TransferClassifier(data.class_names, image_size=32)
+        quiet_trainer("cpu", max_epochs=1).fit(model, datamodule=data)
+        return data.train_dataloader().batch_sampler.batches()[0].tolist()
+
+    assert first_batch("7") == first_batch("3", order_seed=7)
+    assert first_batch("7") != first_batch("3")

@@ -68,4 +68,4 @@ def test_what_cannot_be_done_is_refused(checkpoint, refused, monkeypatch):
     assert "no readable image" in line
     assert "no file" in refused("export", "--ckpt_path=nowhere.ckpt", "--output=a.onnx")
     monkeypatch.setattr(exporting, "NEEDED", ("not_installed",))
-    assert "pip install 'headstart[export]'" in refused("export", f"--ckpt_path={checkpoint}", "--output=a.onnx")
+    assert "pip install -e '.[export]'" in refused("export", f"--ckpt_path={checkpoint}", "--output=a.onnx")

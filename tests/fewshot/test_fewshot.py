@@ -480,13 +480,15 @@ def test_few_pictures_become_a_checkpoint_that_every_verb_takes(fewshot, shapes,
         made = main(["fewshot", f"--head={head}", f"--data.root={few}", f"--save={head}.ckpt", "--model.image_size=32"])
         assert made["left_out/acc"] > 0.7
         assert made["images"] == 20
+    # wing: deploy
     rest = sorted(str(path) for folder in sorted(shapes.iterdir())[:4] for path in folder.iterdir())
     main(["predict", "--ckpt_path=ridge.ckpt", *rest, "--output=rows.csv"])
     rows = rows_of(Path("rows.csv"))
     assert np.mean([Path(row["path"]).parent.name == row["label"] for row in rows]) > 0.7
+    # /wing
     result = main(["evaluate", "--ckpt_path=prototype.ckpt", f"--data.root={few}", "--report=false"])
     assert result["test/acc"] > 0.7
-    main(["export", "--ckpt_path=prototype.ckpt", f"--data.root={few}", "--output=few.pth"])
+    main(["export", "--ckpt_path=prototype.ckpt", f"--data.root={few}", "--output=few.pth"])  # wing: deploy
     line = refused("fewshot", f"--data.root={few}", "--save=ridge.ckpt", "--model.image_size=32")
     assert "is there already" in line
     assert "--save: stores a linear head" in refused("fewshot", f"--data.root={few}", "--save=a.ckpt", "--head=anil")

@@ -13,7 +13,6 @@ from pytorch_lightning import Trainer
 
 from headstart import ImageFolderData, TransferClassifier
 from headstart.cli import main
-from headstart.deploy.onnx import NEEDED
 from headstart.errors import UserError
 from headstart.features.cache import FeatureCache
 from headstart.finetune.module import FineTunedClassifier, layer_of, learning_names
@@ -163,6 +162,7 @@ def test_the_checkpoint_holds_what_learnt_and_all_verbs_take_it(head, stripes, t
     assert evaluated["test/acc"] == pytest.approx(result["test/acc"])
     assert evaluated["test/loss"] == pytest.approx(result["test/loss"], rel=1e-4)
     assert evaluated["digest"] != json.loads((head.parent.parent / "result.json").read_text())["digest"]
+    # wing: deploy
     with (run / "splits.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
     paths = [str(stripes / row["path"]) for row in rows]
@@ -171,24 +171,19 @@ def test_the_checkpoint_holds_what_learnt_and_all_verbs_take_it(head, stripes, t
         said = [row["label"] for row in csv.DictReader(file)]
     right = sum(label == row["class"] for label, row in zip(said, rows, strict=True))
     assert right / len(rows) == pytest.approx(result["test/acc"])
-    for output in ("model.pth", *(["model.onnx"] if not missing() else [])):
+    for output in ("model.pth", "model.onnx"):
         assert main(["export", f"--ckpt_path={best}", f"--output={output}"])["difference"] < 1e-4
     name = "layer4.0.conv1.weight"
     learnt = torch.load(best, weights_only=True)["state_dict"][f"backbone.net.{name}"]
     assert torch.equal(torch.load("model.pth", weights_only=True)[name], learnt)
-
-
-def missing() -> list[str]:
-    import importlib.util
-
-    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    # /wing
 
 
 def test_the_fit_of_a_head_refuses_a_backbone_that_was_fine_tuned(head, stripes, refused):
     finetune(head, "--trainer.max_epochs=1")
     best = newest_run() / "checkpoints/best.ckpt"
     options = f"--data.root={stripes}", "--model.image_size=32", f"--ckpt_path={best}", "--trainer.max_epochs=3"
-    assert "its backbone was fine-tuned; headstart finetune" in refused("train", *options)
+    assert "its backbone was fine-tuned; fine-tuning resumes it" in refused("train", *options)
 
 
 def test_fine_tuning_goes_on_from_fine_tuned_layers(head):
@@ -284,3 +279,11 @@ def test_a_mistake_is_one_line(head, refused, tmp_path):
     assert "its classes are 2" in refused("finetune", f"--ckpt_path={head}", f"--data.root={tmp_path / 'others'}")
     shutil.copy(head, "lone.ckpt")
     assert "--data.root" in refused("finetune", "--ckpt_path=lone.ckpt")
+
+
+def test_a_fine_tuned_module_keeps_the_settings_that_are_its_bases(head):
+    finetune(head, "--model.weight_decay=0.5", "--trainer.max_epochs=1")
+    module = FineTunedClassifier.load_from_checkpoint(newest_run() / "checkpoints/best.ckpt")
+    assert module.hparams["weight_decay"] == 0.5
+    assert module.backbone.preprocessing.crop_size == 32
+    assert module.hparams["unfreeze"] == "layer4"

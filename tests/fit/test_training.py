@@ -251,3 +251,5 @@ def test_a_configuration_from_before_logs_had_that_name_still_runs(colours, trai
 
     assert main(["train", "--config=old.yaml"])["val/loss"] == first["val/loss"]
     assert newest_run(Path("elsewhere")).parent.name == "colours"
+    main(["train", f"--config={newest_run() / 'config.yaml'}", "--trainer.default_root_dir=third"])
+    assert newest_run(Path("third")).parent.name == "colours"

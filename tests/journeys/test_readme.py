@@ -124,7 +124,7 @@ def test_the_label_benchmark_in_a_small_form(run, copy):
     assert "| headstart check | " in done.stdout
 
 
-@pytest.mark.wing("fewshot", "deploy")
+@pytest.mark.wing("fewshot")
 def test_the_fewshot_benchmarks_in_a_small_form(run, copy):
     for number in range(16):
         shade = (16 * number, 255 - 16 * number, 128)

@@ -1,6 +1,8 @@
 """The bank of heads, the exact optimum, and the search that uses them."""
 
 import csv
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from torch.nn import functional
 
 from headstart.cli import main
 from headstart.data.loaders import BatchOrder, FeatureLoader
+from headstart.data.splits import Item, folds_of
 from headstart.features.matrix import Labelled
 from headstart.search.bank import Bank, HeadSettings, Schedule, train_bank
 from headstart.search.exact import accuracy_and_loss, fit_exact
@@ -146,3 +149,16 @@ def test_draws_lie_between_the_ends_of_the_grid(mixed):
 )
 def test_a_mistake_in_the_search_is_one_line(option, said, colours, refused):
     assert said in refused("tune", f"--data.root={colours}", "--model.image_size=32", option)
+
+
+@pytest.mark.fault("images of a group in several folds")
+def test_images_of_a_group_share_a_fold():
+    digests = [hashlib.sha256(bytes([number])).digest() for number in range(60)]
+    alone = [Item(f"{number}", 0, digest) for number, digest in enumerate(digests)]
+    assert folds_of(alone, 3) == [digest[-1] % 3 for digest in digests]
+    grouped = [replace(item, group=f"scene {number // 4}") for number, item in enumerate(alone)]
+    grouped.append(replace(grouped[0], path="copy", group="scene 14"))  # joins two groups by its content
+    found = folds_of(grouped, 3)
+    assert all(len(set(found[start : start + 4])) == 1 for start in range(0, 60, 4))
+    assert found[60] == found[0] == found[56]
+    assert set(found) == {0, 1, 2}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headstart.audit.labels import FOLDS, losses, out_of_fold
-from headstart.data.sources import FileSource
+from headstart.data.sources import Source
 from headstart.data.splits import Item
 from headstart.search.neighbours import neighbours
 
@@ -45,7 +45,7 @@ class Finding:
     group: int = 0  # number of the images that belong together; 0: none
 
 
-def find(source: FileSource, skipped: Mapping[str, str], items: Sequence[Item], features: Tensor) -> Iterator[Finding]:
+def find(source: Source, skipped: Mapping[str, str], items: Sequence[Item], features: Tensor) -> Iterator[Finding]:
     """All findings, kind by kind, the surest first.
 
     ``skipped`` has the reasons of the images that cannot be read, by path; ``features`` [N, D], those of the others,

@@ -10,7 +10,8 @@ from PIL import Image
 
 from headstart.data.splits import Item, Split
 from headstart.errors import UserError
-from headstart.images import decode
+from headstart.files import read_regular
+from headstart.images import decode, image_suffixes
 from headstart.terminal import say
 
 # The names under which a folder may hold ready-made splits.
@@ -25,15 +26,21 @@ IGNORED_FOLDERS = {"__MACOSX", "__pycache__"}
 
 
 def images(folder: Path, others: Counter[str] | None = None) -> list[Path]:
-    """The image files below a folder, in order, without hidden ones; ``others`` counts the other files by suffix."""
-    found, others = [], Counter() if others is None else others
-    for parent, folders, files in os.walk(folder):
+    """The image files below a folder, in order, without hidden ones; ``others`` counts the other files by suffix.
+
+    Says which folders cannot be read.
+    """
+    found, others, closed = [], Counter() if others is None else others, list[OSError]()
+    for parent, folders, files in os.walk(folder, onerror=closed.append):
         folders[:] = sorted(name for name in folders if not _ignored(name))
         for name in sorted(name for name in files if not name.startswith(".")):
-            if (suffix := Path(name).suffix.lower()) in _image_suffixes():
+            if (suffix := Path(name).suffix.lower()) in image_suffixes():
                 found.append(Path(parent) / name)
             else:
                 others[suffix or "without a suffix"] += 1
+    if closed:
+        first = ", ".join(f"{error.filename} ({error.strerror})" for error in closed[:3])
+        say(f"data: {len(closed)} folders cannot be read, and what is in them is left out: {first}")
     return found
 
 
@@ -52,7 +59,7 @@ def images_of_classes(classes: Sequence[Path]) -> list[list[Path]]:
 def read(root: Path, item: Item, shorter_side: int, max_pixels: int) -> Image.Image:
     """Decodes an image file, which must still be the one that was scanned; raises ``UnreadableImage`` as ``decode``."""
     try:
-        data = (root / item.path).read_bytes()
+        data = read_regular(root / item.path)
     except FileNotFoundError as error:
         raise UserError(f"{root / item.path}: vanished during the run; start again") from error
     if hashlib.sha256(data).digest() != item.digest:
@@ -66,6 +73,10 @@ def existing(root: str) -> Path:
     if not path.is_dir():
         nearest = next(parent for parent in path.parents if parent.exists())
         raise UserError(f"--data.root={root}: no such folder; the nearest that exists is {nearest}")
+    try:
+        next(path.iterdir(), None)
+    except OSError as error:
+        raise UserError(f"--data.root={root}: cannot be read ({error.strerror}); change its mode or owner") from error
     return path
 
 
@@ -76,11 +87,6 @@ def _ignored(name: str) -> bool:
 def subfolders(folder: Path) -> list[str]:
     """The names of the folders in a folder, without hidden ones."""
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _ignored(entry.name))
-
-
-def _image_suffixes() -> frozenset[str]:
-    """The suffixes of the formats that PIL can open here."""
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN)
 
 
 def of_splits(root: Path) -> dict[Path, Split | None]:

@@ -84,9 +84,7 @@ class ImageData(LightningDataModule):
         self.val_fraction = 0.0 if source.has_val else val_fraction
         self.test_fraction = 0.0 if source.has_test else test_fraction
         self.split_seed, self.splits_file = split_seed, Path(splits).expanduser() if splits else None
-        # `seed_everything` leaves its seed in the environment, for processes that start later.
-        self.order_seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if order_seed is None else order_seed
-        self.strict, self.limit = strict, limit
+        self.order_seed, self.strict, self.limit = order_seed, strict, limit
         self.items: list[Item] = []
         self._features: dict[Split, list[FeatureMatrix]] = {}
         self._check_options(val_fraction, test_fraction)
@@ -94,6 +92,9 @@ class ImageData(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Called by Lightning: loads for the module's backbone, on the trainer's device."""
         trainer = self._attached()
+        # `seed_everything` leaves its seed in the environment, for processes that start later.
+        seed = os.environ.get("PL_GLOBAL_SEED", "0") if self.order_seed is None else self.order_seed
+        self._seed = int(seed)
         if self.batch_size % trainer.world_size:
             raise UserError(
                 f"--data.batch_size={self.batch_size} is over all devices: give a multiple of {trainer.world_size}"
@@ -102,6 +103,8 @@ class ImageData(LightningDataModule):
         # Only a part of a fine-tuned module is frozen; one of your own may have nothing but a backbone.
         frozen = getattr(module, "frozen", module.backbone) if self.store.cache else module.backbone
         self.load(frozen, trainer.strategy.root_device)
+        if stage == "fit":
+            splits.check_training(self.items, self.class_names)
 
     def load(self, backbone: FrozenBackbone, device: torch.device) -> None:
         """Scans, splits, and computes or reads the features; again only for another backbone."""
@@ -181,13 +184,15 @@ class ImageData(LightningDataModule):
         if not items:
             return []
         epoch = partial(trained_epochs, trainer)
-        seed = self.order_seed if training else None
+        seed = self._seed if training else None
         order = BatchOrder(len(items), self.batch_size, seed, epoch, trainer.global_rank, trainer.world_size)
         if self.store.cache:
             return FeatureLoader(self.labelled(split), order)
-        views = self.augment if training else Views()
+        preprocessing, views = self.store.backbone.preprocessing, self.augment if training else Views()
+        # Not the store's own method, with which each worker process would get the backbone.
+        read = partial(self.source.read, shorter_side=preprocessing.resize_size, max_pixels=self.store.max_pixels)
         return ImageLoader(
-            ImageDataset(items, self.store.read, self.store.backbone.preprocessing, views),
+            ImageDataset(items, read, preprocessing, views),
             batch_sampler=order,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

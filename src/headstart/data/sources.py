@@ -29,6 +29,7 @@ class Source(ABC):
     path: Path  # what the data is called by, and where it is
     has_val = False  # whether no image that it gives without a split should validate
     has_test = False  # whether none should test
+    label_of: dict[str, int]  # by the path of each image, readable or not, once they are scanned
     all_in: Split | None = None  # the split that every image is used in; None: that which it has, or is given
 
     @abstractmethod
@@ -47,7 +48,6 @@ class FileSource(Source):
     """Images in files below a root."""
 
     root: Path
-    label_of: dict[str, int]  # by the path of each image, readable or not, once they are scanned
 
     @abstractmethod
     def listed(self) -> list[Item]:
@@ -129,7 +129,9 @@ class DatasetSource(Source):
             for index in range(len(dataset))  # type: ignore[arg-type]
         ]
         with images_bar("scan", len(samples)) as advance:
-            return [self._item(*sample, advance) for sample in samples], {}
+            items = [self._item(*sample, advance) for sample in samples]
+        self.label_of = {item.path: item.label for item in items}
+        return items, {}
 
     def read(self, item: Item, shorter_side: int, max_pixels: int) -> Image.Image:
         name, index = item.path.split("/")
@@ -158,6 +160,8 @@ def open_source(root: str | None, csv: str | None, source: str | None) -> Source
     """The source that options name; ``csv`` is short for source=csv with that root."""
     if (root is None) == (csv is None):
         raise UserError("give either --data.root, a folder of class folders, or --data.csv, a list of images")
+    if csv is not None and source not in (None, "csv"):
+        raise UserError(f"--data.csv={csv}: is not data of the kind {source}; give it as --data.root, or drop one")
     kind = source or ("folder" if csv is None else "csv")
     if kind not in SOURCES:
         raise UserError(f"--data.source={kind}: no such kind of data; there are {', '.join(SOURCES)}")

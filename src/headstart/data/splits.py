@@ -92,6 +92,12 @@ def _units(items: Sequence[Item]) -> dict[bytes, bytes]:
     return {name: first[component[number[name]]] for name in names}
 
 
+def folds_of(items: Sequence[Item], folds: int) -> list[int]:
+    """The fold of each image; identical images share one, and those of a group."""
+    units = _units(items)
+    return [units[_own(item)][-1] % folds for item in items]
+
+
 def _unit_hash(seed: int, digest: bytes) -> float:
     """A number in [0, 1), uniform over contents."""
     return int.from_bytes(hashlib.sha256(b"split %d " % seed + digest).digest()[:6], "big") / 2**48
@@ -131,6 +137,17 @@ def limited(items: Sequence[Item], limit: int) -> list[Item]:
     return [item for position, item in enumerate(items) if position not in left_out]
 
 
+def check_training(items: Sequence[Item], class_names: Sequence[str]) -> None:
+    """Refuses a class without a training image, and says which other splits lack classes."""
+    for split in SPLITS:
+        labels = {item.label for item in items if item.split == split}
+        missing = [name for label, name in enumerate(class_names) if label not in labels]
+        if missing and split == "train":
+            raise UserError(f"class {missing[0]!r}: no training image; add some, or remove the class")
+        if missing and labels:
+            say(f"data: {len(missing)} of {len(class_names)} classes have no image in {split}, such as {missing[0]!r}")
+
+
 def shared_between_splits(items: Iterable[Item]) -> int:
     """How many contents are in more than one split."""
     seen: dict[bytes, set[str | None]] = defaultdict(set)
@@ -148,7 +165,7 @@ def to_csv(items: Iterable[Item], class_names: Sequence[str]) -> bytes:
 def frozen(items: Sequence[Item], file: Path) -> list[Item]:
     """Gives each image the split that it has in a run's ``splits.csv``, found by content; leaves out the others."""
     places: dict[str, Split] = {}
-    for row in read_csv("--data.splits", file, COLUMNS, errors="surrogateescape"):
+    for row in read_csv("--data.splits", file, ["split", "sha256"], errors="surrogateescape"):
         split = next((split for split in SPLITS if split == row["split"]), None)
         if split is None:
             raise UserError(f"--data.splits={file}: unknown split {row['split']!r}; use {', '.join(SPLITS)}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import platformdirs
 
-from headstart.files import write_atomically
+from headstart.files import read_regular, write_atomically
 
 # A file changed this shortly before it was hashed could change again within the clock's grain, unseen.
 GRAIN_NS = 2 * 10**9
@@ -31,7 +31,7 @@ def verify(shard: Path) -> None:
 
 def sha256(path: Path) -> bytes:
     """The digest of a file's content."""
-    return hashlib.sha256(path.read_bytes()).digest()
+    return hashlib.sha256(read_regular(path)).digest()
 
 
 class ContentIndex:

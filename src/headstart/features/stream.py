@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from headstart.features.extract import Computed, Extractor, FeaturePrecision, feature_dtype
+from headstart.files import read_regular
 from headstart.images import MAX_PIXELS, UnreadableImage, decode, preprocess
 from headstart.model.backbone import FrozenBackbone
 
@@ -38,7 +39,7 @@ class FileStream:
     def image(self, path: str) -> Image.Image:
         """The file as RGB; ``UnreadableImage`` where it cannot be read."""
         try:
-            data = Path(path).read_bytes()
+            data = read_regular(Path(path))
         except OSError as error:
             raise UnreadableImage(f"{error.strerror or error}".lower()) from error
         return decode(data, self._preprocessing.resize_size, self._max_pixels)

@@ -1,4 +1,4 @@
-"""From a few pictures per class to a checkpoint that evaluate, predict and export take."""
+"""From a few pictures per class to a checkpoint that every verb takes."""
 
 from collections.abc import Sequence
 from pathlib import Path

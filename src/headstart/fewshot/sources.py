@@ -14,7 +14,7 @@ from headstart.data.sources import FileSource
 from headstart.data.splits import SPLITS, Item, Split
 from headstart.errors import UserError
 from headstart.fewshot.glyphs import glyphs
-from headstart.files import claim_by_rename
+from headstart.files import claim_by_rename, read_regular
 
 SourceName = Literal["glyphs", "folder", "omniglot"]
 
@@ -96,7 +96,7 @@ def _collect(path: Path, target: Path) -> None:
     """Copies alphabet / character / image from a zip file or a folder; what is in two of them is there once."""
     files: dict[tuple[str, ...], Callable[[], bytes]]
     if path.is_dir():
-        files = {found.relative_to(path).parts[-3:]: found.read_bytes for found in path.rglob("*.png")}
+        files = {found.relative_to(path).parts[-3:]: partial(read_regular, found) for found in path.rglob("*.png")}
     else:
         try:
             archive = zipfile.ZipFile(path)

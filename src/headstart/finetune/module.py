@@ -16,7 +16,7 @@ from headstart.ranges import Fraction, Rate, Share
 class Front(FrozenBackbone):
     """The layers before the unfrozen ones, as a backbone of their own, so that its output is cached like any features.
 
-    It shares all tensors with the whole. ``shape`` is its output's for one image, such as (256, 8, 8).
+    It shares the tensors of its layers with the whole. ``shape`` is its output's for one image, such as (256, 8, 8).
     """
 
     def __init__(self, whole: FrozenBackbone, layers: nn.Module, before: str) -> None:
@@ -71,7 +71,7 @@ class FineTunedClassifier(TransferClassifier):
     """A head, and a backbone whose last layers learn.
 
     Batches are images, or what the frozen front makes of them, which is cached. The checkpoint holds what learns, so it
-    is an ordinary one to whoever evaluates, predicts and exports.
+    is an ordinary one to every verb.
 
     Args:
         class_names: by label.

@@ -1,4 +1,4 @@
-"""What `train`, `tune` and `finetune` share: the LightningCLI, and the steps from the fit to the result.
+"""What the verbs that train share: the LightningCLI, and the steps from the fit to the result.
 
 Begin with `run.py`. May import: report, and what that may.
 """

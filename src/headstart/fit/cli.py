@@ -1,5 +1,6 @@
 """What LightningCLI is told, so that one command line trains, resumes and repeats."""
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,8 @@ class TrainCLI(LightningCLI):
 
     def __init__(self, options: Sequence[str], root: Path | None = None) -> None:
         self.root, self.full_help = root, "--help_all" in options
+        # The Trainer's own name for the folder of all runs is accepted too.
+        options = [re.sub(r"^--trainer\.default_root_dir(?==|$)", "--logs", option) for option in options]
         self.init_from: Path | None = None  # the checkpoint that the model starts from; None: it starts anew
         self.resume_from: Path | None = None  # the checkpoint whose fit is resumed; None: a new fit
         self.checkpoint: dict[str, Any] | None = None  # the content of that
@@ -48,7 +51,7 @@ class TrainCLI(LightningCLI):
         super().__init__(
             self.module_class,
             ImageFolderData,
-            args=["--help"] if self.full_help else list(options),
+            args=["--help"] if self.full_help else options,
             run=False,
             seed_everything_default=0,
             save_config_callback=None,
@@ -89,7 +92,7 @@ class TrainCLI(LightningCLI):
 
     @property
     def logs(self) -> Path:
-        """Where runs land; the Trainer's own name for it is accepted too."""
+        """Where runs land; configurations of before have the Trainer's own name for it."""
         return Path(self.config.logs or self.config.trainer.default_root_dir or "logs")
 
     @property
@@ -97,7 +100,7 @@ class TrainCLI(LightningCLI):
         """The run's name."""
         data = self.config.data
         given = Path(data.get("csv") or data.root or "").expanduser().resolve()
-        return str(self.config.name or (given.stem if data.get("csv") else given.name))
+        return str(self.config.name or (given.stem if data.get("csv") or given.is_file() else given.name))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.run_folder = RunFolder(self.logs, self.name, self.resolved_config(), self.resumed, self.kept())

@@ -1,6 +1,5 @@
 """Checkpoints of a head: what of the module they hold, whom they fit, and how they are loaded."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,7 @@ from headstart.errors import UserError
 from headstart.images import preprocess, to_rgb
 from headstart.model.backbone import FrozenBackbone, check_frozen, combined, tensor_digests
 from headstart.model.sealed import read_sealed
-from headstart.ranges import plain
+from headstart.ranges import arguments_of, plain
 
 LAYOUT = 2  # 2: with the temperature
 
@@ -74,7 +73,7 @@ class HeadModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a head of other classes or another backbone, and fine-tuned layers in a fit of the head."""
         if finetuned_in(checkpoint):  # the data's features are from before
-            raise UserError("--ckpt_path: its backbone was fine-tuned; headstart finetune resumes it")
+            raise UserError("--ckpt_path: its backbone was fine-tuned; fine-tuning resumes it, evaluate scores it")
         self.take(checkpoint)
 
     def take(self, checkpoint: Mapping[str, Any]) -> None:
@@ -105,7 +104,7 @@ class HeadModule(LightningModule):
     @classmethod
     def from_content(cls, checkpoint: Mapping[str, Any], **kwargs: Any) -> Self:
         """The module that a checkpoint's content describes."""
-        known = inspect.signature(cls).parameters  # a fine-tuned one has more hyper-parameters
+        known = arguments_of(cls)  # a fine-tuned one has more hyper-parameters
         made = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known}
         module = cls(**made | kwargs)
         module.start_from(checkpoint)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from headstart.errors import UserError
+from headstart.files import read_regular
 from headstart.images import Preprocessing
 
 BUNDLED = Path(__file__).parents[1] / "weights" / "resnet18-bundled.safetensors"
@@ -154,7 +155,7 @@ def _hash_prefix(path: Path) -> str:
 
 def _checked_bytes(path: Path) -> bytes:
     """The file's content, whose sha256 was compared: what is checked is what is loaded."""
-    data = path.read_bytes()
+    data = read_regular(path)
     expected = SHA256.get(path.name, _hash_prefix(path))
     if not hashlib.sha256(data).hexdigest().startswith(expected):
         raise UserError(f"{path}: is damaged or not the file it should be (sha256 differs); delete it and try again")

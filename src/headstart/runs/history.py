@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from headstart.errors import UserError
-from headstart.files import read_csv
+from headstart.files import read_csv, read_regular
 
 RESULT, REPORT, CONFIG, SPLITS_FILE = "result.json", "report.html", "config.yaml", "splits.csv"
 
@@ -45,7 +45,7 @@ class Run:
     def result(self) -> dict[str, Any]:
         """The content of its result; empty before it is finished, or where that is damaged."""
         try:
-            content = json.loads((self.folder / RESULT).read_text())
+            content = json.loads(read_regular(self.folder / RESULT))
         except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
@@ -74,7 +74,8 @@ class Run:
         if not data or not self.splits_file.is_file():
             return []
         root = Path(data.get("csv") or data["root"])
-        root = root.parent if root.is_file() else root  # a list, whose paths are relative to it
+        if data.get("csv") or data.get("source") == "csv":  # a list, whose paths are relative to it
+            root = root.parent
         rows = read_csv("--ckpt_path", self.splits_file, ["path"], errors="surrogateescape")
         return [root / row["path"] for row in rows]
 

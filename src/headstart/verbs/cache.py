@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from jsonargparse.typing import NonNegativeFloat
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 
 from headstart.features.hashes import cache_folder, verify
 from headstart.parser import parser_of
-from headstart.ranges import NonNegative
 from headstart.terminal import images_bar, say
 
 
@@ -21,7 +21,7 @@ def cache(options: Sequence[str]) -> dict[str, Any]:
     parser = parser_of("cache", "[list|verify|prune]")
     parser.add_argument("action", nargs="?", type=Literal["list", "verify", "prune"], default="list", help="what to do")
     parser.add_argument("--cache_dir", type=str | None, help="None: $HEADSTART_CACHE, else the user's cache folder")
-    parser.add_argument("--days", type=NonNegative, default=30.0, help="prune what was not used for so many days")
+    parser.add_argument("--days", type=NonNegativeFloat, default=30.0, help="prune what was not used for so many days")
     given = parser.parse_args(list(options))
     folder = cache_folder(given.cache_dir)
     keys = sorted(path.parent for path in folder.glob("features/*/key.json"))

@@ -11,7 +11,7 @@ from rich.table import Table
 from headstart.audit.findings import KINDS, Finding, csv_rows, find, rooted
 from headstart.data import splits
 from headstart.data.module import ImageFolderData
-from headstart.data.sources import FileSource, open_source
+from headstart.data.sources import Source, open_source
 from headstart.data.splits import Item
 from headstart.data.store import FeatureStore
 from headstart.device import device_of
@@ -37,7 +37,6 @@ def check(options: Sequence[str]) -> dict[str, int]:
     quiet_libraries()
     given = _parser().parse_args(list(options))
     source = open_source(given.data.root, given.data.csv, given.data.source)
-    assert isinstance(source, FileSource)
     store = FeatureStore(source, **{name: given.data[name] for name in STORE_OPTIONS})
     backbone = FrozenBackbone(given.model.backbone, given.model.weights, given.model.image_size)
     store.load(backbone, device_of(given.accelerator))
@@ -55,7 +54,7 @@ def check(options: Sequence[str]) -> dict[str, int]:
     return {kind: counts[kind] for kind in KINDS}
 
 
-def _in_splits(items: Sequence[Item], source: FileSource, given: Any) -> tuple[list[Item], str]:
+def _in_splits(items: Sequence[Item], source: Source, given: Any) -> tuple[list[Item], str]:
     """The images with the splits that `train` would give them, and what would stop it; then all are for training."""
     try:
         known = splits.frozen(items, Path(given.splits).expanduser()) if given.splits else items

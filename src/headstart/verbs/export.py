@@ -12,7 +12,7 @@ from headstart.data import folders
 from headstart.deploy.onnx import NEEDED, Exported, run_onnx, to_onnx
 from headstart.deploy.torchvision import run_torchvision, to_torchvision
 from headstart.errors import UserError
-from headstart.files import new_path, write_new
+from headstart.files import new_path, read_regular, write_new
 from headstart.images import UnreadableImage, decode, preprocess
 from headstart.model.classifier import TransferClassifier
 from headstart.parser import add_checkpoint, parser_of, required
@@ -42,7 +42,7 @@ def export(options: Sequence[str]) -> dict[str, Any]:
     if output.suffix not in MAKERS:
         raise UserError(f"--output={output}: name it {' or '.join(f'*{suffix}' for suffix in MAKERS)}")
     if output.suffix == ".onnx" and (lacking := [name for name in NEEDED if importlib.util.find_spec(name) is None]):
-        raise UserError(f"--output={output}: needs {', '.join(lacking)}: pip install 'headstart[export]'")
+        raise UserError(f"--output={output}: needs {', '.join(lacking)}: pip install -e '.[export]'")
     module = TransferClassifier.load_from_checkpoint(checkpoint).eval()
     images = _real_images(module, given.data.root, checkpoint)
     make, run = MAKERS[output.suffix]
@@ -67,7 +67,7 @@ def _real_images(module: TransferClassifier, root: str | None, checkpoint: Path)
     preprocessing, images = module.backbone.preprocessing, []
     for path in wanted:
         try:
-            images.append(preprocess(decode(path.read_bytes(), preprocessing.resize_size), preprocessing))
+            images.append(preprocess(decode(read_regular(path), preprocessing.resize_size), preprocessing))
         except (UnreadableImage, OSError):
             continue
     if not images:

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from headstart.data.splits import labels_of
+from headstart.data.splits import check_training, folds_of, labels_of
 from headstart.errors import UserError
 from headstart.features.matrix import Labelled
 from headstart.files import csv_bytes, write_atomically
@@ -77,6 +77,7 @@ def tune(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
     if config.folds == 1:
         raise UserError("--folds=1: give 2 or more")
     data.load(cli.model.backbone, cli.trainer.strategy.root_device)
+    check_training(data.items, data.class_names)
     ranked = _train_grid(cli, _settings(config.tune, int(config.seed_everything)))
     exact = _fit_exact(cli)
     folds = _cross_validate(cli, ranked[0][0], config.folds) if config.folds else []
@@ -148,10 +149,11 @@ def _fit_exact(cli: TuneCLI) -> dict[str, float]:
 
 
 def _cross_validate(cli: TuneCLI, settings: HeadSettings, folds: int) -> list[float]:
-    """Accuracy of the settings on each fold of the training and validation images; identical images share a fold."""
+    """Accuracy of the settings on each fold of the training and validation images."""
     data = cli.datamodule
     items = data.items_in("train") + data.items_in("val")
-    parts = [[item for item in items if item.digest[-1] % folds == number] for number in range(folds)]
+    numbers = folds_of(items, folds)
+    parts = [[item for item, number in zip(items, numbers, strict=True) if number == part] for part in range(folds)]
     if not all(parts):
         raise UserError(f"--folds={folds}: a fold has no image; give fewer")
     accuracies = []
