@@ -251,7 +251,7 @@ def test_what_does_not_help_leaves_the_head_as_the_recommendation(head, capsys):
     assert result["recommended"] == "checkpoints/head.ckpt"
     out = capsys.readouterr().out
     assert "the head alone is the better choice" in out
-    assert f"--ckpt_path={newest_run().resolve() / 'checkpoints/head.ckpt'}" in out
+    assert f"--ckpt_path={newest_run().resolve() / 'checkpoints/head.ckpt'}" in out  # wing: deploy
     saved = json.loads((newest_run() / "result.json").read_text())
     assert saved["recommended"] == "checkpoints/head.ckpt"
 
