@@ -3,11 +3,13 @@
 import logging
 import os
 import re
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import rich
@@ -33,6 +35,11 @@ def say(message: str | Table) -> None:
 def say_once(message: str) -> None:
     """Prints a line that a process has not printed yet."""
     say(message)
+
+
+def program(verb: str) -> str:
+    """How the verb is called, as this command was, so that what is suggested can be typed."""
+    return "python train.py" if verb == "train" and Path(sys.argv[0]).name == "train.py" else f"headstart {verb}"
 
 
 def one_line(message: str) -> str:

@@ -1,8 +1,6 @@
 """From a command line to a result: the fit, the test of the best checkpoint, the report, what is said."""
 
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,8 +57,3 @@ def finish(cli: TrainCLI, scores: Mapping[str, Any], seconds: Seconds) -> dict[s
             say(f"report:   {folder / REPORT}")
         say(f"inspect:  tensorboard --logdir {cli.logs}")
     return result
-
-
-def program() -> str:
-    """How this command was called, so that what it suggests can be typed."""
-    return "python train.py" if Path(sys.argv[0]).name == "train.py" else "headstart train"
