@@ -111,7 +111,7 @@ def quiet_libraries() -> None:
     for message in (
         ".*in eval mode at the start of training.*",  # the backbone is, on purpose
         ".*does not have many workers.*",  # features need none
-        ".*No positive samples in targets.*",  # AUROC of a class that a small split lacks
+        ".*No positive samples in targets.*",  # of a class that a split lacks: it is left out of the mean
         ".*No negative samples in targets.*",
         ".*exists and is not empty.*",  # the folder of a run that goes on
         ".*The dirpath has changed.*",  # a new run that goes on from an old one's checkpoint keeps its own best

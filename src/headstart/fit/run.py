@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from headstart.fit.cli import TrainCLI
+from headstart.model.metrics import defined
 from headstart.runs.history import REPORT
 from headstart.runs.logger import RunLogger
 from headstart.terminal import Seconds, say, say_scores
@@ -23,11 +24,11 @@ def test(cli: TrainCLI, seconds: Seconds) -> dict[str, Any]:
     """The scores of the best checkpoint: those of validation from the checkpoint itself, and those of the test."""
     trainer, module, data, best = cli.trainer, cli.model, cli.datamodule, cli.best.best_model_path
     if not best:  # a dry run keeps no checkpoint
-        return {name: float(value) for name, value in trainer.callback_metrics.items()}
+        return dict(defined(trainer.callback_metrics))
     scores: dict[str, Any] = torch.load(best, weights_only=True)["headstart"]["scores"]
     with seconds.of("test"):
         if data.items_in("test"):
-            return {**scores, **trainer.test(module, data, best, verbose=False, weights_only=True)[0]}
+            return scores | defined(trainer.test(module, data, best, verbose=False, weights_only=True)[0])
         say("data: there is no test split, so the validation score is reported; it also chose the epoch and flatters")
         trainer.validate(module, data, best, verbose=False, weights_only=True)
     return scores

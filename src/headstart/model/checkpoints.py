@@ -17,6 +17,7 @@ from headstart import __version__
 from headstart.errors import UserError
 from headstart.images import preprocess, to_rgb
 from headstart.model.backbone import FrozenBackbone, check_frozen, combined, tensor_digests
+from headstart.model.metrics import defined
 from headstart.model.sealed import read_sealed
 from headstart.ranges import arguments_of, plain
 from headstart.terminal import say
@@ -60,7 +61,7 @@ class HeadModule(LightningModule):
         learnt = {f"backbone.{name}" for name in self.finetuned}
         state = checkpoint["state_dict"].items()
         checkpoint["state_dict"] = {name: value for name, value in state if name.startswith("head.") or name in learnt}
-        scores = self.trainer.callback_metrics.items()
+        scores = {name: value for name, value in self.trainer.callback_metrics.items() if name.startswith("val/")}
         checkpoint["headstart"] = {
             "layout": LAYOUT,
             "version": __version__,
@@ -69,7 +70,7 @@ class HeadModule(LightningModule):
             "weights": self.backbone.weights,
             "digest": self.weights_digest,
             "temperature": self.temperature,
-            "scores": {name: float(value) for name, value in scores if name.startswith("val/")},
+            "scores": defined(scores),
             "preprocessing": plain(asdict(self.backbone.preprocessing)),
         }
 

@@ -13,6 +13,7 @@ from headstart.errors import UserError
 from headstart.files import write_atomically
 from headstart.model.checkpoints import read_checkpoint
 from headstart.model.classifier import TransferClassifier
+from headstart.model.metrics import defined
 from headstart.parser import add_checkpoint, add_options, add_run, parser_of, required
 from headstart.report.evaluation import EvaluationCollector
 from headstart.report.page import predictions_csv, write_report
@@ -46,7 +47,7 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     trainer = quiet_trainer(given.accelerator, callbacks=[collector], logger=logger)
     data.load(module.backbone, trainer.strategy.root_device)  # before the folder is claimed: it may find mistakes
     folder = logger.folder = new_run_folder(Path(given.logs), given.name or f"{data.source.path.stem}-evaluate")
-    scores = {name: float(value) for name, value in trainer.test(module, data, verbose=False)[0].items()}
+    scores = defined(trainer.test(module, data, verbose=False)[0])
     evaluation = collector.evaluation
     assert evaluation
     write_atomically(folder / "predictions.csv", predictions_csv(evaluation))

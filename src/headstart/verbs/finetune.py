@@ -12,6 +12,7 @@ from headstart.finetune.module import FineTunedClassifier
 from headstart.fit.cli import TrainCLI
 from headstart.fit.run import finish, fit, report, test
 from headstart.model.checkpoints import read_checkpoint
+from headstart.model.metrics import defined
 from headstart.runs.history import CONFIG, Run, newest_unfinished
 from headstart.terminal import Seconds, quiet_libraries, say
 
@@ -120,9 +121,9 @@ def _score_the_head(cli: FinetuneCLI) -> dict[str, float]:
     # Without inference mode, since the metrics' tensors are used again in the fit.
     trainer = quiet_trainer(given.accelerator, precision=given.precision, inference_mode=False)
     trainer.validate(cli.model, cli.datamodule, verbose=False)
-    scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    scores = defined(trainer.callback_metrics)
     if cli.datamodule.items_in("test"):
-        scores |= trainer.test(cli.model, cli.datamodule, verbose=False)[0]
+        scores |= defined(trainer.test(cli.model, cli.datamodule, verbose=False)[0])
     return scores
 
 
