@@ -5,15 +5,19 @@ import io
 import threading
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
+from headstart.errors import UserError
+from headstart.files import read_regular
 from headstart.terminal import say_once
 
 Augment = Literal["none", "light", "strong"]
@@ -29,6 +33,8 @@ FORMATS = (
     *("AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "MSP", "PCX", "PNG", "PPM", "QOI"),
     *("SGI", "TIFF", "WEBP", "XBM", "XPM", "TGA"),  # TGA last: its files do not say what they are
 )
+
+Picture = str | Path | Image.Image | np.ndarray  # what ``as_rgb`` takes
 
 _random = threading.Lock()
 
@@ -85,7 +91,7 @@ def decode(data: bytes, shorter_side: int, max_pixels: int = MAX_PIXELS) -> Imag
             say_once("data: of animations the first frame is taken")
         image.draft(None, (shorter_side, shorter_side))  # None keeps the mode
         image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(image)
     except UnreadableImage:
         raise
     except UnidentifiedImageError as error:
@@ -96,8 +102,33 @@ def decode(data: bytes, shorter_side: int, max_pixels: int = MAX_PIXELS) -> Imag
         raise UnreadableImage(f"damaged: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
+def as_rgb(picture: Picture, shorter_side: int) -> Image.Image:
+    """A file, a PIL image or an array [H, W, 3] of uint8 as RGB, with the pixels that its file gives in training.
+
+    Raises:
+        UserError: it is none of these, or its file cannot be read.
+    """
+    if isinstance(picture, str | Path):
+        try:
+            return decode(read_regular(Path(picture)), shorter_side)
+        except (OSError, UnreadableImage) as error:
+            raise UserError(f"{picture}: {getattr(error, 'strerror', None) or error}") from error
+    if isinstance(picture, Image.Image):
+        if isinstance(picture, JpegImageFile) and picture.tile and picture.fp:  # not decoded yet: at a reduced scale
+            picture.fp.seek(0)
+            twin = Image.open(picture.fp, formats=_formats())  # the given image stays as it is
+            twin.draft(None, (shorter_side, shorter_side))
+            return to_rgb(twin)
+        return to_rgb(picture)
+    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3:
+        return Image.fromarray(picture)
+    found = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
+    raise UserError(f"an image is a path, a PIL image or a uint8 array [H, W, 3], not {found}")
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB: 16 bits scaled to 8, transparency on white."""
+    """Any mode and orientation to upright RGB: 16 bits scaled to 8, transparency on white."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits, which PIL would clip to white
         say_once("data: images of 16 bits are scaled down to 8")
         scaled = np.asarray(image, dtype=np.uint32) // 257

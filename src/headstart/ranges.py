@@ -1,7 +1,10 @@
 """The ranges that options may take: checked when the command line and the config files are read."""
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+from headstart.errors import UserError
 
 if TYPE_CHECKING:  # to a type checker they are the plain numbers
     Count = int
@@ -29,6 +32,27 @@ else:
 def arguments_of(of: type) -> set[str]:
     """The names that a class's ``__init__`` takes, along its bases too, whose arguments may come as ``**kwargs``."""
     return {name for base in of.__mro__ if "__init__" in vars(base) for name in inspect.signature(base).parameters}
+
+
+def check_arguments(of: type, values: Mapping[str, Any]) -> None:
+    """Refuses what the command line would: a number out of its range, a word that is none of the choices.
+
+    Raises:
+        UserError: the first such argument, with what it may be.
+    """
+    for name, hint in get_type_hints(vars(of)["__init__"]).items():
+        value = values.get(name)
+        for kind in [hint, *get_args(hint)]:
+            choices = get_args(kind) if get_origin(kind) is Literal else None
+            restriction = getattr(kind, "_restrictions", None)
+            if value is None or not (choices or restriction):
+                continue
+            if choices and value not in choices:
+                raise UserError(f"{of.__name__}: {name}={value!r} is none of {', '.join(map(str, choices))}")
+            try:
+                kind(value) if restriction else None
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{of.__name__}: {name}={value!r}: {error}") from error
 
 
 def plain(value: Any) -> Any:

@@ -463,6 +463,22 @@ def test_a_resumed_meta_training_keeps_its_images(fewshot, shapes, monkeypatch, 
     assert newest_run() == run
 
 
+@pytest.mark.fault("copies of an image in a few-shot class")
+def test_a_content_has_one_row_per_class(fewshot, shapes, capsys):
+    for number in range(3):
+        (shapes / f"class00/copy{number}.png").write_bytes((shapes / "class00/00.png").read_bytes())
+    result = fewshot("--name=copies")
+    assert sum(result["images"].values()) == 16 * 16
+    assert capsys.readouterr().out.count("3 image(s) are copies of others of their class") == 1
+
+
+def test_a_root_means_a_folder(shapes):
+    small = ["--model.image_size=32", "--n_way=2", "--n_query=2", "--episodes=5"]
+    assert main(["fewshot", f"--data.root={shapes}", *small])["images"]["train"] > 0
+    assert newest_run().parent.name == "fewshot-folder-prototype"
+    assert main(["fewshot", f"--data.root={shapes}", f"--test_root={shapes}", *small])["images"]["test"] == 256
+
+
 def test_all_heads_are_compared_on_the_same_episodes(fewshot):
     fewshot("--head=all", "--train", "--max_epochs=1")
     run = max(Path("logs").glob("fewshot-folder-all/*"))
@@ -507,6 +523,7 @@ def test_few_pictures_become_a_checkpoint_that_every_verb_takes(fewshot, shapes,
     # /wing
     result = main(["evaluate", "--ckpt_path=prototype.ckpt", f"--data.root={few}", "--report=false"])
     assert result["test/acc"] > 0.7
+    assert next(iter(result)) == "test/loss_scaled"  # the loss of the calibrated probabilities leads
     main(["export", "--ckpt_path=prototype.ckpt", f"--data.root={few}", "--output=few.pth"])  # wing: deploy
     line = refused("fewshot", f"--data.root={few}", "--save=ridge.ckpt", "--model.image_size=32")
     assert "is there already" in line

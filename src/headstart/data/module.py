@@ -20,7 +20,7 @@ from headstart.features.extract import FeaturePrecision
 from headstart.features.matrix import FeatureMatrix, Labelled
 from headstart.images import MAX_PIXELS, Augment, Views
 from headstart.model.backbone import FrozenBackbone
-from headstart.ranges import Count, Fraction, OpenFraction, Positive
+from headstart.ranges import Count, Fraction, OpenFraction, Positive, check_arguments
 from headstart.terminal import say
 
 
@@ -77,6 +77,7 @@ class ImageData(LightningDataModule):
         max_pixels: Positive = MAX_PIXELS,
     ) -> None:
         super().__init__()
+        check_arguments(ImageData, vars())
         self.store = FeatureStore(source, num_workers, cache_dir, feature_precision, max_pixels, cache)
         self.source, self.class_names = source, source.class_names
         self.num_workers = self.store.workers if num_workers is None else num_workers
@@ -180,6 +181,7 @@ class ImageData(LightningDataModule):
             if self.strict:
                 raise UserError(f"--data.strict: {found}")
             say(f"data: {found}")
+        splits.check_labels(assigned, self.strict)
         return splits.limited(assigned, self.limit) if self.limit else assigned
 
     def _loader(self, split: Split) -> Any:

@@ -157,6 +157,18 @@ def shared_between_splits(items: Iterable[Item]) -> int:
     return sum(len(splits) > 1 for splits in seen.values())
 
 
+def check_labels(items: Iterable[Item], strict: bool) -> None:
+    """Says which images have two labels, byte for byte; refuses them where ``strict``."""
+    first: dict[bytes, Item] = {}
+    pairs = [(first[item.digest], item) for item in items if first.setdefault(item.digest, item).label != item.label]
+    if pairs:
+        named = "; ".join(f"{one.path} and {other.path}" for one, other in pairs[:3])
+        found = f"{len(pairs)} image(s) have two labels, byte for byte ({named}); remove the wrong one of each"
+        if strict:
+            raise UserError(f"--data.strict: {found}")
+        say(f"data: {found}")
+
+
 def to_csv(items: Iterable[Item], class_names: Sequence[str]) -> bytes:
     """What ``splits.csv`` holds: split, class, path and content hash of each image."""
     rows = ([item.split, class_names[item.label], item.path, item.digest.hex()] for item in items)

@@ -19,6 +19,11 @@ from headstart.files import claim_by_rename, read_regular
 SourceName = Literal["glyphs", "folder", "omniglot"]
 
 
+def source_of(root: str | None) -> SourceName:
+    """The source that is meant where none is named: a root is that of a folder."""
+    return "folder" if root else "glyphs"
+
+
 @dataclass
 class Classes(FileSource):
     """A folder of classes, and how they belong together."""

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -15,7 +14,7 @@ from typing_extensions import Self
 
 from headstart import __version__
 from headstart.errors import UserError
-from headstart.images import preprocess, to_rgb
+from headstart.images import Picture, as_rgb, preprocess
 from headstart.model.backbone import FrozenBackbone, check_frozen, combined, tensor_digests
 from headstart.model.metrics import defined
 from headstart.model.sealed import read_sealed
@@ -45,6 +44,12 @@ class HeadModule(LightningModule):
     def frozen(self) -> FrozenBackbone:
         """What maps an image to the same numbers in every epoch, which are cached: the whole backbone."""
         return self.backbone
+
+    def setup(self, stage: str) -> None:
+        """Refuses data whose labels mean other classes."""
+        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", self.class_names)
+        if list(names) != self.class_names:
+            raise UserError(f"class_names: the module's are {_short(self.class_names)}, the data's {_short(names)}")
 
     def on_fit_start(self) -> None:
         check_frozen(self.backbone.digests(), self.digests, but=self.learning)
@@ -96,9 +101,9 @@ class HeadModule(LightningModule):
     def take(self, checkpoint: Mapping[str, Any]) -> None:
         """Takes what is not a tensor; a checkpoint of another head, other classes or another backbone is refused."""
         made, tuned = checkpoint["headstart"], finetuned_in(checkpoint)
-        names = set(checkpoint["state_dict"]) - {f"backbone.{name}" for name in tuned}
-        if names != {f"head.{name}" for name in self.head.state_dict()}:
-            raise UserError(f"checkpoint: its head has different parameters: {', '.join(sorted(names)[:4])}")
+        found = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items() if name[:5] == "head."}
+        if found != (own := {f"head.{name}": tuple(value.shape) for name, value in self.head.state_dict().items()}):
+            raise UserError(f"checkpoint: its head has other parameters, {found}, than this one's, {own}")
         if made["class_names"] != self.class_names:
             raise UserError(
                 f"checkpoint: its classes are {_short(made['class_names'])}, the data's {_short(self.class_names)}"
@@ -139,11 +144,17 @@ class HeadModule(LightningModule):
         return cls.from_content(read_checkpoint(Path(checkpoint_path)), **kwargs).to(map_location)
 
     @torch.no_grad()
-    def predict(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
-        """Calibrated class probabilities of one PIL image -> [num_classes], or of several -> [B, num_classes]."""
-        if isinstance(images, Image.Image):
+    def predict(self, images: Picture | Sequence[Picture]) -> Tensor:
+        """Calibrated class probabilities of one image -> [num_classes], or of several -> [B, num_classes].
+
+        An image is a path, a PIL image, or an array [H, W, 3] of uint8; all are decoded as ``headstart predict`` does.
+        """
+        if isinstance(images, Picture) or not isinstance(images, Sequence):
             return self.predict([images])[0]
-        pixels = torch.stack([preprocess(to_rgb(image), self.backbone.preprocessing) for image in images])
+        if not images:
+            raise UserError("predict: no images")
+        shape = self.backbone.preprocessing
+        pixels = torch.stack([preprocess(as_rgb(image, shape.resize_size), shape) for image in images])
         self.eval()
         logits: Tensor = self(pixels.to(self.device))
         return (logits / self.temperature).softmax(dim=1).cpu()
@@ -157,12 +168,19 @@ def finetuned_in(checkpoint: Mapping[str, Any]) -> list[str]:
 def read_checkpoint(path: Path, logs: Path = Path("logs")) -> dict[str, Any]:
     """The content of a checkpoint of a head, as ``read_sealed``."""
     checkpoint = read_sealed(path, logs)
-    made = checkpoint.get("headstart", {})
+    made = checkpoint.get("headstart")
+    made = made if isinstance(made, Mapping) else {}
     if made.get("layout") != LAYOUT:
         raise UserError(
             f"--ckpt_path={path}: holds no head of layout {LAYOUT} (this is headstart {__version__}) but "
             f"{made.get('layout', 'something else')} (headstart {made.get('version', 'unknown')}); train it again"
         )
+    if lacking := [name for name in ("hyper_parameters", "epoch", "global_step") if name not in checkpoint]:
+        raise UserError(f"--ckpt_path={path}: lacks {', '.join(lacking)}, so nothing can go on from it; train it again")
+    temperature, tensors = made.get("temperature"), checkpoint["state_dict"].values()
+    sound = isinstance(temperature, int | float) and math.isfinite(temperature) and temperature > 0
+    if not sound or not all(isinstance(tensor, Tensor) and tensor.isfinite().all() for tensor in tensors):
+        raise UserError(f"--ckpt_path={path}: its head or temperature is not finite; train it again, with a lower lr")
     return checkpoint
 
 

@@ -20,7 +20,7 @@ from headstart.model.heads import make_head
 from headstart.model.metrics import MeanAUROC, MeanF1, MeanRecall
 from headstart.model.schedule import warmup_cosine
 from headstart.model.weights import resolved
-from headstart.ranges import Fraction, ImageSize, NonNegative, Rate, plain
+from headstart.ranges import Fraction, ImageSize, NonNegative, Rate, check_arguments, plain
 
 Batch = tuple[Tensor, Tensor]
 
@@ -60,9 +60,12 @@ class TransferClassifier(HeadModule):
         warmup: Fraction = 0.04,
     ) -> None:
         super().__init__()
+        check_arguments(TransferClassifier, vars())
         self.save_hyperparameters(logger=False)
         self.hparams.update(plain(dict(self.hparams)) | {"weights": resolved(weights)})
         self.class_names = list(class_names)
+        if len(set(class_names)) < len(class_names):
+            raise UserError(f"class_names: {len(class_names)} names, of which {len(set(class_names))} differ")
         self.backbone = FrozenBackbone(backbone, self.hparams["weights"], self.hparams["image_size"])
         self.head = self.configure_head()
         self.val_metrics, self.test_metrics = self.configure_metrics("val/"), self.configure_metrics("test/")

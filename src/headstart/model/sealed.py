@@ -35,8 +35,8 @@ class SealedCheckpointIO(TorchCheckpointIO):
             write_atomically(Path(path), data)
         except OSError as error:
             raise UserError(
-                f"{path}: cannot be written ({error.strerror}; {len(data):,} bytes are needed); "
-                "the checkpoint before it is intact"
+                f"{path}: cannot be written ({error.strerror}; {len(data):,} bytes are needed)"
+                f"{'; the checkpoint before it is intact' if Path(path).exists() else ''}"
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:

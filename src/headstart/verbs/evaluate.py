@@ -5,6 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch.nn import functional
+
 from headstart.data.module import ImageData, ImageFolderData
 from headstart.data.sources import open_source
 from headstart.data.splits import repeated
@@ -50,6 +52,9 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     scores = defined(trainer.test(module, data, verbose=False)[0])
     evaluation = collector.evaluation
     assert evaluation
+    # First, since it is the loss of the probabilities that every verb gives; test/loss is that of the raw logits.
+    loss = functional.cross_entropy(evaluation.logits / evaluation.temperature, evaluation.labels)
+    scores = {"test/loss_scaled": float(loss)} | scores
     write_atomically(folder / "predictions.csv", predictions_csv(evaluation))
     with seconds.of("report"):
         report = write_report(folder, evaluation, data, module, scores, logger) if given.report else None

@@ -19,7 +19,7 @@ from headstart.fewshot.episodes import TaskSize
 from headstart.fewshot.heads import HEADS, HeadName, make_head
 from headstart.fewshot.module import MetaLearner
 from headstart.fewshot.save import save
-from headstart.fewshot.sources import SourceName
+from headstart.fewshot.sources import SourceName, source_of
 from headstart.fewshot.training import make_trainer, meta_train
 from headstart.files import write_atomically
 from headstart.model.backbone import FrozenBackbone, check_frozen, tensor_digests
@@ -59,6 +59,9 @@ def fewshot(options: Sequence[str]) -> dict[str, Any]:
         resumed = newest_unfinished(Path(given.logs), "fewshot", given.name, root)
         checkpoint = resumed.last
         given = parser.parse_args([f"--config={resumed.folder / CONFIG}", *options])
+    given.data.source = given.data.source or source_of(given.data.root)
+    if given.test_root:
+        given.test_source = given.test_source or source_of(given.test_root)
     return _Verb(parser, given, resumed, checkpoint).run()
 
 
