@@ -6,12 +6,16 @@ import io
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from headstart.errors import UserError
+
+RUNS_MARK = ".headstart-runs"  # the file by which a folder of runs is known, so that it is never taken for a class
+PASSING = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT}
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -41,10 +45,25 @@ def _flush_folder(folder: Path) -> None:
 
 
 def read_regular(path: Path) -> bytes:
-    """The content of a regular file, after links; reading a FIFO would wait, and a device would fill the memory."""
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "not a regular file")
-    return path.read_bytes()
+    """The content of a regular file, after links; reading a FIFO would wait, and a device would fill the memory.
+
+    What a network disk or a busy system answers at times is tried again.
+    """
+    for pause in (0.1, 0.5, None):
+        try:
+            if path.exists() and not path.is_file():
+                raise OSError(errno.EINVAL, "not a regular file")
+            return path.read_bytes()
+        except OSError as error:
+            if not passes(error) or pause is None:
+                raise
+            time.sleep(pause)
+    raise AssertionError
+
+
+def passes(error: OSError) -> bool:
+    """Whether a failure says nothing of the file: it can be gone the next time."""
+    return error.errno in PASSING
 
 
 def new_path(option: str, given: str | Path) -> Path:

@@ -98,6 +98,8 @@ def decode(data: bytes, shorter_side: int, max_pixels: int = MAX_PIXELS) -> Imag
         raise UnreadableImage("empty file" if not data else "not an image") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableImage(f"more pixels than --data.max_pixels={max_pixels}") from error
+    except MemoryError as error:  # says nothing of the image
+        raise UserError(f"{width} x {height} pixels: too little memory; lower --data.num_workers") from error
     except Exception as error:  # damaged files raise OSError, SyntaxError, ValueError, struct.error and more
         raise UnreadableImage(f"damaged: {' '.join(str(error).split()) or type(error).__name__}") from error
 
@@ -127,8 +129,18 @@ def as_rgb(picture: Picture, shorter_side: int) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode and orientation to upright RGB: 16 bits scaled to 8, transparency on white."""
+    """Any mode and orientation to upright RGB: 16 bits and floats scaled to 8 bits, transparency on white.
+
+    Raises:
+        UnreadableImage: floating-point values that are not in [0, 1].
+    """
     image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 1):  # NaN fails both
+            raise UnreadableImage("floating-point values that are not in [0, 1]")
+        say_once("data: floating-point images are scaled from [0, 1] to 8 bits")
+        image = Image.fromarray((values * 255).round().astype(np.uint8))
     if image.mode.startswith("I"):  # 16 bits, which PIL would clip to white
         say_once("data: images of 16 bits are scaled down to 8")
         scaled = np.asarray(image, dtype=np.uint32) // 257
@@ -159,9 +171,9 @@ def _bounded(image: Image.Image) -> Image.Image:
     return centre
 
 
-def augment(image: Image.Image, policy: Augment, preprocessing: Preprocessing, seed: int) -> Tensor:
+def augment(image: Image.Image, policy: Augment, preprocessing: Preprocessing, seed: int, flip: bool = True) -> Tensor:
     """A random view of the image -> [3, H, W] uint8; the same seed gives the same view."""
-    transform = _policy(policy, preprocessing)
+    transform = _policy(policy, preprocessing, flip)
     # torchvision draws from torch's global generator, which threads share.
     with _random, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -169,11 +181,11 @@ def augment(image: Image.Image, policy: Augment, preprocessing: Preprocessing, s
         return pixels
 
 
-def _policy(policy: Augment, preprocessing: Preprocessing) -> v2.Transform:
+def _policy(policy: Augment, preprocessing: Preprocessing, flip: bool) -> v2.Transform:
     interpolation = InterpolationMode(preprocessing.interpolation)
     smallest = {"none": 1.0, "light": 0.6, "strong": 0.3}[policy]
     crop = v2.RandomResizedCrop(preprocessing.crop_size, scale=(smallest, 1.0), interpolation=interpolation)
-    steps: list[v2.Transform] = [crop, v2.RandomHorizontalFlip()]
+    steps: list[v2.Transform] = [crop, v2.RandomHorizontalFlip()] if flip else [crop]
     if policy == "strong":
         steps.append(v2.TrivialAugmentWide(interpolation=interpolation))
     return v2.Compose(steps)
@@ -185,10 +197,11 @@ class Views:
 
     policy: Augment = "none"
     seed: int = 0
+    flip: bool = True  # whether left and right may be exchanged
 
     def view(self, image: Image.Image, digest: bytes, number: int, preprocessing: Preprocessing) -> Tensor:
         """The view of that number -> [3, H, W] uint8: a function of the content, whose sha256 is ``digest``."""
         if number == 0 or self.policy == "none":
             return preprocess(image, preprocessing)
         content = hashlib.sha256(b"%d %d " % (self.seed, number) + digest).digest()
-        return augment(image, self.policy, preprocessing, int.from_bytes(content[:8], "big", signed=True))
+        return augment(image, self.policy, preprocessing, int.from_bytes(content[:8], "big", signed=True), self.flip)

@@ -35,6 +35,7 @@ class ImageData(LightningDataModule):
         batch_size: images per step, over all devices.
         num_workers: threads or processes that decode images; None: one per processor core, at most 8.
         augment: how training images vary: none; light (crops and flips); strong (smaller crops, colours, rotations).
+        flip: whether augmentation may mirror images; false where left and right differ, as in letters or road signs.
         cache: compute each image's features once and keep them; false decodes the images in every epoch.
         views: with the cache, how many views of a training image to keep: itself, and views - 1 augmented ones.
         view_seed: seed of the augmented views.
@@ -62,6 +63,7 @@ class ImageData(LightningDataModule):
         batch_size: Positive = 32,
         num_workers: Count | None = None,
         augment: Augment = "none",
+        flip: bool = True,
         cache: bool = True,
         views: Positive = 1,
         view_seed: Count = 0,
@@ -81,7 +83,7 @@ class ImageData(LightningDataModule):
         self.store = FeatureStore(source, num_workers, cache_dir, feature_precision, max_pixels, cache)
         self.source, self.class_names = source, source.class_names
         self.num_workers = self.store.workers if num_workers is None else num_workers
-        self.batch_size, self.augment, self.views = batch_size, Views(augment, view_seed), views
+        self.batch_size, self.augment, self.views = batch_size, Views(augment, view_seed, flip), views
         self.val_fraction = 0.0 if source.has_val else val_fraction
         self.test_fraction = 0.0 if source.has_test else test_fraction
         self.split_seed, self.splits_file = split_seed, Path(splits).expanduser() if splits else None

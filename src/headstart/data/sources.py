@@ -18,7 +18,7 @@ from headstart.data.splits import Item, Split
 from headstart.data.table import read_table
 from headstart.errors import UserError
 from headstart.features.hashes import ContentIndex
-from headstart.images import as_rgb, to_rgb
+from headstart.images import UnreadableImage, as_rgb, to_rgb
 from headstart.terminal import images_bar
 
 
@@ -138,9 +138,14 @@ class DatasetSource(Source):
             for index in range(len(dataset))  # type: ignore[arg-type]
         ]
         with images_bar("scan", len(samples)) as advance:
-            items = [self._item(*sample, advance) for sample in samples]
+            items, unreadable = [], dict[str, str]()
+            for sample in samples:
+                try:
+                    items.append(self._item(*sample, advance))
+                except UnreadableImage as error:
+                    unreadable[f"{sample[0]}/{sample[1]}"] = str(error)
         self.label_of = {item.path: item.label for item in items}
-        return items, {}
+        return items, unreadable
 
     def read(self, item: Item, shorter_side: int, max_pixels: int) -> Image.Image:
         name, index = item.path.split("/")
@@ -183,4 +188,4 @@ def open_source(root: str | None, csv: str | None, source: str | None) -> Source
     kind = source or ("folder" if csv is None else "csv")
     if kind not in SOURCES:
         raise UserError(f"--data.source={kind}: no such kind of data; there are {', '.join(SOURCES)}")
-    return SOURCES[kind](str(root or csv))
+    return SOURCES[kind](str(csv if root is None else root))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import platformdirs
 
-from headstart.files import read_regular, write_atomically
+from headstart.errors import UserError
+from headstart.files import passes, read_regular, write_atomically
 
 # A file changed this shortly before it was hashed could change again within the clock's grain, unseen.
 GRAIN_NS = 2 * 10**9
@@ -64,6 +65,8 @@ class ContentIndex:
             except FileNotFoundError:
                 unreadable[path] = "missing, or a broken symbolic link"
             except OSError as error:
+                if passes(error):
+                    raise UserError(f"{self.root / path}: cannot be read now ({error.strerror}); try again") from error
                 unreadable[path] = f"unreadable: {error.strerror}"
             advance(1)
         if found != self._known:

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from headstart.errors import UserError
 from headstart.features.extract import Computed, Extractor, FeaturePrecision, feature_dtype
-from headstart.files import read_regular
+from headstart.files import passes, read_regular
 from headstart.images import MAX_PIXELS, UnreadableImage, decode, preprocess
 from headstart.model.backbone import FrozenBackbone
 
@@ -41,6 +42,8 @@ class FileStream:
         try:
             data = read_regular(Path(path))
         except OSError as error:
+            if passes(error):
+                raise UserError(f"{path}: cannot be read now ({error.strerror}); try again") from error
             raise UnreadableImage(f"{error.strerror or error}".lower()) from error
         return decode(data, self._preprocessing.resize_size, self._max_pixels)
 

@@ -22,7 +22,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 import headstart
 from headstart.data import splits
 from headstart.errors import UserError
-from headstart.files import csv_bytes, flat, write_atomically
+from headstart.files import RUNS_MARK, csv_bytes, flat, write_atomically
 from headstart.model.backbone import FrozenBackbone
 from headstart.runs.history import CONFIG, RESULT, SPLITS_FILE, Run
 from headstart.runs.logger import RunLogger
@@ -38,6 +38,7 @@ def new_run_folder(logs: Path, name: str) -> Path:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir()
+            (logs / RUNS_MARK).touch()
             return folder.resolve()
         except FileExistsError:
             attempt += 1

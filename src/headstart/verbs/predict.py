@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,9 +137,10 @@ def _inputs(given: Sequence[str]) -> tuple[Iterable[str], int | None]:
         if sys.stdin.isatty():
             raise UserError("no PATH; give files or folders, or paths on the standard input")
         return (line.rstrip("\n") for line in sys.stdin if line.strip()), None
-    paths: list[str] = []
+    paths, others = list[str](), Counter[str]()
     for path in given:
-        paths += [str(found) for found in folders.images(Path(path))] if Path(path).is_dir() else [path]
+        paths += [str(found) for found in folders.images(Path(path), others)] if Path(path).is_dir() else [path]
+    folders.say_others(others)
     if not paths:
         raise UserError(f"{', '.join(given)}: no images in there; give a folder that holds some")
     return paths, len(paths)
