@@ -1,40 +1,49 @@
-"""Every command and every piece of Python in the README runs.
+"""Every command and every piece of Python in the README and in docs/ runs.
 
-A block is tagged with how: `fast` runs here, `slow` under `-m slow`, `install` is what `.ci/run` and the packaging test
-do, `benchmark` is a script whose figures the README holds: its parts run in a small form.
+A page is one script: its blocks run from top to bottom in a fresh copy of the repository, as a reader would type them,
+so a page trains once and its later blocks use that run. A block is tagged with how: `fast` runs here, `slow` under
+`-m slow`, `install` is what `.ci/run` and the packaging test do, `benchmark` is a script whose figures the page holds:
+it runs in a small form. `export`, `torchvision` and `example` have tests of their own below. `output` is not run.
+`make-it-yours.md` changes the code, and has its own file of tests.
 """
 
-import re
+import json
+import os
 import shutil
 
 import pytest
+import torch
 
-from support import REPOSITORY, draw
-
-BLOCKS = re.findall(r"^```(\w+) ?(\w*)\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-
-
-def tagged(language: str, tag: str) -> list[str]:
-    return [text for found, given, text in BLOCKS if found == language and given == tag]
+from support import PAGES, REPOSITORY, blocks, draw
 
 
-@pytest.mark.parametrize("block", tagged("bash", "fast"))
-def test_commands(block, run):
-    done = run("bash", "-euo", "pipefail", "-c", block)
+def script(page: str, tag: str) -> str:
+    """The page's blocks as one script for bash, which shows what it does."""
+    steps = []
+    for number, block in enumerate(blocks(page, tag=tag)):
+        step = block.text
+        if block.language == "python":
+            step = f"cat > block{number}.py <<'END'\n{block.text}END\npython block{number}.py\n"
+        steps.append(f": {page}, block {number}\n{step}")
+    return "".join(steps)
+
+
+def run_page(page: str, tag: str, run) -> str:
+    done = run("bash", "-euxo", "pipefail", "-c", script(page, tag))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, tag="fast")])
+def test_a_page(page, run):
+    run_page(page, "fast", run)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", tagged("bash", "slow"))
-def test_slow_commands(block, run):
-    assert run("bash", "-euo", "pipefail", "-c", block).returncode == 0
-
-
-@pytest.mark.parametrize("block", tagged("python", "fast"))
-def test_python(block, run):
-    done = run("python", "-c", block)
-    assert done.returncode == 0, done.stderr[-3000:]
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, tag="slow")])
+def test_a_page_that_takes_its_time(page, run):
+    run_page(page, "slow", run)
 
 
 @pytest.mark.wing("deploy")
@@ -43,7 +52,6 @@ def test_exported_models_give_the_labels_of_the_head(run, copy):
     import csv
 
     import numpy as np
-    import torch
     from PIL import Image
 
     from headstart import TransferClassifier
@@ -68,8 +76,8 @@ def test_exported_models_give_the_labels_of_the_head(run, copy):
     clear = best[:, 0] - best[:, 1] > 1e-3
     assert len(paths) == 94
 
-    (script,) = tagged("python", "export")
-    done = run("python", "-c", script, *map(str, paths))
+    (block,) = blocks("deploy", "python", "export")
+    done = run("python", "-c", block.text, *map(str, paths))
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line.split(" ", 2) for line in done.stdout.splitlines()]
     labels = torch.tensor([module.class_names.index(name) for name, _, _ in rows])
@@ -78,11 +86,11 @@ def test_exported_models_give_the_labels_of_the_head(run, copy):
     assert (labels == wanted.argmax(dim=1))[clear].all()
     assert np.allclose([float(row[1]) for row in rows], best[:, 0], atol=1e-4)
 
-    (script,) = tagged("python", "torchvision")
+    (block,) = blocks("deploy", "python", "torchvision")
     values = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
     torch.save((images / 255 - values[0]) / values[1], copy / "images.pt")
-    script += "torch.save(model.eval()(torch.load('images.pt')).argmax(dim=1), 'labels.pt')"
-    done = run("python", "-c", script)
+    label = "torch.save(model.eval()(torch.load('images.pt')).argmax(dim=1), 'labels.pt')"
+    done = run("python", "-c", block.text + label)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (torch.load(copy / "labels.pt") == wanted.argmax(dim=1))[clear].all()
 
