@@ -16,6 +16,7 @@ from pathlib import Path
 OLD = "headstart"
 ROOT = Path(__file__).resolve().parent
 LEFT_ALONE = {"logs", "build", "dist", "__pycache__"}
+OWN_HIDDEN = {".ci", ".github", ".gitignore", ".editorconfig", ".pre-commit-config.yaml"}
 
 
 def problem(name: str) -> str | None:
@@ -35,11 +36,11 @@ def uncommitted() -> str | None:
 
 
 def files() -> list[Path]:
-    """The project's own files: nothing hidden but .ci, no environments, nothing that was built."""
+    """The project's own files: of hidden ones only ``OWN_HIDDEN``, no environments, nothing that was built."""
     found = []
     for path in sorted(ROOT.rglob("*")):
         parts = path.relative_to(ROOT).parts
-        hidden = any(part.startswith(".") and part not in (".ci", ".gitignore") for part in parts)
+        hidden = any(part.startswith(".") and part not in OWN_HIDDEN for part in parts)
         environment = any((parent / "pyvenv.cfg").exists() for parent in path.parents if parent.is_relative_to(ROOT))
         built = not LEFT_ALONE.isdisjoint(parts) or any(part.endswith(".egg-info") for part in parts)
         if path.is_file() and not (hidden or environment or built):

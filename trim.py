@@ -19,10 +19,10 @@ from rename import ROOT, files, tidy, uncommitted
 PACKAGE = next((ROOT / "src").glob("*/cli.py")).parent
 # The verbs of each wing, and its files beside its own folders in the package and in tests/.
 WINGS = {
-    "fewshot": (("fewshot",), ("configs/fewshot.yaml", "benchmarks/fewshot.py")),
+    "fewshot": (("fewshot",), ("configs/fewshot.yaml", "benchmarks/fewshot.py", "docs/fewshot.md")),
     "audit": (("check",), ("benchmarks/labels.py",)),
-    "deploy": (("predict", "export"), ()),
-    "finetune": (("finetune",), ("benchmarks/finetune.py",)),
+    "deploy": (("predict", "export"), ("docs/deploy.md",)),
+    "finetune": (("finetune",), ("benchmarks/finetune.py", "docs/finetune.md")),
 }
 # Modules that only wings use -> those wings; they go with the last of them.
 SHARED = {"features/stream.py": {"deploy"}, "search/neighbours.py": {"audit"}}

@@ -108,7 +108,7 @@ def main(root: Path) -> None:
         images = {
             "report": ended(page(report.as_uri(), (1000, 1100))),
             "mistakes": trimmed(mistakes),
-            "projector": page(f"{board.launch()}#projector", (1400, 900), patience=30_000),
+            "projector": page(f"{board.launch()}#projector", (1400, 900), patience=60_000),
         }
         for title, image in images.items():
             path = pictures / f"{title}.png"

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import rename
+import yaml
 from PIL import Image
 
 import headstart
@@ -67,6 +68,25 @@ def test_a_picture_is_small_and_shown(picture):
 
 def test_the_changelog_knows_this_version():
     assert f"## {headstart.__version__}" in (REPOSITORY / "CHANGELOG.md").read_text()
+
+
+def test_the_workflow_has_the_commands_of_ci_and_the_versions_that_are_declared():
+    jobs = yaml.safe_load((REPOSITORY / ".github/workflows/ci.yml").read_text())["jobs"]
+    linux, others = ([step.get("run", "") for step in jobs[job]["steps"]] for job in ("linux", "others"))
+    commands = (REPOSITORY / ".ci/run").read_text().split("\n\n", 2)[2].splitlines()
+    assert "pytest -m journey" in commands
+    assert {command for command in commands if command} <= set(linux)
+    assert {"python train.py", "pytest"} <= set(others)
+    assert {"macos-latest", "windows-latest"} == set(jobs["others"]["strategy"]["matrix"]["os"])
+    declared = re.findall(r"Python :: (3\.\d+)", (REPOSITORY / "pyproject.toml").read_text())
+    assert jobs["linux"]["strategy"]["matrix"]["python"] == declared
+
+
+@pytest.mark.parametrize("form", ["bug", "feature"])
+def test_a_form_asks_for_something(form):
+    content = yaml.safe_load((REPOSITORY / f".github/ISSUE_TEMPLATE/{form}.yml").read_text())
+    assert {"name", "description", "body"} <= set(content)
+    assert all(field["attributes"]["label"] and field["id"] for field in content["body"])
 
 
 def test_every_floor_says_why():

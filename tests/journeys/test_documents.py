@@ -8,13 +8,19 @@ it runs in a small form. `export`, `torchvision` and `example` have tests of the
 """
 
 import json
-import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from torchvision import models
 
 from support import PAGES, REPOSITORY, blocks, draw
+
+(HOOKS,) = (group["hooks"] for group in yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"])
 
 
 def script(page: str, tag: str) -> str:
@@ -44,6 +50,54 @@ def test_a_page(page, run):
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, tag="slow")])
 def test_a_page_that_takes_its_time(page, run):
     run_page(page, "slow", run)
+
+
+def test_the_article_runs_as_it_is_printed(copy, run, tmp_path):
+    """With random weights where torchvision's download would lie; torchvision takes them without a look."""
+    place = tmp_path / "torch/hub/checkpoints"
+    place.mkdir(parents=True)
+    torch.save(models.resnet18().state_dict(), place / Path(models.ResNet18_Weights.IMAGENET1K_V1.url).name)
+    for path in copy.glob("path/to/photos/*/*"):
+        if int(path.stem) > 3:
+            path.unlink()
+    (block,) = blocks("article", tag="example")
+    done = run("env", f"TORCH_HOME={tmp_path / 'torch'}", "bash", "-euc", block.text)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "epoch 4: " in done.stdout
+    assert (copy / "model.pth").stat().st_size > 40_000_000
+
+
+def test_the_notebook_runs_and_keeps_its_outputs(copy, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(copy / "src"))
+    path = copy / "examples/quickstart.ipynb"
+    kept = json.loads(path.read_text())
+    command = [str(Path(sys.executable).parent / "jupyter-execute"), "--inplace", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for before, now in zip(kept["cells"], json.loads(path.read_text())["cells"], strict=True):
+        assert before["source"] == now["source"]
+        kinds = [[output["output_type"] for output in cell.get("outputs", [])] for cell in (before, now)]
+        assert kinds[0] == kinds[1]
+
+
+@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook["id"])
+def test_a_hook_passes(hook, tmp_path):
+    """Its command, as pre-commit runs it."""
+    files = ["src", "tests"] if hook.get("pass_filenames", True) else []
+    program, *options = hook["entry"].split()
+    command = [str(Path(sys.executable).parent / program), *options, *files]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert hook["language"] == "system"
+
+
+@pytest.mark.slow
+def test_the_pictures_are_made(copy, run, tmp_path):
+    done = run("python", "docs/pictures.py", str(tmp_path / "made"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for kept in sorted((REPOSITORY / "docs/pictures").iterdir()):
+        assert (tmp_path / "made/docs/pictures" / kept.name).stat().st_size > kept.stat().st_size / 2
+    assert str(tmp_path) not in (tmp_path / "made/examples/quickstart.ipynb").read_text()
 
 
 @pytest.mark.wing("deploy")

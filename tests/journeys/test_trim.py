@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from support import dead_links
+
 trim = importlib.import_module("trim")
 WINGS = sorted(wing for wing in trim.WINGS if (trim.PACKAGE / wing).exists())
 PACKAGE = trim.PACKAGE.name
@@ -35,6 +37,7 @@ def test_what_is_left_is_whole(arguments, copy, run, mypy_cache):
     names = "|".join(gone if len(gone) < len(WINGS) else [*gone, "any"])
     left = subprocess.run(["grep", "-rnE", f"wing: ({names})", str(copy)], capture_output=True, text=True, check=False)
     assert left.stdout == ""
+    assert dead_links(copy) == []
     module = [sys.executable, "-m"]
     for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy", f"--cache-dir={mypy_cache}"]):
         done = run(*module, *command)
