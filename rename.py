@@ -2,8 +2,8 @@
 
 usage: python rename.py NAME
 
-Once, in a checkout without changes; NAME is what you will import. Checkpoints and caches of before are left where they
-are, and are not read under the new name.
+NAME is what you will import. Run it once, in a checkout without uncommitted changes. Existing checkpoints and caches
+stay where they are, and are not read under the new name.
 """
 
 import importlib.util
@@ -22,16 +22,16 @@ OWN_HIDDEN = {".ci", ".github", ".gitignore", ".editorconfig", ".pre-commit-conf
 def problem(name: str) -> str | None:
     """Why this cannot be the name."""
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
-        return f"{name}: is no name for a package; use small letters, digits and _"
+        return f"{name}: is not a valid package name; use lower-case letters, digits and _"
     if name == OLD or importlib.util.find_spec(name):
-        return f"{name}: there is a package of this name; choose another"
+        return f"{name}: a package of this name is installed; choose another"
     return uncommitted()
 
 
 def uncommitted() -> str | None:
     """Why the checkout is not ready to be changed by a script."""
     if (ROOT / ".git").exists() and subprocess.check_output(["git", "-C", ROOT, "status", "--porcelain"]):
-        return "there are changes; commit them first, so that `git diff` shows what the script did"
+        return "there are uncommitted changes; commit them first, so that `git diff` shows what the script did"
     return None
 
 
@@ -78,5 +78,5 @@ if __name__ == "__main__":
         sys.exit(f"error: {why}")
     count = rename(sys.argv[1])
     tidy()  # imports are sorted by name, and lines have another length
-    print(f"{OLD} is {sys.argv[1]} now, in {count} files")
-    print("next:     pip install -e '.[dev]' && pytest")
+    print(f"renamed: {OLD} to {sys.argv[1]}, in {count} files")
+    print("next:    pip install -e '.[dev]' && pytest")

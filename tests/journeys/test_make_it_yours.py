@@ -183,7 +183,7 @@ def test_the_whole_suite_passes_under_the_other_name(copy, run):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("My-Lab", "small letters"), ("torch", "is a package of this name"), ("class", "small")]
+    ("name", "said"), [("My-Lab", "lower-case letters"), ("torch", "a package of this name"), ("class", "lower-case")]
 )
 def test_a_name_that_cannot_be_is_refused(name, said, copy, run):
     done = run(sys.executable, "rename.py", name)

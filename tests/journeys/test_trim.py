@@ -1,4 +1,4 @@
-"""Each wing is taken off a copy, and all of them; what is left is whole."""
+"""Each wing is removed from a copy, and all of them; what is left is whole."""
 
 import importlib
 import re
