@@ -30,8 +30,13 @@ def problem(name: str) -> str | None:
 
 def uncommitted() -> str | None:
     """Why the checkout is not ready to be changed by a script."""
-    if (ROOT / ".git").exists() and subprocess.check_output(["git", "-C", ROOT, "status", "--porcelain"]):
-        return "there are uncommitted changes; commit them first, so that `git diff` shows what the script did"
+    if not (ROOT / ".git").exists():
+        return None
+    changed = subprocess.check_output(["git", "-C", ROOT, "status", "--porcelain"], text=True).splitlines()
+    if changed:
+        return (
+            f"{changed[0][3:]} is changed or new; commit or move it first, so that `git diff` shows what the script did"
+        )
     return None
 
 

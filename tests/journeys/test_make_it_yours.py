@@ -197,4 +197,4 @@ def test_changes_have_to_be_committed_first(copy, run):
     subprocess.run(["git", "-C", str(copy), "init", "-q"], check=True)
     done = run(sys.executable, "rename.py", OTHER)
     assert done.returncode == 1
-    assert "commit them first" in done.stderr
+    assert "commit or move it first" in done.stderr

@@ -83,5 +83,5 @@ def test_an_unknown_wing_and_changes_are_refused(copy, run):
     for wing in WINGS:
         assert wing in run("python", "trim.py").stderr
     subprocess.run(["git", "-C", str(copy), "init", "-q"], check=True)
-    assert "commit them first" in run("python", "trim.py", *WINGS[:1]).stderr
+    assert "commit or move it first" in run("python", "trim.py", *WINGS[:1]).stderr
     assert (copy / "src" / PACKAGE / WINGS[0]).exists()
