@@ -38,6 +38,8 @@ def test_what_is_left_is_whole(arguments, copy, run, mypy_cache):
     left = subprocess.run(["grep", "-rnE", f"wing: ({names})", str(copy)], capture_output=True, text=True, check=False)
     assert left.stdout == ""
     assert dead_links(copy) == []
+    for page in [copy / "README.md", *(copy / "docs").glob("*.md")]:
+        assert not re.search(rf"{PACKAGE} ({'|'.join(verbs)})\b", page.read_text()), page
     module = [sys.executable, "-m"]
     for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy", f"--cache-dir={mypy_cache}"]):
         done = run(*module, *command)
