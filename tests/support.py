@@ -1,6 +1,7 @@
 """Small images that the tests draw, where to find what a run left, and a limit for what could hang."""
 
 import contextlib
+import csv
 import re
 import signal
 from collections.abc import Iterator
@@ -63,6 +64,12 @@ def headings(page: Path) -> list[str]:
 
 def newest_run(logs: Path = Path("logs")) -> Path:
     return max(logs.glob("*/*/"), key=lambda path: path.stat().st_mtime)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file by column name."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def features(cache: Path) -> dict[bytes, bytes]:

@@ -79,7 +79,7 @@ def _end_as_signalled(ended: BaseException) -> NoReturn:
         status = 143
     if status is None:
         raise ended
-    print("interrupted; resume with --ckpt_path=last", file=sys.stderr)
+    print("interrupted", file=sys.stderr)
     sys.exit(status)
 
 

@@ -3,11 +3,13 @@
 import logging
 import os
 import re
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import rich
@@ -33,6 +35,11 @@ def say(message: str | Table) -> None:
 def say_once(message: str) -> None:
     """Prints a line that a process has not printed yet."""
     say(message)
+
+
+def program(verb: str) -> str:
+    """How the verb is called, as this command was, so that what is suggested can be typed."""
+    return "python train.py" if verb == "train" and Path(sys.argv[0]).name == "train.py" else f"headstart {verb}"
 
 
 def one_line(message: str) -> str:
@@ -104,7 +111,7 @@ def quiet_libraries() -> None:
     for message in (
         ".*in eval mode at the start of training.*",  # the backbone is, on purpose
         ".*does not have many workers.*",  # features need none
-        ".*No positive samples in targets.*",  # AUROC of a class that a small split lacks
+        ".*No positive samples in targets.*",  # of a class that a split lacks: it is left out of the mean
         ".*No negative samples in targets.*",
         ".*exists and is not empty.*",  # the folder of a run that goes on
         ".*The dirpath has changed.*",  # a new run that goes on from an old one's checkpoint keeps its own best

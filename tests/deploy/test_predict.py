@@ -14,7 +14,7 @@ from headstart.cli import main
 from headstart.deploy.explain import ClassActivation
 from headstart.features.stream import FileStream
 from headstart.verbs.predict import Predictor
-from support import COLOURS, draw, newest_run
+from support import COLOURS, draw, newest_run, rows_of
 
 
 @pytest.fixture
@@ -28,11 +28,6 @@ def mixed(tmp_path) -> Path:
 def photos(trained) -> Path:
     """What the checkpoint was trained on."""
     return trained / "colours"
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

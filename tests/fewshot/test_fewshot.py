@@ -1,6 +1,5 @@
 """Episodes, heads, meta-training: against formulas, loops and simulations."""
 
-import csv
 import json
 import math
 import statistics
@@ -36,7 +35,7 @@ from headstart.fewshot.sources import Classes, classes_of, split_classes
 from headstart.fewshot.training import make_trainer
 from headstart.search.exact import fit_exact
 from headstart.search.intervals import mean_and_half_width
-from support import REPOSITORY, newest_run
+from support import REPOSITORY, newest_run, rows_of
 
 WIDTH = 16
 SMALL = TaskSize(5, 2, 3)
@@ -56,11 +55,6 @@ def task(batch: int = 3, n_way: int = 4, k_shot: int = 3, n_query: int = 2, dtyp
     noise = torch.randn(batch, n_way, k_shot + n_query, WIDTH, generator=generator, dtype=dtype)
     drawn = centres + noise
     return Episode(drawn[:, :, :k_shot], drawn[:, :, k_shot:])
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 HEADS = ("prototype", "ridge", "logistic", "anil", "projection")
@@ -442,6 +436,31 @@ def test_an_interrupted_meta_training_ends_with_the_same_bits(fewshot, head, mon
     for key, state in whole["optimizer_states"][0]["state"].items():
         other = parts["optimizer_states"][0]["state"][key]
         assert all(torch.equal(torch.as_tensor(state[name]), torch.as_tensor(other[name])) for name in state)
+
+
+@pytest.mark.fault("images added, deleted or changed before a run is resumed")
+def test_a_resumed_meta_training_keeps_its_images(fewshot, shapes, monkeypatch, capsys, refused):
+    def stop(self: MetaLearner) -> None:
+        if self.current_epoch == 1:
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MetaLearner, "on_train_epoch_start", stop)
+        with pytest.raises(RuntimeError, match="killed"):
+            fewshot("--head=projection", "--train", "--max_epochs=2")
+    run = newest_run()
+    added = shapes / "class00/added.png"
+    Image.new("RGB", (32, 32), "red").save(added)
+    row = next(row for row in rows_of(run / "splits.csv") if row["split"] == "test")
+    kept = (shapes / row["path"]).read_bytes()
+    (shapes / row["path"]).unlink()
+    options = ("--data.source=folder", f"--data.root={shapes}", "--model.image_size=32", "--ckpt_path=last")
+    assert f"{row['path']}: is missing" in refused("fewshot", "--head=projection", "--train", *options)
+    (shapes / row["path"]).write_bytes(kept)
+    capsys.readouterr()
+    fewshot("--head=projection", "--train", "--max_epochs=2", "--ckpt_path=last")
+    assert "1 image(s) are not in" in capsys.readouterr().out
+    assert newest_run() == run
 
 
 def test_all_heads_are_compared_on_the_same_episodes(fewshot):

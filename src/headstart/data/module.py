@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from headstart.data import splits
 from headstart.data.loaders import BatchOrder, FeatureLoader, ImageDataset, ImageLoader, trained_epochs
 from headstart.data.sources import DatasetSource, Source, open_source
-from headstart.data.splits import SPLITS, Item, Split
+from headstart.data.splits import SPLITS, Item, Repeat, Split
 from headstart.data.store import FeatureStore
 from headstart.errors import UserError
 from headstart.features.extract import FeaturePrecision
@@ -85,6 +85,7 @@ class ImageData(LightningDataModule):
         self.test_fraction = 0.0 if source.has_test else test_fraction
         self.split_seed, self.splits_file = split_seed, Path(splits).expanduser() if splits else None
         self.order_seed, self.strict, self.limit = order_seed, strict, limit
+        self.repeat: Repeat | None = None  # takes the images of a run, exactly those, each in its split
         self.items: list[Item] = []
         self._features: dict[Split, list[FeatureMatrix]] = {}
         self._check_options(val_fraction, test_fraction)
@@ -169,6 +170,8 @@ class ImageData(LightningDataModule):
             raise UserError("--data.val_fraction and --data.test_fraction leave nothing to train on; lower them")
 
     def _split(self, items: list[Item]) -> list[Item]:
+        if self.repeat:
+            return self.repeat(items, self.class_names)
         if self.splits_file:
             items = splits.frozen(items, self.splits_file)
         assigned = splits.assign(items, self.class_names, self.val_fraction, self.test_fraction, self.split_seed)

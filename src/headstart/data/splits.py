@@ -3,10 +3,10 @@
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from headstart.terminal import say
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+Repeat = Callable[[Sequence["Item"], Sequence[str]], list["Item"]]  # ``repeated`` of a run's file
 COLUMNS = ["split", "class", "path", "sha256"]
 TABLE_ROWS = 24
 
@@ -172,8 +173,38 @@ def frozen(items: Sequence[Item], file: Path) -> list[Item]:
         places[row["sha256"]] = split
     known = [replace(item, split=places[item.digest.hex()]) for item in items if item.digest.hex() in places]
     if len(known) < len(items):
-        say(f"data: {len(items) - len(known)} images are not in {file} and are left out")
+        say(f"data: {len(items) - len(known)} image(s) are not in {file} and are left out")
+    if missing := places.keys() - {item.digest.hex() for item in known}:
+        say(f"data: {len(missing)} image(s) of {file} are missing or changed")
     return known
+
+
+def repeated(items: Sequence[Item], class_names: Sequence[str], file: Path, only: Sequence[str] = SPLITS) -> list[Item]:
+    """The images of a run's ``splits.csv``, each in its split and in the run's order, found by class and content.
+
+    Images that came later are left out, which is said. ``only`` names the splits whose images are needed.
+
+    Raises:
+        UserError: an image of the run is missing, or has another content or class.
+    """
+    found: dict[tuple[str, str], dict[str, Item]] = defaultdict(dict)
+    for item in items:
+        found[class_names[item.label], item.digest.hex()][item.path] = item
+    kept: list[Item] = []
+    for row in read_csv("--ckpt_path", file, COLUMNS, errors="surrogateescape"):
+        if row["split"] not in only:
+            continue
+        same = found[row["class"], row["sha256"]]
+        if not same:
+            raise UserError(
+                f"{row['path']}: is missing, damaged or changed since the run, whose splits.csv names it ({file}); "
+                "bring it back, or start a new run without --ckpt_path"
+            )
+        item = same.pop(row["path"] if row["path"] in same else min(same))
+        kept.append(replace(item, split=cast(Split, row["split"])))
+    if len(kept) < len(items) and only == SPLITS:
+        say(f"data: {len(items) - len(kept)} image(s) are not in {file} and are left out")
+    return kept
 
 
 def counts_table(items: Sequence[Item], class_names: Sequence[str]) -> Table:

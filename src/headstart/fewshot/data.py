@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import Tensor
 
 from headstart.data.loaders import trained_epochs
-from headstart.data.splits import SPLITS, Item, Split
+from headstart.data.splits import SPLITS, Item, Repeat, Split
 from headstart.data.store import FeatureStore
 from headstart.errors import UserError
 from headstart.features.extract import FeaturePrecision
@@ -78,13 +78,15 @@ class EpisodeData(LightningDataModule):
         everything = test_fraction >= 1
         self.parts = split_classes(self.classes, 0.0 if everything else val_fraction, test_fraction, split_seed)
         self.items: list[Item] = []
+        self.repeat: Repeat | None = None  # takes the images of a run, exactly those, each in its split
         self._features = torch.empty(0)
 
     def load(self, backbone: FrozenBackbone, device: torch.device) -> None:
         """Scans, splits the classes, and computes or reads the features."""
         self.store.load(backbone, device)
         self.store.check_skips()
-        self.items = self._split(self.store.items)
+        items = self.store.items
+        self.items = self.repeat(items, self.class_names) if self.repeat else self._split(items)
         self._say_counts()
         self._features = self.store.matrix(self.items).whole().to(device)
 

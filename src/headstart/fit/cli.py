@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from headstart.data.module import ImageFolderData
+from headstart.data.splits import Repeat, repeated
 from headstart.device import COMMON
 from headstart.errors import UserError
 from headstart.model.checkpoints import read_checkpoint
 from headstart.model.classifier import TransferClassifier
-from headstart.model.sealed import SealedCheckpointIO, run_checkpoints
+from headstart.model.sealed import BEST, SealedCheckpointIO, run_checkpoints
 from headstart.parser import OptionParser
 from headstart.report.evaluation import EvaluationCollector
 from headstart.runs.folder import RunFolder
@@ -48,6 +50,7 @@ class TrainCLI(LightningCLI):
         self.resume_from: Path | None = None  # the checkpoint whose fit is resumed; None: a new fit
         self.checkpoint: dict[str, Any] | None = None  # the content of that
         self.resumed: Run | None = None  # the run that is resumed in its own folder; None: a new folder
+        self.repeat: Repeat | None = None  # takes the images of the run that is resumed
         super().__init__(
             self.module_class,
             ImageFolderData,
@@ -83,12 +86,26 @@ class TrainCLI(LightningCLI):
         if self.config.data.get("csv") and self.config.data.root == str(self.root):
             self.config.data.root = None  # the demo's folder is for when nothing is given
         if self.config.ckpt_path == "last":
-            self.resumed = newest_unfinished(self.logs, self.name)
+            self.resumed = newest_unfinished(self.logs, "train", self.config.name, self._given_data())
             self.config = parser.parse_args([f"--config={self.resumed.folder / CONFIG}", *args])
             self.config.ckpt_path = str(self.resumed.last)
         if self.config.ckpt_path:
             self.resume_from = Path(self.config.ckpt_path)
             self.checkpoint = read_checkpoint(self.resume_from, self.logs)
+            self._keep_the_split(Run.of(self.resume_from).splits_file)
+
+    def _given_data(self) -> Path | None:
+        """The data that the command line names; None: it is the demo, or that of a run to resume."""
+        data = self.config.data
+        given = data.get("csv") or (data.root if data.root != str(self.root) else None)
+        return Path(given).expanduser() if given else None
+
+    def _keep_the_split(self, file: Path) -> None:
+        """What is resumed keeps its images and their split; another one would test on images that trained."""
+        if not file.is_file():
+            say(f"data: {file} is missing, so the images are split anew; the test may hold images that trained")
+        elif self.resumed or not self.config.data.splits:
+            self.config.data.splits, self.repeat = str(file), partial(repeated, file=file)
 
     @property
     def logs(self) -> Path:
@@ -126,6 +143,7 @@ class TrainCLI(LightningCLI):
             raise UserError(f"--trainer: {error}; --trainer.accelerator=auto takes what this machine has") from error
 
     def after_instantiate_classes(self) -> None:
+        self.datamodule.repeat = self.repeat
         if str(self.config.trainer.precision) in ("16", "16-mixed") and self.trainer.strategy.root_device.type == "cpu":
             raise UserError("--trainer.precision=16-mixed: needs a GPU; on a processor use bf16-mixed or 32-true")
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning at run time
@@ -165,5 +183,8 @@ class TrainCLI(LightningCLI):
         return str(self.parser.dump(config, skip_none=False))
 
     def kept(self) -> dict[str, bytes]:
-        """Files that a new run's folder holds from the start, by their path in it."""
-        return {}
+        """Files that a new run's folder holds from the start, by their path in it.
+
+        The checkpoint that is resumed takes part in the choice of the best.
+        """
+        return {BEST: self.resume_from.read_bytes()} if self.resume_from else {}

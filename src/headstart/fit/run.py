@@ -1,13 +1,12 @@
 """From a command line to a result: the fit, the test of the best checkpoint, the report, what is said."""
 
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from headstart.fit.cli import TrainCLI
+from headstart.model.metrics import defined
 from headstart.runs.history import REPORT
 from headstart.runs.logger import RunLogger
 from headstart.terminal import Seconds, say, say_scores
@@ -25,11 +24,11 @@ def test(cli: TrainCLI, seconds: Seconds) -> dict[str, Any]:
     """The scores of the best checkpoint: those of validation from the checkpoint itself, and those of the test."""
     trainer, module, data, best = cli.trainer, cli.model, cli.datamodule, cli.best.best_model_path
     if not best:  # a dry run keeps no checkpoint
-        return {name: float(value) for name, value in trainer.callback_metrics.items()}
+        return dict(defined(trainer.callback_metrics))
     scores: dict[str, Any] = torch.load(best, weights_only=True)["headstart"]["scores"]
     with seconds.of("test"):
         if data.items_in("test"):
-            return {**scores, **trainer.test(module, data, best, verbose=False, weights_only=True)[0]}
+            return scores | defined(trainer.test(module, data, best, verbose=False, weights_only=True)[0])
         say("data: there is no test split, so the validation score is reported; it also chose the epoch and flatters")
         trainer.validate(module, data, best, verbose=False, weights_only=True)
     return scores
@@ -59,8 +58,3 @@ def finish(cli: TrainCLI, scores: Mapping[str, Any], seconds: Seconds) -> dict[s
             say(f"report:   {folder / REPORT}")
         say(f"inspect:  tensorboard --logdir {cli.logs}")
     return result
-
-
-def program() -> str:
-    """How this command was called, so that what it suggests can be typed."""
-    return "python train.py" if Path(sys.argv[0]).name == "train.py" else "headstart train"

@@ -1,5 +1,6 @@
 """Checkpoints of a head: what of the module they hold, whom they fit, and how they are loaded."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,14 +10,17 @@ import torch
 from PIL import Image
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import Self
 
 from headstart import __version__
 from headstart.errors import UserError
 from headstart.images import preprocess, to_rgb
 from headstart.model.backbone import FrozenBackbone, check_frozen, combined, tensor_digests
+from headstart.model.metrics import defined
 from headstart.model.sealed import read_sealed
 from headstart.ranges import arguments_of, plain
+from headstart.terminal import say
 
 LAYOUT = 2  # 2: with the temperature
 
@@ -57,7 +61,7 @@ class HeadModule(LightningModule):
         learnt = {f"backbone.{name}" for name in self.finetuned}
         state = checkpoint["state_dict"].items()
         checkpoint["state_dict"] = {name: value for name, value in state if name.startswith("head.") or name in learnt}
-        scores = self.trainer.callback_metrics.items()
+        scores = {name: value for name, value in self.trainer.callback_metrics.items() if name.startswith("val/")}
         checkpoint["headstart"] = {
             "layout": LAYOUT,
             "version": __version__,
@@ -66,9 +70,22 @@ class HeadModule(LightningModule):
             "weights": self.backbone.weights,
             "digest": self.weights_digest,
             "temperature": self.temperature,
-            "scores": {name: float(value) for name, value in scores if name.startswith("val/")},
+            "scores": defined(scores),
             "preprocessing": plain(asdict(self.backbone.preprocessing)),
         }
+
+    def on_train_start(self) -> None:
+        """A resumed fit of more epochs has another schedule, in which the learning rate can leap."""
+        for schedule in (config.scheduler for config in self.trainer.lr_scheduler_configs):
+            if not isinstance(schedule, LambdaLR):
+                continue
+            before = schedule.get_last_lr()[0]
+            now = schedule.base_lrs[0] * schedule.lr_lambdas[0](schedule.last_epoch)
+            if not math.isclose(before, now, abs_tol=1e-12):
+                say(
+                    f"--trainer.max_epochs={self.trainer.max_epochs}: the learning rate goes from {before:.3g} to "
+                    f"{now:.3g}, since it falls over all epochs anew; a new run, without --ckpt_path, has no such leap"
+                )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a head of other classes or another backbone, and fine-tuned layers in a fit of the head."""

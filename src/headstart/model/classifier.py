@@ -17,6 +17,7 @@ from headstart.model.backbone import FrozenBackbone
 from headstart.model.calibration import Temperature
 from headstart.model.checkpoints import HeadModule
 from headstart.model.heads import make_head
+from headstart.model.metrics import MeanAUROC, MeanF1, MeanRecall
 from headstart.model.schedule import warmup_cosine
 from headstart.model.weights import resolved
 from headstart.ranges import Fraction, ImageSize, NonNegative, Rate, plain
@@ -86,9 +87,9 @@ class TransferClassifier(HeadModule):
         classes = len(self.class_names)
         scores: dict[str, Metric | MetricCollection] = {
             "acc": metrics.MulticlassAccuracy(classes, average="micro"),
-            "balanced_acc": metrics.MulticlassAccuracy(classes, average="macro"),
-            "f1": metrics.MulticlassF1Score(classes, average="macro"),
-            "auroc": metrics.MulticlassAUROC(classes),
+            "balanced_acc": MeanRecall(classes),
+            "f1": MeanF1(classes),
+            "auroc": MeanAUROC(classes),
             "calibration_error": metrics.MulticlassCalibrationError(classes, n_bins=15),
         }
         return MetricCollection(scores, prefix=prefix)

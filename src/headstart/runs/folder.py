@@ -14,8 +14,10 @@ import PIL
 import torch
 import torchvision
 import yaml
+from filelock import FileLock, Timeout
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import headstart
 from headstart.data import splits
@@ -24,6 +26,7 @@ from headstart.files import csv_bytes, flat, write_atomically
 from headstart.model.backbone import FrozenBackbone
 from headstart.runs.history import CONFIG, RESULT, SPLITS_FILE, Run
 from headstart.runs.logger import RunLogger
+from headstart.terminal import say
 
 
 def new_run_folder(logs: Path, name: str) -> Path:
@@ -68,6 +71,7 @@ class RunFolder(Callback):
         chosen: Path | None = None
         if trainer.is_global_zero:
             chosen = self.resumed.folder if self.resumed else new_run_folder(self.logs, self.name)
+            self._lock(chosen)
         self.folder = trainer.strategy.broadcast(chosen)
         assert self.folder
         for logger in trainer.loggers:
@@ -89,6 +93,14 @@ class RunFolder(Callback):
         if isinstance(logger := trainer.logger, RunLogger) and trainer.is_global_zero and logger.folder:
             logger.experiment.flush()  # else a killed run shows nothing of its last two minutes
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Says how an interrupted run is resumed, and lets go of its folder."""
+        if self.folder and trainer.is_global_zero:
+            self.lock.release()
+            run = Run(self.folder)
+            if isinstance(exception, KeyboardInterrupt | SIGTERMException) and run.last.is_file():
+                say(f"resume:   {run.resume_command()}")
+
     def finish(self, trainer: Trainer, scores: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
         """Writes ``result.json`` and the score by which the HParams tab compares runs."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -99,7 +111,16 @@ class RunFolder(Callback):
                 trainer.logger.log_metrics({"hp/val_acc": scores["val/acc"]}, trainer.global_step)
                 trainer.logger.save()
             write_result(self.folder, result)
+            self.lock.release()
         return result
+
+    def _lock(self, folder: Path) -> None:
+        """Keeps other processes from resuming the run while this one trains it; it dies with this process."""
+        self.lock = FileLock(folder / ".lock", timeout=0)
+        try:
+            self.lock.acquire()
+        except Timeout as error:
+            raise UserError(f"{folder}: another process trains this run; wait for it, or stop it") from error
 
     def _write_inputs(self, data: Any) -> None:
         assert self.folder

@@ -1,16 +1,19 @@
 """The verb `evaluate`: a trained head on its own test split, or on other images of the same classes."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from headstart.data.module import ImageData, ImageFolderData
 from headstart.data.sources import open_source
+from headstart.data.splits import repeated
 from headstart.device import quiet_trainer
 from headstart.errors import UserError
 from headstart.files import write_atomically
 from headstart.model.checkpoints import read_checkpoint
 from headstart.model.classifier import TransferClassifier
+from headstart.model.metrics import defined
 from headstart.parser import add_checkpoint, add_options, add_run, parser_of, required
 from headstart.report.evaluation import EvaluationCollector
 from headstart.report.page import predictions_csv, write_report
@@ -44,7 +47,7 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     trainer = quiet_trainer(given.accelerator, callbacks=[collector], logger=logger)
     data.load(module.backbone, trainer.strategy.root_device)  # before the folder is claimed: it may find mistakes
     folder = logger.folder = new_run_folder(Path(given.logs), given.name or f"{data.source.path.stem}-evaluate")
-    scores = {name: float(value) for name, value in trainer.test(module, data, verbose=False)[0].items()}
+    scores = defined(trainer.test(module, data, verbose=False)[0])
     evaluation = collector.evaluation
     assert evaluation
     write_atomically(folder / "predictions.csv", predictions_csv(evaluation))
@@ -63,7 +66,7 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
 
 def _data(given: Any, checkpoint: Path, class_names: Sequence[str]) -> ImageData:
     """All of the given images, or the test split of the run that the checkpoint belongs to."""
-    options = {name: given.data[name] for name in DATA_OPTIONS}
+    options, own_test = {name: given.data[name] for name in DATA_OPTIONS}, None
     if given.data.root or given.data.csv:
         source = open_source(*(given.data[name] for name in WHERE))
         source.all_in = "test"
@@ -72,10 +75,12 @@ def _data(given: Any, checkpoint: Path, class_names: Sequence[str]) -> ImageData
         if not run.data:
             raise UserError(f"--data.root is missing: {checkpoint} lies in no run's folder that tells its test split")
         source = open_source(*(run.data.get(name) for name in WHERE))
-        options["splits"] = str(run.splits_file)
+        own_test = partial(repeated, file=run.splits_file, only=("test",))
     if source.class_names != list(class_names):
         raise UserError(f"{source.path}: {difference(class_names, source.class_names)}")
-    return ImageData(source, **options)
+    data = ImageData(source, **options)
+    data.repeat = own_test
+    return data
 
 
 def difference(trained: Sequence[str], found: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """The verb `fewshot`: few-shot tasks on the frozen backbone, meta-training, comparison, a head from few pictures."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ from pytorch_lightning import seed_everything
 from rich.table import Table
 from torch import nn
 
+from headstart.data.splits import repeated
 from headstart.device import device_of
 from headstart.errors import UserError
 from headstart.fewshot.compare import BASELINE, Compared, accuracies, compare, shots_figure, to_csv
@@ -53,7 +55,8 @@ def fewshot(options: Sequence[str]) -> dict[str, Any]:
     resumed: Run | None = None
     checkpoint = Path(given.ckpt_path) if given.ckpt_path else None
     if given.ckpt_path == "last":
-        resumed = newest_unfinished(Path(given.logs), _name(given))
+        root = Path(given.data.root).expanduser() if given.data.root else None
+        resumed = newest_unfinished(Path(given.logs), "fewshot", given.name, root)
         checkpoint = resumed.last
         given = parser.parse_args([f"--config={resumed.folder / CONFIG}", *options])
     return _Verb(parser, given, resumed, checkpoint).run()
@@ -84,6 +87,8 @@ class _Verb:
     def _data(self, source: SourceName, root: str | None, **changed: Any) -> EpisodeData:
         given = vars(self.given.data) | {name: self.given[name] for name in SIZE_OPTIONS}
         data = EpisodeData(**given | {"source": source, "root": root} | changed)
+        if self.checkpoint and not changed and (file := Run.of(self.checkpoint).splits_file).is_file():
+            data.repeat = partial(repeated, file=file)
         data.load(self.backbone, self.device)
         return data
 

@@ -18,13 +18,13 @@ from headstart.errors import UserError
 from headstart.features.matrix import Labelled
 from headstart.files import csv_bytes, write_atomically
 from headstart.fit.cli import TrainCLI
-from headstart.fit.run import finish, fit, program, report, test
+from headstart.fit.run import finish, fit, report, test
 from headstart.ranges import Fraction, NonNegative, Positive, Rate
 from headstart.runs.folder import new_run_folder
 from headstart.search.bank import HeadSettings, Schedule, TrainedHead, train_bank
 from headstart.search.exact import accuracy_and_loss, fit_exact
 from headstart.search.intervals import mean_and_half_width
-from headstart.terminal import Seconds, images_bar, quiet_libraries, say
+from headstart.terminal import Seconds, images_bar, program, quiet_libraries, say
 
 LRS = [0.0003, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03]
 WEIGHT_DECAYS = [0.0, 0.01, 0.1, 1.0]
@@ -54,6 +54,15 @@ class TuneCLI(TrainCLI):
             help="settings to draw between the grid's ends; None: the grid itself",
         )
         parser.add_argument("--folds", type=Positive | None, help="cross-validate the winner on so many folds")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """A search takes seconds and is repeated; its last run is one of ``train``."""
+        super().parse_arguments(parser, args)
+        if self.checkpoint:
+            raise UserError(
+                "--ckpt_path: a search is not resumed but repeated; its final run is resumed by "
+                f"{program('train')} --ckpt_path=last"
+            )
 
     @property
     def schedule(self) -> Schedule:
@@ -85,7 +94,7 @@ def tune(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
     common, recipe = _write(folder, cli, ranked)
     _say_table(ranked, exact, folds, folder)
     result = _train_winner([f"--config={common}", f"--config={recipe}"], root)
-    say(f"recipe:   {recipe}    ({program()} --config={recipe})")
+    say(f"recipe:   {recipe}    ({program('train')} --config={recipe})")
     return {
         "settings": [vars(settings) | {"val/acc": found.acc, "val/loss": found.loss} for settings, found in ranked],
         "exact": exact,
