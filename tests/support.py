@@ -2,15 +2,19 @@
 
 import contextlib
 import csv
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image
 
 REPOSITORY = Path(__file__).parent.parent
+# What a reader reads, by name: `README`, `train`, …
+PAGES = {path.stem: path for path in [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]}
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
 
 
@@ -23,6 +27,39 @@ def draw(folder: Path, images: int = 20, seed: int = 0, colours: dict[str, tuple
             pixels = np.clip(np.array(colour) + random.integers(-30, 30, (40, 48, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{number:03}.png")
     return folder
+
+
+class Block(NamedTuple):
+    """A block of code in a page."""
+
+    language: str
+    tag: str  # how it is run; see tests/journeys/test_documents.py
+    text: str
+
+
+def blocks(page: str, language: str = "", tag: str = "") -> list[Block]:
+    """A page's blocks, from top to bottom; those of a language or with a tag, where these are given."""
+    found = re.findall(r"^```(\w+) ?(\S*)\n(.*?)^```", PAGES[page].read_text(), re.DOTALL | re.MULTILINE)
+    return [block for block in map(Block._make, found) if block[:2] == (language or block[0], tag or block[1])]
+
+
+def dead_links(root: Path) -> list[str]:
+    """Links between a checkout's pages that lead nowhere, as `page: target`; also those to a heading."""
+    dead = []
+    for page in [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("data/*.md")]:
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+            name, _, anchor = target.partition("#")
+            file = (page.parent / name).resolve() if name else page
+            if not file.exists() or (anchor and anchor not in headings(file)):
+                dead.append(f"{page.relative_to(root)}: {target}")
+    return dead
+
+
+def headings(page: Path) -> list[str]:
+    """The addresses that GitHub gives to a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
 
 
 def newest_run(logs: Path = Path("logs")) -> Path:
