@@ -154,7 +154,7 @@ class ImageData(LightningDataModule):
     def _attached(self) -> Trainer:
         if self.trainer is None:
             raise UserError(
-                "the data takes its preprocessing from the model: give both to a Trainer, as the README does"
+                "the data takes its preprocessing from the model: give both to a Trainer, as in docs/python.md"
             )
         return self.trainer
 

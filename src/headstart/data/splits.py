@@ -177,18 +177,24 @@ def to_csv(items: Iterable[Item], class_names: Sequence[str]) -> bytes:
 
 def frozen(items: Sequence[Item], file: Path) -> list[Item]:
     """Gives each image the split that it has in a run's ``splits.csv``, found by content; leaves out the others."""
-    places: dict[str, Split] = {}
-    for row in read_csv("--data.splits", file, ["split", "sha256"], errors="surrogateescape"):
-        split = next((split for split in SPLITS if split == row["split"]), None)
-        if split is None:
-            raise UserError(f"--data.splits={file}: unknown split {row['split']!r}; use {', '.join(SPLITS)}")
-        places[row["sha256"]] = split
+    places = places_of("--data.splits", file)
     known = [replace(item, split=places[item.digest.hex()]) for item in items if item.digest.hex() in places]
     if len(known) < len(items):
         say(f"data: {len(items) - len(known)} image(s) are not in {file} and are left out")
     if missing := places.keys() - {item.digest.hex() for item in known}:
         say(f"data: {len(missing)} image(s) of {file} are missing or changed")
     return known
+
+
+def places_of(option: str, file: Path) -> dict[str, Split]:
+    """The split of each image of a run's ``splits.csv``, by the hash of its content."""
+    places: dict[str, Split] = {}
+    for row in read_csv(option, file, ["split", "sha256"], errors="surrogateescape"):
+        split = next((split for split in SPLITS if split == row["split"]), None)
+        if split is None:
+            raise UserError(f"{option}={file}: unknown split {row['split']!r}; use {', '.join(SPLITS)}")
+        places[row["sha256"]] = split
+    return places
 
 
 def repeated(items: Sequence[Item], class_names: Sequence[str], file: Path, only: Sequence[str] = SPLITS) -> list[Item]:

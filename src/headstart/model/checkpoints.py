@@ -38,6 +38,7 @@ class HeadModule(LightningModule):
         self.strict_loading = False  # what is frozen is not in a checkpoint
         self.digests = self.backbone.digests()  # when it was made or loaded
         self.weights_digest = combined(self.digests)  # of the named weights, before any fine-tuning
+        self.trained_on: list[str] = []  # the sha256 of each image, where no run's folder tells it
         self.finetuned: list[str] = []  # the tensors that are no longer those of the named weights
 
     @property
@@ -76,6 +77,7 @@ class HeadModule(LightningModule):
             "digest": self.weights_digest,
             "temperature": self.temperature,
             "scores": defined(scores),
+            "trained_on": self.trained_on,
             "preprocessing": plain(asdict(self.backbone.preprocessing)),
         }
 

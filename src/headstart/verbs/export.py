@@ -53,7 +53,7 @@ def export(options: Sequence[str]) -> dict[str, Any]:
         raise UserError(f"--output={output}: its probabilities differ by {difference:.1e} from the head's; not written")
     write_new("--output", output, data)
     say(f"export:  {output}, {len(data) / 1e6:.1f} MB; on {len(images)} images within {difference:.1e} of the head")
-    say("next:    the README runs it in ten lines, without headstart")
+    say("next:    docs/deploy.md runs it in ten lines, without headstart")
     return {"output": str(output), "images": len(images), "difference": difference}
 
 

@@ -179,6 +179,7 @@ class _Verb:
         data = self._data("folder", self.given.data.root, test_fraction=1.0)
         given = self.given.model
         module = TransferClassifier(data.class_names, given.backbone, given.weights, given.image_size)
+        module.trained_on = sorted({item.digest.hex() for item in data.items})
         path = Path(self.given.save).expanduser()
         acc = save(path, module, self._module(head, data).head, data.all_support())
         say(f"fewshot: {len(data.items)} images of {len(data.class_names)} classes, {acc:.3f} right when left out")
