@@ -25,8 +25,10 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
         _flush_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk names none
         raise
 
 
@@ -42,6 +44,8 @@ def _flush_folder(folder: Path) -> None:
 
 def read_regular(path: Path) -> bytes:
     """The content of a regular file, after links; reading a FIFO would wait, and a device would fill the memory."""
+    if "\0" in str(path):
+        raise OSError(errno.EINVAL, "a NUL byte in its name")
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file")
     return path.read_bytes()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headstart.errors import UserError
 from headstart.files import csv_bytes, read_csv
-from headstart.terminal import say
+from headstart.terminal import one_line, say
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -182,7 +182,7 @@ def counts_table(items: Sequence[Item], class_names: Sequence[str]) -> Table:
     counts = {split: found for split, found in counts.items() if found}
     table = Table("class", *counts, title=f"{len(items)} images")
     for label, name in list(enumerate(class_names))[:TABLE_ROWS]:
-        table.add_row(name, *(str(count[label]) for count in counts.values()))
+        table.add_row(one_line(name), *(str(count[label]) for count in counts.values()))
     if len(class_names) > TABLE_ROWS:
         table.add_row(f"… {len(class_names) - TABLE_ROWS} more", *("…" for _ in counts))
     table.add_section()

@@ -43,7 +43,7 @@ class ContentIndex:
 
     def __init__(self, root: Path, folder: Path | None) -> None:
         self.root = root
-        self._file = folder / f"{hashlib.sha256(str(root).encode()).hexdigest()[:32]}.json" if folder else None
+        self._file = folder / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.json" if folder else None
         self._known: dict[str, tuple[Stamp, str]] = self._load()
 
     def digests(self, paths: list[str], advance: Callable[[int], None]) -> tuple[dict[str, bytes], dict[str, str]]:
@@ -63,8 +63,8 @@ class ContentIndex:
                     found[path] = (stamp if settled else [], sha256(self.root / path).hex())
             except FileNotFoundError:
                 unreadable[path] = "missing, or a broken symbolic link"
-            except OSError as error:
-                unreadable[path] = f"unreadable: {error.strerror}"
+            except (OSError, ValueError) as error:  # a name with a NUL byte is a ValueError
+                unreadable[path] = f"unreadable: {getattr(error, 'strerror', error)}"
             advance(1)
         if found != self._known:
             self._save(found)
@@ -77,8 +77,9 @@ class ContentIndex:
             checksum, body = self._file.read_bytes().split(b"\n", 1)
             if checksum.decode() != hashlib.sha256(body).hexdigest():
                 return {}
-            return {path: (stamp, digest) for path, (stamp, digest) in json.loads(body).items()}
-        except (OSError, ValueError):
+            known = {path: (stamp, digest) for path, (stamp, digest) in json.loads(body).items()}
+            return {path: entry for path, entry in known.items() if len(bytes.fromhex(entry[1])) == 32}
+        except (OSError, ValueError, TypeError, AttributeError):  # or of another form
             return {}
 
     def _save(self, found: dict[str, tuple[Stamp, str]]) -> None:

@@ -24,6 +24,7 @@ from headstart.files import csv_bytes, flat, write_atomically
 from headstart.model.backbone import FrozenBackbone
 from headstart.runs.history import CONFIG, RESULT, SPLITS_FILE, Run
 from headstart.runs.logger import RunLogger
+from headstart.terminal import one_line
 
 
 def new_run_folder(logs: Path, name: str) -> Path:
@@ -83,7 +84,8 @@ class RunFolder(Callback):
         if isinstance(logger := trainer.logger, RunLogger) and trainer.is_global_zero and not self.resumed:
             # The HParams tab stays empty unless the metric is named at the start.
             logger.log_hyperparams(settings_in(self.config), {"hp/val_acc": 0.0})
-            logger.experiment.add_text("run", self._card(trainer.datamodule))  # type: ignore[attr-defined]
+            card = self._card(trainer.datamodule)  # type: ignore[attr-defined]
+            logger.experiment.add_text("run", card.encode(errors="backslashreplace").decode())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(logger := trainer.logger, RunLogger) and trainer.is_global_zero and logger.folder:
@@ -105,9 +107,9 @@ class RunFolder(Callback):
         assert self.folder
         for path, content in self.kept.items():
             write_atomically(self.folder / path, content)
-        (self.folder / CONFIG).write_text(self.config)
-        (self.folder / SPLITS_FILE).write_bytes(splits.to_csv(data.items, data.class_names))
-        (self.folder / "skipped.csv").write_bytes(csv_bytes([["path", "reason"], *data.store.skipped.items()]))
+        write_atomically(self.folder / CONFIG, self.config.encode())
+        write_atomically(self.folder / SPLITS_FILE, splits.to_csv(data.items, data.class_names))
+        write_atomically(self.folder / "skipped.csv", csv_bytes([["path", "reason"], *data.store.skipped.items()]))
 
     def _card(self, data: Any) -> str:
         counts = "\n".join(f"| {split} | {len(data.items_in(split))} |" for split in splits.SPLITS)
@@ -122,7 +124,9 @@ def settings_in(config: str) -> dict[str, Any]:
     """The settings of a configuration, by dotted name, in which runs are compared."""
     values = flat(yaml.safe_load(config))
     return {
-        name: value for name, value in values.items() if not name.startswith("trainer.") or name.endswith("max_epochs")
+        name: one_line(value) if isinstance(value, str) else value
+        for name, value in values.items()
+        if not name.startswith("trainer.") or name.endswith("max_epochs")
     }
 
 

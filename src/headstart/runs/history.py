@@ -57,7 +57,7 @@ class Run:
         if not file.is_file():
             return {}
         try:
-            content = yaml.safe_load(file.read_text())
+            content = yaml.safe_load(read_regular(file))
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"{file}: is no YAML any more ({' '.join(str(error).split())})") from error
         return content if isinstance(content, dict) else {}
