@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser
 
 from headstart.config_files import line_of, read_config
 from headstart.errors import UserError
+from headstart.files import flat
 from headstart.ranges import RunName, arguments_of
 
 # The trainer's options that the short help shows.
@@ -91,6 +92,13 @@ class OptionParser(ArgumentParser):
 
     def _is_group(self, name: str) -> bool:
         return any(option.startswith(f"{name}.") and option != f"{name}.help" for option in self._options())
+
+    def dump(self, cfg: Any, *others: Any, **options: Any) -> str:
+        """As jsonargparse's; YAML cannot hold a path that is not Unicode."""
+        for name, value in flat(cfg.as_dict()).items():
+            if isinstance(value, str) and value != value.encode(errors="replace").decode():
+                raise UserError(f"--{name}={value}: not UTF-8, so the run's config.yaml could not hold it; rename it")
+        return str(super().dump(cfg, *others, **options))
 
     def format_help(self, formatter: Any = None) -> str:
         """One line per option; of the Trainer's, those that are often used."""

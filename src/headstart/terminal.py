@@ -35,6 +35,14 @@ def say_once(message: str) -> None:
     say(message)
 
 
+def say_all(messages: Sequence[str], shown: int = 5) -> None:
+    """Prints messages of one kind: the first few, and how many more there are."""
+    for message in messages[:shown]:
+        say(message)
+    if len(messages) > shown:
+        say(f"… and {len(messages) - shown} more like these")
+
+
 def one_line(message: str) -> str:
     """The message with control characters escaped: a file's name may hold line breaks, and codes for the terminal."""
     printable = message.encode("utf-8", "backslashreplace").decode()

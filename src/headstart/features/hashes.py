@@ -71,10 +71,10 @@ class ContentIndex:
         return {path: bytes.fromhex(digest) for path, (_, digest) in found.items()}, unreadable
 
     def _load(self) -> dict[str, tuple[Stamp, str]]:
-        if self._file is None or not self._file.is_file():
+        if self._file is None:
             return {}
         try:
-            checksum, body = self._file.read_bytes().split(b"\n", 1)
+            checksum, body = read_regular(self._file).split(b"\n", 1)
             if checksum.decode() != hashlib.sha256(body).hexdigest():
                 return {}
             known = {path: (stamp, digest) for path, (stamp, digest) in json.loads(body).items()}

@@ -1,6 +1,5 @@
 """What LightningCLI is told, so that one command line trains, resumes and repeats."""
 
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -102,8 +101,7 @@ class TrainCLI(LightningCLI):
         """The run's name."""
         data = self.config.data
         given = Path(data.get("csv") or data.root or "").expanduser().resolve()
-        default = given.stem if data.get("csv") or given.is_file() else given.name
-        return str(self.config.name or os.fsencode(default).decode(errors="replace"))
+        return str(self.config.name or (given.stem if data.get("csv") or given.is_file() else given.name))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.run_folder = RunFolder(self.logs, self.name, self.resolved_config(), self.resumed, self.kept())

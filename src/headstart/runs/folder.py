@@ -1,6 +1,7 @@
 """A run's own folder: claimed once, never overwritten, with all that is needed to repeat and to judge the run."""
 
 import json
+import os
 import platform
 import shlex
 import sys
@@ -24,12 +25,12 @@ from headstart.files import csv_bytes, flat, write_atomically
 from headstart.model.backbone import FrozenBackbone
 from headstart.runs.history import CONFIG, RESULT, SPLITS_FILE, Run
 from headstart.runs.logger import RunLogger
-from headstart.terminal import one_line
 
 
 def new_run_folder(logs: Path, name: str) -> Path:
     """Makes ``logs/name/<start time>``; ``mkdir`` fails where the folder exists, so no two runs get the same."""
     start = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    name = os.fsencode(name).decode(errors="replace")  # of data whose name is no Unicode; TensorBoard takes no other
     attempt = 1
     while True:
         folder = logs / name / (start if attempt == 1 else f"{start}_{attempt}")
@@ -84,16 +85,17 @@ class RunFolder(Callback):
         if isinstance(logger := trainer.logger, RunLogger) and trainer.is_global_zero and not self.resumed:
             # The HParams tab stays empty unless the metric is named at the start.
             logger.log_hyperparams(settings_in(self.config), {"hp/val_acc": 0.0})
-            card = self._card(trainer.datamodule)  # type: ignore[attr-defined]
-            logger.experiment.add_text("run", card.encode(errors="backslashreplace").decode())
+            logger.experiment.add_text("run", self._card(trainer.datamodule))  # type: ignore[attr-defined]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check_there()
         if isinstance(logger := trainer.logger, RunLogger) and trainer.is_global_zero and logger.folder:
             logger.experiment.flush()  # else a killed run shows nothing of its last two minutes
 
     def finish(self, trainer: Trainer, scores: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
         """Writes ``result.json`` and the score by which the HParams tab compares runs."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self._check_there()
         backbone = cast(FrozenBackbone, trainer.lightning_module.backbone)
         result = result_of(backbone, data, scores, seconds)
         if self.folder and trainer.is_global_zero:
@@ -102,6 +104,11 @@ class RunFolder(Callback):
                 trainer.logger.save()
             write_result(self.folder, result)
         return result
+
+    def _check_there(self) -> None:
+        """A checkpoint would make the folder anew, without what else belongs into it."""
+        if self.folder and not self.folder.is_dir():
+            raise UserError(f"{self.folder}: was deleted during the run; start again")
 
     def _write_inputs(self, data: Any) -> None:
         assert self.folder
@@ -124,9 +131,7 @@ def settings_in(config: str) -> dict[str, Any]:
     """The settings of a configuration, by dotted name, in which runs are compared."""
     values = flat(yaml.safe_load(config))
     return {
-        name: one_line(value) if isinstance(value, str) else value
-        for name, value in values.items()
-        if not name.startswith("trainer.") or name.endswith("max_epochs")
+        name: value for name, value in values.items() if not name.startswith("trainer.") or name.endswith("max_epochs")
     }
 
 

@@ -64,9 +64,11 @@ class Run:
 
     @property
     def data(self) -> dict[str, Any]:
-        """The data options of its configuration; empty where there are none."""
+        """The data options of its configuration; empty where they name no data."""
         found = self.config.get("data")
-        return found if isinstance(found, dict) else {}
+        named = [found.get(name) for name in ("root", "csv", "source")] if isinstance(found, dict) else []
+        known = all(isinstance(value, str | None) and "\0" not in (value or "") for value in named)
+        return found if isinstance(found, dict) and known and any(named[:2]) else {}
 
     def images(self) -> list[Path]:
         """The images that it split; empty where it says of none."""

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +149,8 @@ def _inputs(given: Sequence[str]) -> tuple[Iterable[str], int | None]:
         return itertools.chain([first], lines), None
     paths: list[str] = []
     for path in given:
-        paths += [str(found) for found in folders.images(Path(path))] if Path(path).is_dir() else [path]
+        is_folder = os.path.isdir(path)  # noqa: PTH112  # pathlib's raises where it may not look
+        paths += [str(found) for found in folders.images(Path(path))] if is_folder else [path]
     if not paths:
         raise UserError(f"{', '.join(given)}: no images in there; give a folder that holds some")
     return paths, len(paths)
@@ -160,8 +162,10 @@ def _empty_folder(path: str) -> Path:
         raise UserError(f"--explain={path}: is there and not empty; give a new folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        raise UserError(f"--explain={path}: cannot be made ({error.strerror})") from error
+        raise UserError(f"--explain={path}: cannot be written ({error.strerror})") from error
     return folder
 
 
