@@ -1,8 +1,6 @@
 """What happens when things go wrong, with real faults: torn and forged files, full disks, signals, moved folders."""
 
 import ast
-import contextlib
-import ctypes
 import hashlib
 import io
 import json
@@ -12,9 +10,7 @@ import re
 import resource
 import shutil
 import signal
-import struct
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +28,7 @@ from headstart.images import UnreadableImage, decode
 from headstart.model import weights
 from headstart.model.classifier import TransferClassifier
 from headstart.model.sealed import SEAL, SealedCheckpointIO, content_digest
-from support import REPOSITORY, at_most, draw, newest_run
+from support import REPOSITORY, at_most, draw, newest_run, without_roots_rights
 
 SMALL = ["--model.image_size=32", "--report=false"]
 
@@ -226,21 +222,6 @@ def test_a_name_that_is_no_unicode_keeps_its_bytes(colours, train):
     assert Path("rows.csv").read_bytes().count(b"caf\xe9") == 20  # wing: deploy
     assert main(["check", f"--data.root={colours}"])["damaged"] == 0  # wing: audit
     assert main(["export", f"--ckpt_path={best}", "--output=model.pth"])["images"] == 32  # wing: deploy
-
-
-@contextlib.contextmanager
-def without_roots_rights() -> Iterator[None]:
-    """Within, the modes of files count for this thread, and those that it starts, also where root runs the tests."""
-    libc, header = ctypes.CDLL(None, use_errno=True), struct.pack("Ii", 0x20080522, 0)  # capabilities, third version
-    before = ctypes.create_string_buffer(24)
-    assert libc.capget(header, before) == 0
-    override = 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-    effective, *rest = struct.unpack("6I", before.raw)
-    assert libc.capset(header, struct.pack("6I", effective & ~override, *rest)) == 0
-    try:
-        yield
-    finally:
-        assert libc.capset(header, before) == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")

@@ -29,8 +29,10 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
         _flush_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk names none
         raise
 
 
@@ -49,6 +51,8 @@ def read_regular(path: Path) -> bytes:
 
     What a network disk or a busy system answers at times is tried again.
     """
+    if "\0" in str(path):
+        raise OSError(errno.EINVAL, "a NUL byte in its name")
     for pause in (0.1, 0.5, None):
         try:
             if path.exists() and not path.is_file():

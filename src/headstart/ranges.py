@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # to a type checker they are the plain numbers
     Fraction = float
     OpenFraction = float
     Share = float
+    RunName = str
 else:
     from jsonargparse import typing
 
@@ -27,6 +28,7 @@ else:
     Rate = typing.restricted_number_type("Rate", float, [(">", 0), ("<=", 1000)])
     NonNegative = typing.restricted_number_type("NonNegative", float, [(">=", 0), ("<=", 1000)])
     Fraction = typing.restricted_number_type("Fraction", float, [(">=", 0), ("<", 1)])
+    RunName = typing.restricted_string_type("RunName", r"(?!\.{0,2}$)[^/\\\0]*$")  # one folder below the logs
 
 
 def arguments_of(of: type) -> set[str]:

@@ -42,6 +42,14 @@ def program(verb: str) -> str:
     return "python train.py" if verb == "train" and Path(sys.argv[0]).name == "train.py" else f"headstart {verb}"
 
 
+def say_all(messages: Sequence[str], shown: int = 5) -> None:
+    """Prints messages of one kind: the first few, and how many more there are."""
+    for message in messages[:shown]:
+        say(message)
+    if len(messages) > shown:
+        say(f"… and {len(messages) - shown} more like these")
+
+
 def one_line(message: str) -> str:
     """The message with control characters escaped: a file's name may hold line breaks, and codes for the terminal."""
     printable = message.encode("utf-8", "backslashreplace").decode()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headstart.errors import UserError
 from headstart.files import csv_bytes, read_csv
-from headstart.terminal import say
+from headstart.terminal import one_line, say, say_all
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -55,8 +55,10 @@ def assign(items: Sequence[Item], class_names: Sequence[str], val: float, test: 
         if item.split is None:
             of_classes[item.label].add(units[_own(item)])
     places = {unit: _place(seed, unit, val, test) for unit in units.values()}
+    moved: list[str] = []
     for label, of_class in sorted(of_classes.items()):
-        _fill(of_class, places, needed, class_names[label], seed)
+        moved += _fill(of_class, places, needed, class_names[label], seed)
+    say_all(moved)
     for label, of_class in of_classes.items():  # a group of several classes may have been moved twice
         if missing := set(needed) - {places[unit] for unit in of_class}:
             raise UserError(
@@ -111,8 +113,12 @@ def _place(seed: int, digest: bytes, val: float, test: float) -> Split:
     return "val" if value < test + val else "train"
 
 
-def _fill(of_class: Set[bytes], places: dict[bytes, Split], needed: Sequence[Split], name: str, seed: int) -> None:
-    """Moves the lowest-hashed image that its split can spare into each split that the class is missing from."""
+def _fill(of_class: Set[bytes], places: dict[bytes, Split], needed: Sequence[Split], name: str, seed: int) -> list[str]:
+    """Moves the lowest-hashed image that its split can spare into each split that the class is missing from.
+
+    Gives a message per image moved.
+    """
+    moved = []
     if len(of_class) < len(needed):
         raise UserError(
             f"class {name!r}: {len(of_class)} different image(s) or group(s), and {len(needed)} are needed to be in "
@@ -123,7 +129,8 @@ def _fill(of_class: Set[bytes], places: dict[bytes, Split], needed: Sequence[Spl
         if not sizes[split]:
             spare = (digest for digest in of_class if sizes[places[digest]] > 1)
             places[min(spare, key=lambda digest: _unit_hash(seed, digest))] = split
-            say(f"data: class {name!r} would be missing from {split}; its lowest-hashed image went there")
+            moved.append(f"data: class {name!r} would be missing from {split}; its lowest-hashed image went there")
+    return moved
 
 
 def limited(items: Sequence[Item], limit: int) -> list[Item]:
@@ -231,7 +238,7 @@ def counts_table(items: Sequence[Item], class_names: Sequence[str]) -> Table:
     counts = {split: found for split, found in counts.items() if found}
     table = Table("class", *counts, title=f"{len(items)} images")
     for label, name in list(enumerate(class_names))[:TABLE_ROWS]:
-        table.add_row(name, *(str(count[label]) for count in counts.values()))
+        table.add_row(one_line(name), *(str(count[label]) for count in counts.values()))
     if len(class_names) > TABLE_ROWS:
         table.add_row(f"… {len(class_names) - TABLE_ROWS} more", *("…" for _ in counts))
     table.add_section()

@@ -44,7 +44,7 @@ class ContentIndex:
 
     def __init__(self, root: Path, folder: Path | None) -> None:
         self.root = root
-        self._file = folder / f"{hashlib.sha256(str(root).encode()).hexdigest()[:32]}.json" if folder else None
+        self._file = folder / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.json" if folder else None
         self._known: dict[str, tuple[Stamp, str]] = self._load()
 
     def digests(self, paths: list[str], advance: Callable[[int], None]) -> tuple[dict[str, bytes], dict[str, str]]:
@@ -64,24 +64,25 @@ class ContentIndex:
                     found[path] = (stamp if settled else [], sha256(self.root / path).hex())
             except FileNotFoundError:
                 unreadable[path] = "missing, or a broken symbolic link"
-            except OSError as error:
-                if passes(error):
+            except (OSError, ValueError) as error:  # a name with a NUL byte is a ValueError
+                if isinstance(error, OSError) and passes(error):
                     raise UserError(f"{self.root / path}: cannot be read now ({error.strerror}); try again") from error
-                unreadable[path] = f"unreadable: {error.strerror}"
+                unreadable[path] = f"unreadable: {getattr(error, 'strerror', error)}"
             advance(1)
         if found != self._known:
             self._save(found)
         return {path: bytes.fromhex(digest) for path, (_, digest) in found.items()}, unreadable
 
     def _load(self) -> dict[str, tuple[Stamp, str]]:
-        if self._file is None or not self._file.is_file():
+        if self._file is None:
             return {}
         try:
-            checksum, body = self._file.read_bytes().split(b"\n", 1)
+            checksum, body = read_regular(self._file).split(b"\n", 1)
             if checksum.decode() != hashlib.sha256(body).hexdigest():
                 return {}
-            return {path: (stamp, digest) for path, (stamp, digest) in json.loads(body).items()}
-        except (OSError, ValueError):
+            known = {path: (stamp, digest) for path, (stamp, digest) in json.loads(body).items()}
+            return {path: entry for path, entry in known.items() if len(bytes.fromhex(entry[1])) == 32}
+        except (OSError, ValueError, TypeError, AttributeError):  # or of another form
             return {}
 
     def _save(self, found: dict[str, tuple[Stamp, str]]) -> None:

@@ -20,6 +20,7 @@ from headstart.model.checkpoints import read_checkpoint
 from headstart.model.classifier import TransferClassifier
 from headstart.model.sealed import BEST, SealedCheckpointIO, run_checkpoints
 from headstart.parser import OptionParser
+from headstart.ranges import RunName
 from headstart.report.evaluation import EvaluationCollector
 from headstart.runs.folder import RunFolder
 from headstart.runs.history import CONFIG, Run, newest_unfinished
@@ -45,7 +46,7 @@ class TrainCLI(LightningCLI):
     def __init__(self, options: Sequence[str], root: Path | None = None) -> None:
         self.root, self.full_help = root, "--help_all" in options
         # The Trainer's own name for the folder of all runs is accepted too.
-        options = [re.sub(r"^--trainer\.default_root_dir(?==|$)", "--logs", option) for option in options]
+        options = [re.sub(r"^(--)?trainer\.default_root_dir(?==|$)", "--logs", option) for option in options]
         self.init_from: Path | None = None  # the checkpoint that the model starts from; None: it starts anew
         self.resume_from: Path | None = None  # the checkpoint whose fit is resumed; None: a new fit
         self.checkpoint: dict[str, Any] | None = None  # the content of that
@@ -72,7 +73,7 @@ class TrainCLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--name", type=str | None, help="name of the run; None: the name of the data's folder")
+        parser.add_argument("--name", type=RunName | None, help="name of the run; None: the name of the data's folder")
         parser.add_argument("--logs", type=str | None, help="where the run's folder goes; None: logs")
         parser.add_argument("--ckpt_path", type=str | None, help=self.ckpt_help)
         parser.add_argument("--report", type=bool, default=True, help="draw the figures and write report.html")

@@ -1,6 +1,7 @@
 """A run's own folder: claimed once, never overwritten, with all that is needed to repeat and to judge the run."""
 
 import json
+import os
 import platform
 import shlex
 import sys
@@ -32,6 +33,7 @@ from headstart.terminal import say
 def new_run_folder(logs: Path, name: str) -> Path:
     """Makes ``logs/name/<start time>``; ``mkdir`` fails where the folder exists, so no two runs get the same."""
     start = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    name = os.fsencode(name).decode(errors="replace")  # of data whose name is no Unicode; TensorBoard takes no other
     attempt = 1
     while True:
         folder = logs / name / (start if attempt == 1 else f"{start}_{attempt}")
@@ -91,6 +93,7 @@ class RunFolder(Callback):
             logger.experiment.add_text("run", self._card(trainer.datamodule))  # type: ignore[attr-defined]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check_there()
         if isinstance(logger := trainer.logger, RunLogger) and trainer.is_global_zero and logger.folder:
             logger.experiment.flush()  # else a killed run shows nothing of its last two minutes
 
@@ -105,6 +108,7 @@ class RunFolder(Callback):
     def finish(self, trainer: Trainer, scores: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
         """Writes ``result.json`` and the score by which the HParams tab compares runs."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self._check_there()
         backbone = cast(FrozenBackbone, trainer.lightning_module.backbone)
         result = result_of(backbone, data, scores, seconds)
         if self.folder and trainer.is_global_zero:
@@ -123,13 +127,18 @@ class RunFolder(Callback):
         except Timeout as error:
             raise UserError(f"{folder}: another process trains this run; wait for it, or stop it") from error
 
+    def _check_there(self) -> None:
+        """A checkpoint would make the folder anew, without what else belongs into it."""
+        if self.folder and not self.folder.is_dir():
+            raise UserError(f"{self.folder}: was deleted during the run; start again")
+
     def _write_inputs(self, data: Any) -> None:
         assert self.folder
         for path, content in self.kept.items():
             write_atomically(self.folder / path, content)
-        (self.folder / CONFIG).write_text(self.config)
-        (self.folder / SPLITS_FILE).write_bytes(splits.to_csv(data.items, data.class_names))
-        (self.folder / "skipped.csv").write_bytes(csv_bytes([["path", "reason"], *data.store.skipped.items()]))
+        write_atomically(self.folder / CONFIG, self.config.encode())
+        write_atomically(self.folder / SPLITS_FILE, splits.to_csv(data.items, data.class_names))
+        write_atomically(self.folder / "skipped.csv", csv_bytes([["path", "reason"], *data.store.skipped.items()]))
 
     def _card(self, data: Any) -> str:
         counts = "\n".join(f"| {split} | {len(data.items_in(split))} |" for split in splits.SPLITS)

@@ -74,16 +74,18 @@ class Run:
         if not file.is_file():
             return {}
         try:
-            content = yaml.safe_load(file.read_text())
+            content = yaml.safe_load(read_regular(file))
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"{file}: is no YAML any more ({' '.join(str(error).split())})") from error
         return content if isinstance(content, dict) else {}
 
     @property
     def data(self) -> dict[str, Any]:
-        """The data options of its configuration; empty where there are none."""
+        """The data options of its configuration; empty where they name no data."""
         found = self.config.get("data")
-        return found if isinstance(found, dict) else {}
+        named = [found.get(name) for name in ("root", "csv", "source")] if isinstance(found, dict) else []
+        known = all(isinstance(value, str | None) and "\0" not in (value or "") for value in named)
+        return found if isinstance(found, dict) and known and any(named[:2]) else {}
 
     def images(self) -> list[Path]:
         """The images that it split; empty where it says of none."""

@@ -71,5 +71,6 @@ def _real_images(module: TransferClassifier, root: str | None, checkpoint: Path)
         except (UnreadableImage, OSError):
             continue
     if not images:
-        raise UserError(f"--data.root={root}: no readable image to compare the export on; give a folder of some")
+        where = f"--data.root={root}: no" if root else "--data.root is missing: the head's own run has no"
+        raise UserError(f"{where} readable image to compare the export on; give a folder of some")
     return torch.stack(images)
