@@ -8,6 +8,7 @@ from headstart.errors import UserError
 
 if TYPE_CHECKING:  # to a type checker they are the plain numbers
     Count = int
+    Seed = int
     Positive = int
     ImageSize = int
     Rate = float
@@ -20,6 +21,7 @@ else:
     from jsonargparse import typing
 
     Count = typing.NonNegativeInt
+    Seed = typing.restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])  # what numpy takes
     Positive = typing.PositiveInt
     OpenFraction = typing.OpenUnitInterval
     Share = typing.ClosedUnitInterval

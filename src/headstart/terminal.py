@@ -124,6 +124,8 @@ def quiet_libraries() -> None:
         ".*exists and is not empty.*",  # the folder of a run that goes on
         ".*The dirpath has changed.*",  # a new run that goes on from an old one's checkpoint keeps its own best
         ".*smaller than the logging interval.*",  # the loss is logged once an epoch
+        ".*could not find the monitored key.*",  # `fit` says that nothing was validated
+        ".*Total length of `list` across ranks is zero.*",  # a split without images, whose table says so
         ".*AMP with fp16 is not supported.*",  # refused in our own words
         ".*LeafSpec.*",  # a call of Lightning's that torch will drop
     ):

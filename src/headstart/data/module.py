@@ -20,7 +20,7 @@ from headstart.features.extract import FeaturePrecision
 from headstart.features.matrix import FeatureMatrix, Labelled
 from headstart.images import MAX_PIXELS, Augment, Views
 from headstart.model.backbone import FrozenBackbone
-from headstart.ranges import Count, Fraction, OpenFraction, Positive, check_arguments
+from headstart.ranges import Count, Fraction, OpenFraction, Positive, Seed, check_arguments
 from headstart.terminal import say
 
 
@@ -72,7 +72,7 @@ class ImageData(LightningDataModule):
         val_fraction: OpenFraction = 0.15,
         test_fraction: Fraction = 0.15,
         split_seed: Count = 0,
-        order_seed: Count | None = None,
+        order_seed: Seed | None = None,
         splits: str | None = None,
         strict: bool = False,
         limit: Positive | None = None,

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import LearningRateMonitor
+from pytorch_lightning.callbacks import LearningRateMonitor, Timer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from headstart.data.module import ImageFolderData
@@ -18,14 +18,17 @@ from headstart.device import COMMON
 from headstart.errors import UserError
 from headstart.model.checkpoints import read_checkpoint
 from headstart.model.classifier import TransferClassifier
-from headstart.model.sealed import BEST, SealedCheckpointIO, run_checkpoints
+from headstart.model.sealed import BEST, RunCheckpoint, SealedCheckpointIO, run_checkpoints
 from headstart.parser import OptionParser
-from headstart.ranges import RunName
+from headstart.ranges import RunName, Seed
 from headstart.report.evaluation import EvaluationCollector
 from headstart.runs.folder import RunFolder
 from headstart.runs.history import CONFIG, Run, newest_unfinished
 from headstart.runs.logger import RunLogger
 from headstart.terminal import say
+
+# The other precisions convert the weights, and the backbone's must stay what they are.
+PRECISIONS = ("None", "32", "32-true", "bf16", "bf16-mixed", "16", "16-mixed")
 
 
 class TrainParser(OptionParser, LightningArgumentParser):
@@ -71,6 +74,10 @@ class TrainCLI(LightningCLI):
         assert isinstance(parser, TrainParser)
         parser.usage_line, parser.full = self.usage, self.full_help
         return parser
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        described = "seed of the initial values and of the order; true: a random one; false: none"
+        parser.add_argument("--seed_everything", type=bool | Seed, default=self.seed_everything_default, help=described)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=RunName | None, help="name of the run; None: the name of the data's folder")
@@ -120,34 +127,48 @@ class TrainCLI(LightningCLI):
         given = Path(data.get("csv") or data.root or "").expanduser().resolve()
         return str(self.config.name or (given.stem if data.get("csv") or given.is_file() else given.name))
 
+    @property
+    def chosen(self) -> RunCheckpoint:
+        """The checkpoint that is tested: the best, or the last where nothing was validated."""
+        return self.last if self.last.best_model_path and not self.best.best_model_path else self.best
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        given = self.config_init.trainer
+        if str(given.precision) not in PRECISIONS:
+            allowed = "use 32-true, bf16-mixed or 16-mixed"
+            raise UserError(f"--trainer.precision={given.precision}: converts the frozen backbone's weights; {allowed}")
         self.run_folder = RunFolder(self.logs, self.name, self.resolved_config(), self.resumed, self.kept())
         # "best" by the loss: with few validation images accuracy moves in steps and picks an early epoch by luck.
-        self.best, last = run_checkpoints(
+        self.best, self.last = run_checkpoints(
             self.resumed is not None, monitor="val/loss", save_weights_only=self.lean_best
         )
         self.collector = EvaluationCollector()
-        given = self.config_init.trainer
         own = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks] if given.callbacks else []
         bar = sys.stderr.isatty() if given.enable_progress_bar is None else given.enable_progress_bar
+        rates = [] if given.logger in (False, []) else [LearningRateMonitor("epoch")]  # which refuses to have no logger
         # TensorBoard forgets what a killed process wrote of steps that are done again.
         steps_done = self.checkpoint["global_step"] if self.checkpoint and self.resumed else None
         try:
             return super().instantiate_trainer(
-                callbacks=[*own, self.run_folder, LearningRateMonitor("epoch"), self.collector, self.best, last],
+                callbacks=[*own, self.run_folder, *rates, self.collector, self.best, self.last],
                 logger=RunLogger(steps_done=steps_done) if given.logger in (None, True) else given.logger,
                 enable_progress_bar=bar,
                 plugins=[SealedCheckpointIO(), *(given.plugins or [])],
                 default_root_dir=str(self.logs),
             )
-        except (MisconfigurationException, TypeError, ValueError) as error:
+        except (ImportError, MisconfigurationException, TypeError, ValueError) as error:
             raise UserError(f"--trainer: {error}; --trainer.accelerator=auto takes what this machine has") from error
 
     def after_instantiate_classes(self) -> None:
         self.datamodule.repeat = self.repeat
         if str(self.config.trainer.precision) in ("16", "16-mixed") and self.trainer.strategy.root_device.type == "cpu":
             raise UserError("--trainer.precision=16-mixed: needs a GPU; on a processor use bf16-mixed or 32-true")
+        for option in ("max_epochs", "max_steps", "limit_train_batches"):
+            if getattr(self.trainer, option) == 0:
+                raise UserError(f"--trainer.{option}=0: leaves nothing to train; give more, or leave it out")
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning at run time
+            if isinstance(callback, Timer) and not callback.time_remaining():
+                raise UserError("--trainer.max_time=00:00:00:00: leaves no time; give days:hours:minutes:seconds")
             watched = getattr(callback, "monitor", None)
             if watched is not None and watched not in self.model.logged:
                 raise UserError(

@@ -71,6 +71,7 @@ class RunFolder(Callback):
         dry = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by Lightning at run time
         if stage != "fit" or dry or self.folder:
             return
+        check_limits(trainer)
         chosen: Path | None = None
         if trainer.is_global_zero:
             chosen = self.resumed.folder if self.resumed else new_run_folder(self.logs, self.name)
@@ -110,10 +111,11 @@ class RunFolder(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         self._check_there()
         backbone = cast(FrozenBackbone, trainer.lightning_module.backbone)
-        result = result_of(backbone, data, scores, seconds)
+        result = result_of(backbone, data, scores, seconds) | {"images_per_epoch": images_per_epoch(trainer)}
         if self.folder and trainer.is_global_zero:
             if isinstance(trainer.logger, RunLogger):
-                trainer.logger.log_metrics({"hp/val_acc": scores["val/acc"]}, trainer.global_step)
+                if "val/acc" in scores:
+                    trainer.logger.log_metrics({"hp/val_acc": scores["val/acc"]}, trainer.global_step)
                 trainer.logger.save()
             write_result(self.folder, result)
             self.lock.release()
@@ -147,6 +149,23 @@ class RunFolder(Callback):
             f"{len(data.class_names)} classes, {len(data.store.skipped)} images left out\n\n"
             f"```yaml\n{self.config}```"
         )
+
+
+def check_limits(trainer: Trainer) -> None:
+    """Refuses a share of the batches that is none; Lightning would, of the test, once all is trained."""
+    for split in splits.SPLITS:
+        share = getattr(trainer, f"limit_{split}_batches")
+        if isinstance(share, float) and 0 < share < 1:
+            batches = len(getattr(trainer.datamodule, f"{split}_dataloader")())  # type: ignore[attr-defined]
+            if batches and int(batches * share) == 0:
+                raise UserError(f"--trainer.limit_{split}_batches={share}: is less than one of {batches} batches")
+
+
+def images_per_epoch(trainer: Trainer) -> int:
+    """How many training images an epoch saw: fewer than there are where an option ends it early."""
+    data, progress = trainer.datamodule, trainer.fit_loop.epoch_loop.batch_progress  # type: ignore[attr-defined]
+    images, batches = len(data.items_in("train")), int(min(trainer.num_training_batches, progress.total.ready))
+    return min(images - images % trainer.world_size, batches * int(data.batch_size))
 
 
 def settings_in(config: str) -> dict[str, Any]:

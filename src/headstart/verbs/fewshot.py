@@ -25,7 +25,7 @@ from headstart.files import write_atomically
 from headstart.model.backbone import FrozenBackbone, check_frozen, tensor_digests
 from headstart.model.classifier import TransferClassifier
 from headstart.parser import OptionParser, add_options, add_run, parser_of
-from headstart.ranges import Count, Positive
+from headstart.ranges import Positive, Seed
 from headstart.report.figures import pixels, png
 from headstart.runs.folder import RunFolder, new_run_folder, result_of, write_result
 from headstart.runs.history import CONFIG, Run, newest_unfinished
@@ -219,7 +219,7 @@ def _parser() -> OptionParser:
     add_options(parser, MetaLearner, "model", HEAD_OPTIONS)
     parser.add_argument("--max_epochs", type=Positive, default=20, help="maximum epochs of the meta-training")
     parser.add_argument("--patience", type=Positive, default=5, help="epochs without a better validation")
-    parser.add_argument("--seed_everything", type=Count, default=0, help="seed of the initial values")
+    parser.add_argument("--seed_everything", type=Seed, default=0, help="seed of the initial values")
     parser.add_argument("--ckpt_path", type=str | None, help="a checkpoint to resume, or `last`")
     add_run(parser, "by source and head")
     return parser

@@ -83,10 +83,16 @@ def tune(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
         raise UserError("--data.cache=false: the search is on cached features; leave the cache on")
     if config.model.head != "linear":
         raise UserError(f"--model.head={config.model.head}: the search is of linear heads; leave it out")
+    if empty := [name for name in ("lr", "weight_decay", "label_smoothing") if not config.tune[name]]:
+        raise UserError(f"--tune.{empty[0]}=[]: give at least one value, or leave it out")
     if config.folds == 1:
         raise UserError("--folds=1: give 2 or more")
     data.load(cli.model.backbone, cli.trainer.strategy.root_device)
     check_training(data.items, data.class_names)
+    if not data.items_in("val"):
+        raise UserError(
+            "tune: there is no validation image, and the search chooses by validation; give some that split"
+        )
     ranked = _train_grid(cli, _settings(config.tune, int(config.seed_everything)))
     exact = _fit_exact(cli)
     folds = _cross_validate(cli, ranked[0][0], config.folds) if config.folds else []
