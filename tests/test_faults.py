@@ -201,7 +201,7 @@ def test_what_is_changed_or_left_aside_is_said_once(colours, train, capsys):
         "longer than 20 times",
         "of animations the first frame",
         "1 images lie in folders within a class folder",
-        "no images to PIL: 1 .heic",
+        "are left out: 1 .heic",
         "--model.class_weights=balanced",
     ):
         assert out.count(said) == 1, said

@@ -168,7 +168,7 @@ def test_float64_is_for_the_processor(monkeypatch):
     [
         (lambda made: made.pop("hyper_parameters"), "lacks hyper_parameters"),
         (lambda made: made.pop("epoch"), "lacks epoch"),
-        (lambda made: made["state_dict"].update({"head.weight": torch.zeros(3, 7)}), "other parameters"),
+        (lambda made: made["state_dict"].update({"head.weight": torch.zeros(3, 7)}), "different parameters"),
         (lambda made: made["state_dict"]["head.bias"].fill_(torch.nan), "not finite"),
         (lambda made: made["headstart"].update(temperature=0.0), "not finite"),
         (lambda made: made["headstart"].update(temperature=torch.inf), "not finite"),

@@ -94,7 +94,8 @@ def existing(root: str) -> Path:
 
 
 def _ignored(folder: Path) -> bool:
-    return folder.name.startswith(".") or folder.name in IGNORED_FOLDERS or (folder / RUNS_MARK).is_file()
+    runs = os.path.isfile(folder / RUNS_MARK)  # noqa: PTH113  # pathlib's raises where it may not look
+    return folder.name.startswith(".") or folder.name in IGNORED_FOLDERS or runs
 
 
 def subfolders(folder: Path) -> list[str]:
@@ -106,7 +107,11 @@ def of_splits(root: Path) -> dict[Path, Split | None]:
     """The folders that hold class folders, and the split of each; None: to be split."""
     names = subfolders(root)
     named = {root / name: SPLIT_FOLDERS[name.lower()] for name in names if name.lower() in SPLIT_FOLDERS}
-    named = {path: split for path, split in named.items() if subfolders(path) or not _has_images(path)}
+    named = {
+        path: split
+        for path, split in named.items()
+        if os.access(path, os.R_OK | os.X_OK) and (subfolders(path) or not _has_images(path))
+    }
     if "train" not in named.values() or len(named) < 2:
         _refuse_splits_as_classes(root, names)
         return {root: None}
@@ -117,7 +122,7 @@ def of_splits(root: Path) -> dict[Path, Split | None]:
 
 def _refuse_splits_as_classes(root: Path, names: Sequence[str]) -> None:
     """Folders that hold the same class folders each, or a `train` that does, are no classes."""
-    below = {name: subfolders(root / name) for name in names}
+    below = {name: subfolders(root / name) for name in names if os.access(root / name, os.R_OK | os.X_OK)}
     bare = {name: found for name, found in below.items() if len(found) > 1 and not _has_images(root / name)}
     alike = len(bare) == len(names) > 1 and len({tuple(found) for found in bare.values()}) == 1
     split = next((name for name in bare if name.lower() in SPLIT_FOLDERS), None)

@@ -103,13 +103,14 @@ class HeadModule(LightningModule):
     def take(self, checkpoint: Mapping[str, Any]) -> None:
         """Takes what is not a tensor; a checkpoint of another head, other classes or another backbone is refused."""
         made, tuned = checkpoint["headstart"], finetuned_in(checkpoint)
-        found = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items() if name[:5] == "head."}
-        if found != (own := {f"head.{name}": tuple(value.shape) for name, value in self.head.state_dict().items()}):
-            raise UserError(f"checkpoint: its head has other parameters, {found}, than this one's, {own}")
         if made["class_names"] != self.class_names:
             raise UserError(
                 f"checkpoint: its classes are {_short(made['class_names'])}, the data's {_short(self.class_names)}"
             )
+        learnt = {f"backbone.{name}" for name in tuned}
+        found = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items() if name not in learnt}
+        if found != (own := {f"head.{name}": tuple(value.shape) for name, value in self.head.state_dict().items()}):
+            raise UserError(f"checkpoint: its head has different parameters, {found}, from this one's, {own}")
         if made["digest"] != self.weights_digest:
             raise UserError(
                 f"checkpoint: its head belongs to the backbone {made['backbone']}, {made['weights']} "
