@@ -131,7 +131,7 @@ class RunFolder(Callback):
 
     def _check_there(self) -> None:
         """A checkpoint would make the folder anew, without what else belongs into it."""
-        if self.folder and not self.folder.is_dir():
+        if self.folder and not (self.folder / CONFIG).is_file():
             raise UserError(f"{self.folder}: was deleted during the run; start again")
 
     def _write_inputs(self, data: Any) -> None:
