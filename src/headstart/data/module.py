@@ -38,6 +38,7 @@ class ImageData(LightningDataModule):
         cache: compute each image's features once and keep them; false decodes the images in every epoch.
         views: with the cache, how many views of a training image to keep: itself, and views - 1 augmented ones.
         view_seed: seed of the augmented views.
+        flip: mirror half of the augmented views; false where left and right matter, as in letters, arrows or hands.
         cache_dir: where features are kept; None: $HEADSTART_CACHE, else the user's cache folder.
         feature_precision: arithmetic of cached features; auto: bf16 where the device computes it fast, else fp32.
         val_fraction: share of the images for validation.
@@ -65,6 +66,7 @@ class ImageData(LightningDataModule):
         cache: bool = True,
         views: Positive = 1,
         view_seed: Count = 0,
+        flip: bool = True,
         cache_dir: str | None = None,
         feature_precision: FeaturePrecision = "auto",
         val_fraction: OpenFraction = 0.15,
@@ -80,7 +82,7 @@ class ImageData(LightningDataModule):
         self.store = FeatureStore(source, num_workers, cache_dir, feature_precision, max_pixels, cache)
         self.source, self.class_names = source, source.class_names
         self.num_workers = self.store.workers if num_workers is None else num_workers
-        self.batch_size, self.augment, self.views = batch_size, Views(augment, view_seed), views
+        self.batch_size, self.augment, self.views = batch_size, Views(augment, view_seed, flip), views
         self.val_fraction = 0.0 if source.has_val else val_fraction
         self.test_fraction = 0.0 if source.has_test else test_fraction
         self.split_seed, self.splits_file = split_seed, Path(splits).expanduser() if splits else None
@@ -190,7 +192,7 @@ class ImageData(LightningDataModule):
             return FeatureLoader(self.labelled(split), order)
         preprocessing, views = self.store.backbone.preprocessing, self.augment if training else Views()
         # Not the store's own method, with which each worker process would get the backbone.
-        read = partial(self.source.read, shorter_side=preprocessing.resize_size, max_pixels=self.store.max_pixels)
+        read = partial(self.source.read, preprocessing=preprocessing, max_pixels=self.store.max_pixels)
         return ImageLoader(
             ImageDataset(items, read, preprocessing, views),
             batch_sampler=order,

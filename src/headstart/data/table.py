@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from headstart.data.folders import SPLIT_FOLDERS
+from headstart.data.folders import split_named
 from headstart.data.splits import Item, Split
 from headstart.errors import UserError
 from headstart.files import read_csv
@@ -35,10 +35,10 @@ def read_table(file: Path) -> tuple[list[str], list[Item]]:
 
 
 def _split(row: Mapping[str, str], file: Path, line: int) -> Split | None:
-    given = row.get("split", "").lower()
-    if given and given not in SPLIT_FOLDERS:
+    given = row.get("split", "")
+    if given and not split_named(given):
         raise UserError(f"--data.csv={file}, line {line}: unknown split {given!r}; use train, val or test, or none")
-    return SPLIT_FOLDERS.get(given)
+    return split_named(given)
 
 
 def _ready(items: Sequence[Item], file: Path) -> list[Item]:

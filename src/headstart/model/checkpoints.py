@@ -13,10 +13,11 @@ from typing_extensions import Self
 
 from headstart import __version__
 from headstart.errors import UserError
-from headstart.images import preprocess, to_rgb
+from headstart.images import decode_opened, preprocess
 from headstart.model.backbone import FrozenBackbone, check_frozen, combined, tensor_digests
 from headstart.model.sealed import read_sealed
 from headstart.ranges import arguments_of, plain
+from headstart.terminal import told
 
 LAYOUT = 2  # 2: with the temperature
 
@@ -82,9 +83,11 @@ class HeadModule(LightningModule):
         names = set(checkpoint["state_dict"]) - {f"backbone.{name}" for name in tuned}
         if names != {f"head.{name}" for name in self.head.state_dict()}:
             raise UserError(f"checkpoint: its head has different parameters: {', '.join(sorted(names)[:4])}")
-        if made["class_names"] != self.class_names:
+        own, theirs = self.class_names, made["class_names"]
+        if own != theirs:
             raise UserError(
-                f"checkpoint: its classes are {_short(made['class_names'])}, the data's {_short(self.class_names)}"
+                f"checkpoint: its classes are {len(theirs)} ({told(theirs, own)}), the data's {len(own)} "
+                f"({told(own, theirs)})"
             )
         if made["digest"] != self.weights_digest:
             raise UserError(
@@ -92,8 +95,20 @@ class HeadModule(LightningModule):
                 f"({made['digest'][:12]}), not to {self.backbone.name}, {self.backbone.weights} "
                 f"({self.weights_digest[:12]}); give the weights it was trained on"
             )
+        self.take_bits(checkpoint)
         self.temperature = float(made["temperature"])
         self.finetuned = sorted({*self.finetuned, *tuned})
+
+    def take_bits(self, checkpoint: Mapping[str, Any]) -> None:
+        """Takes the scale of images of more than 8 bits, which training chose; before features are computed."""
+        bits = checkpoint["headstart"]["preprocessing"].get("bits") or 16
+        now = self.backbone.preprocessing
+        if now.bits not in (None, bits):
+            raise UserError(
+                f"checkpoint: its images of more than 8 bits were scaled from {bits} bits, the data's from {now.bits}; "
+                "resume it on the images that it was trained on"
+            )
+        now.bits = bits
 
     def start_from(self, checkpoint: Mapping[str, Any]) -> None:
         """Takes the head, the temperature and what was fine-tuned from a checkpoint's content, as ``take``."""
@@ -126,7 +141,8 @@ class HeadModule(LightningModule):
         """Calibrated class probabilities of one PIL image -> [num_classes], or of several -> [B, num_classes]."""
         if isinstance(images, Image.Image):
             return self.predict([images])[0]
-        pixels = torch.stack([preprocess(to_rgb(image), self.backbone.preprocessing) for image in images])
+        preprocessing = self.backbone.preprocessing
+        pixels = torch.stack([preprocess(decode_opened(image, preprocessing), preprocessing) for image in images])
         self.eval()
         logits: Tensor = self(pixels.to(self.device))
         return (logits / self.temperature).softmax(dim=1).cpu()
@@ -147,7 +163,3 @@ def read_checkpoint(path: Path, logs: Path = Path("logs")) -> dict[str, Any]:
             f"{made.get('layout', 'something else')} (headstart {made.get('version', 'unknown')}); train it again"
         )
     return checkpoint
-
-
-def _short(names: Sequence[str]) -> str:
-    return f"{len(names)} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"

@@ -171,6 +171,7 @@ class _Verb:
         data = self._data("folder", self.given.data.root, test_fraction=1.0)
         given = self.given.model
         module = TransferClassifier(data.class_names, given.backbone, given.weights, given.image_size)
+        module.backbone.preprocessing.bits = self.backbone.preprocessing.bits
         path = Path(self.given.save).expanduser()
         acc = save(path, module, self._module(head, data).head, data.all_support())
         say(f"fewshot: {len(data.items)} images of {len(data.class_names)} classes, {acc:.3f} right when left out")

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from headstart.device import device_of
 from headstart.errors import UserError
 from headstart.features.extract import Computed, FeaturePrecision
 from headstart.features.stream import FileStream
-from headstart.files import new_path
+from headstart.files import in_either_form, new_path
 from headstart.images import MAX_PIXELS
 from headstart.model.classifier import TransferClassifier
 from headstart.model.heads import linear_head
@@ -136,9 +137,11 @@ def _inputs(given: Sequence[str]) -> tuple[Iterable[str], int | None]:
         if sys.stdin.isatty():
             raise UserError("no PATH; give files or folders, or paths on the standard input")
         return (line.rstrip("\n") for line in sys.stdin if line.strip()), None
-    paths: list[str] = []
+    paths, others = list[str](), Counter[str]()
     for path in given:
-        paths += [str(found) for found in folders.images(Path(path))] if Path(path).is_dir() else [path]
+        folder = in_either_form(Path(path))
+        paths += [str(found) for found in folders.images(folder, others)] if folder.is_dir() else [path]
+    folders.say_left_out(others)
     if not paths:
         raise UserError(f"{', '.join(given)}: no images in there; give a folder that holds some")
     return paths, len(paths)
