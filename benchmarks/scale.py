@@ -150,7 +150,7 @@ def limit(data: ImageFolderData, backbone: FrozenBackbone, count: int = 3200) ->
     paths = [data.source.path / item.path for item in random.Random(0).sample(data.items, count)]
 
     def pixels(path: Path) -> torch.Tensor:
-        return preprocess(decode(path.read_bytes(), backbone.preprocessing.resize_size), backbone.preprocessing)
+        return preprocess(decode(path.read_bytes(), backbone.preprocessing), backbone.preprocessing)
 
     started = time.perf_counter()
     with ThreadPoolExecutor(os.cpu_count()) as pool, torch.no_grad():

@@ -110,7 +110,7 @@ def limit(data: Path, epochs: int) -> dict[str, Any]:
     paths = sorted(path for path in data.rglob("*") if path.is_file())
 
     def pixels(path: Path) -> torch.Tensor:
-        return preprocess(decode(path.read_bytes(), RESIZE), backbone.preprocessing)
+        return preprocess(decode(path.read_bytes(), backbone.preprocessing), backbone.preprocessing)
 
     with torch.no_grad():
         started = time.perf_counter()

@@ -24,7 +24,7 @@ from headstart.data.loaders import ImageDataset
 from headstart.errors import UserError
 from headstart.features.cache import FeatureCache
 from headstart.features.matrix import Shard
-from headstart.images import UnreadableImage, decode
+from headstart.images import Preprocessing, UnreadableImage, decode
 from headstart.model import weights
 from headstart.model.classifier import TransferClassifier
 from headstart.model.sealed import SEAL, SealedCheckpointIO, content_digest
@@ -376,7 +376,7 @@ def test_no_image_starts_a_program(colours, train, monkeypatch):
         (colours / name).write_bytes(script)
     assert train(colours, "--trainer.max_epochs=1")["skipped"] == 2  # an .eps is no image here
     with pytest.raises(UnreadableImage, match="not an image"):
-        decode(script, 36)
+        decode(script, Preprocessing())
     assert not started
 
 

@@ -29,13 +29,13 @@ def gradient(mode: str = "RGB", size: tuple[int, int] = (64, 48)) -> Image.Image
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_any_mode_becomes_rgb(mode, kind):
     image = Image.fromarray(np.full((48, 64), 32896, np.uint16)) if mode == "I;16" else gradient(mode)
-    assert decode(encode(image, kind), 36).mode == "RGB"
+    assert decode(encode(image, kind), SMALL).mode == "RGB"
 
 
 @pytest.mark.fault("16 bits a channel")
 def test_sixteen_bits_are_scaled_and_not_clipped():
     ramp = np.linspace(0, 65535, 64).astype(np.uint16)[None].repeat(48, 0)
-    pixels = np.asarray(decode(encode(Image.fromarray(ramp)), 36))
+    pixels = np.asarray(decode(encode(Image.fromarray(ramp)), SMALL))
     assert pixels[0, :, 0].tolist() == (ramp[0] // 257).tolist()
 
 
@@ -46,20 +46,20 @@ def test_transparency_is_laid_on_white(mode):
     if mode == "PA":
         clear = clear.convert("P")
         clear.info["transparency"] = clear.getpixel((0, 0))
-    assert np.asarray(decode(encode(clear), 36)).min() == 255
+    assert np.asarray(decode(encode(clear), SMALL)).min() == 255
 
 
 @pytest.mark.fault("CMYK, gray, 1 bit")
 def test_cmyk():
     red = Image.new("CMYK", (20, 20), (0, 255, 255, 0))
-    assert decode(encode(red, "JPEG"), 36).getpixel((5, 5))[0] > 200
+    assert decode(encode(red, "JPEG"), SMALL).getpixel((5, 5))[0] > 200
 
 
 @pytest.mark.fault("EXIF orientation")
 def test_the_orientation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6
-    turned = decode(encode(gradient(), "JPEG", exif=exif), 36)
+    turned = decode(encode(gradient(), "JPEG", exif=exif), SMALL)
     assert turned.size == (48, 64)
 
 
@@ -67,12 +67,12 @@ def test_the_orientation_is_applied():
 @pytest.mark.parametrize("kind", ["GIF", "WEBP"])
 def test_an_animation_gives_its_first_frame(kind):
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
-    image = decode(encode(frames[0], kind, save_all=True, append_images=frames[1:]), 36)
+    image = decode(encode(frames[0], kind, save_all=True, append_images=frames[1:]), SMALL)
     assert image.getpixel((5, 5))[0] > 200
 
 
 def test_a_large_jpeg_is_decoded_at_a_reduced_scale():
-    assert decode(encode(gradient(size=(1600, 1200)), "JPEG"), 146).size == (200, 150)
+    assert decode(encode(gradient(size=(1600, 1200)), "JPEG"), Preprocessing(resize_size=146)).size == (200, 150)
 
 
 @pytest.mark.fault(
@@ -94,12 +94,12 @@ def test_a_large_jpeg_is_decoded_at_a_reduced_scale():
 )
 def test_what_cannot_be_read_says_why(data, reason):
     with pytest.raises(UnreadableImage, match=reason):
-        decode(data, 36)
+        decode(data, SMALL)
 
 
 def test_too_many_pixels_name_the_option():
     with pytest.raises(UnreadableImage, match=r"--data\.max_pixels=1000"):
-        decode(encode(gradient()), 36, max_pixels=1000)
+        decode(encode(gradient()), SMALL, max_pixels=1000)
 
 
 @pytest.mark.fault("20,000 x 20,000 pixels", "90 megapixels")
@@ -108,12 +108,12 @@ def test_a_decompression_bomb_is_not_decoded(side):
     bomb = encode(Image.new("1", (side, side)))
     assert len(bomb) < 100_000
     with pytest.raises(UnreadableImage, match=r"--data\.max_pixels=89478485"):
-        decode(bomb, 36)
+        decode(bomb, SMALL)
 
 
 @pytest.mark.fault("longer than 20 times its width")
 def test_a_very_long_image_stays_small():
-    pixels = preprocess(decode(encode(gradient(size=(20_000, 10))), 36), SMALL)
+    pixels = preprocess(decode(encode(gradient(size=(20_000, 10))), SMALL), SMALL)
     assert pixels.shape == (3, 32, 32)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from headstart.cli import VERBS, main
 from headstart.data.splits import Item, assign
 from headstart.features.cache import cache_key
-from headstart.images import UnreadableImage, decode
+from headstart.images import Preprocessing, UnreadableImage, decode
 from headstart.model.backbone import FrozenBackbone
 from support import at_most
 
@@ -151,7 +151,7 @@ def fuzz(inputs: int, seed: int) -> dict[str, int]:
     for _ in range(inputs):
         with at_most(30):
             try:
-                image = decode(damaged(generator, originals), 32, max_pixels=1_000_000)
+                image = decode(damaged(generator, originals), Preprocessing(), max_pixels=1_000_000)
                 assert image.mode == "RGB"
                 counts["read"] += 1
             except UnreadableImage:

@@ -7,15 +7,20 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from headstart.errors import UserError
 
+T = TypeVar("T")
+
 RUNS_MARK = ".headstart-runs"  # the file by which a folder of runs is known, so that it is never taken for a class
+# What a network disk, or a process that has too much open, reports for a while: it says nothing of the file.
 PASSING = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT}
+PAUSES = (0.1, 1.0)  # seconds before it is tried again
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -47,27 +52,46 @@ def _flush_folder(folder: Path) -> None:
 
 
 def read_regular(path: Path) -> bytes:
-    """The content of a regular file, after links; reading a FIFO would wait, and a device would fill the memory.
-
-    What a network disk or a busy system answers at times is tried again.
-    """
+    """The content of a regular file, after links; reading a FIFO would wait, and a device would fill the memory."""
     if "\0" in str(path):
         raise OSError(errno.EINVAL, "a NUL byte in its name")
-    for pause in (0.1, 0.5, None):
+    path = in_either_form(path)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file")
+    return path.read_bytes()
+
+
+def in_either_form(path: Path) -> Path:
+    """The path, or what is there under its other Unicode form: composed, as on Linux, or decomposed, as on a Mac."""
+    if str(path).isascii() or path.exists() or path == path.parent:
+        return path
+    parent = in_either_form(path.parent)
+    forms = (parent / unicodedata.normalize(form, path.name) for form in ("NFC", "NFD"))
+    return next((found for found in (parent / path.name, *forms) if found.exists()), path)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether an error says nothing of the file that was read, so that it must not be remembered as the file's."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in PASSING)
+
+
+class Unavailable(UserError):
+    """A file that could not be read for a reason that may pass."""
+
+
+def patiently(path: Path, read: Callable[[], T]) -> T:
+    """What ``read`` makes of a file; after an error that may pass it is tried again, then ``Unavailable``."""
+    for pause in (*PAUSES, None):
         try:
-            if path.exists() and not path.is_file():
-                raise OSError(errno.EINVAL, "not a regular file")
-            return path.read_bytes()
-        except OSError as error:
-            if not passes(error) or pause is None:
+            return read()
+        except (OSError, MemoryError) as error:
+            if not may_pass(error):
                 raise
+            if pause is None:
+                why = getattr(error, "strerror", None) or "out of memory"
+                raise Unavailable(f"{path}: cannot be read now ({why}), which may pass; start again") from error
             time.sleep(pause)
     raise AssertionError
-
-
-def passes(error: OSError) -> bool:
-    """Whether a failure says nothing of the file: it can be gone the next time."""
-    return error.errno in PASSING
 
 
 def new_path(option: str, given: str | Path) -> Path:

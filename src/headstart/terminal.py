@@ -5,7 +5,9 @@ import os
 import re
 import sys
 import time
+import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -54,6 +56,25 @@ def one_line(message: str) -> str:
     """The message with control characters escaped: a file's name may hold line breaks, and codes for the terminal."""
     printable = message.encode("utf-8", "backslashreplace").decode()
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], printable)
+
+
+def told(names: Sequence[str], others: Sequence[str] = ()) -> str:
+    """The first five names; one that looks like another, among these or the others, with its code points."""
+    looks = Counter(map(_look, {*names, *others}))
+    doubtful = {name for name in names if looks[_look(name)] > 1 and not name.isascii()}
+    shown = [f"{name} ({name!a})" if name in doubtful else name for name in names[:5]]
+    return ", ".join([*shown, "…"] if len(names) > 5 else shown)
+
+
+def say_look_alikes(names: Sequence[str]) -> None:
+    """Says which classes have names that differ by case or Unicode form alone."""
+    looks = Counter(map(_look, names))
+    if found := sorted((name for name in names if looks[_look(name)] > 1), key=_look):
+        say(f"data: {len(found)} classes have names that differ by case or Unicode form alone: {told(found)}")
+
+
+def _look(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 @contextmanager

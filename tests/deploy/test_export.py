@@ -1,16 +1,23 @@
+import io
 import json
+import re
+import sys
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torchvision import models
 
-from headstart import TransferClassifier
+from headstart import DatasetData, ImageFolderData, TransferClassifier
 from headstart.cli import main
+from headstart.deploy.check import _drawing
 from headstart.verbs import export as exporting
+from support import REPOSITORY
 
 
 def images() -> torch.Tensor:
@@ -69,3 +76,98 @@ def test_what_cannot_be_done_is_refused(checkpoint, refused, monkeypatch):
     assert "no file" in refused("export", "--ckpt_path=nowhere.ckpt", "--output=a.onnx")
     monkeypatch.setattr(exporting, "NEEDED", ("not_installed",))
     assert "pip install -e '.[export]'" in refused("export", f"--ckpt_path={checkpoint}", "--output=a.onnx")
+
+
+def by_the_documented_script(paths: list[Path], monkeypatch, capsys) -> list[tuple[str, float]]:
+    """What the program in docs/deploy.md says of files: the label and its probability."""
+    text = (REPOSITORY / "docs/deploy.md").read_text()
+    (script,) = re.findall(r"^```python export\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    monkeypatch.setattr(sys, "argv", ["-", *map(str, paths)])
+    capsys.readouterr()
+    exec(compile(script, "deploy.md", "exec"), {})
+    rows = [line.split(" ", 2) for line in capsys.readouterr().out.splitlines()]
+    return [(label, float(probability)) for label, probability, _ in rows]
+
+
+@pytest.mark.fault("export in another language")
+def test_the_check_pictures_tell_another_decoding(checkpoint, refused, monkeypatch, capsys):
+    main(["export", f"--ckpt_path={checkpoint}", "--output=model.onnx"])
+    folder = Path("model.onnx.check")
+    expected = json.loads((folder / "expected.json").read_text())
+    names, wanted = expected["class_names"], expected["probabilities"]
+    assert {path.name for path in folder.iterdir()} == {*wanted, "expected.json"}
+    assert len(wanted) == 5
+    found = by_the_documented_script([folder / name for name in wanted], monkeypatch, capsys)
+    for (label, probability), row in zip(found, wanted.values(), strict=True):
+        assert names.index(label) == np.argmax(row)
+        assert probability == pytest.approx(max(row), abs=expected["tolerance"])
+    # Without one of its steps the program fails on the picture that is there for it.
+    for step, name in (("ImageOps.exif_transpose", "turned"), ("Image.alpha_composite", "transparent")):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"PIL.{step}", lambda *given: given[-1])
+            (path,) = folder.glob(f"{name}.*")
+            ((_, probability),) = by_the_documented_script([path], patched, capsys)
+        assert abs(probability - max(wanted[path.name])) > expected["tolerance"]
+    Path("second.onnx.check").mkdir()
+    line = refused("export", f"--ckpt_path={checkpoint}", "--output=second.onnx")
+    assert "second.onnx.check: is there already" in line
+    assert not Path("second.onnx").exists()
+
+
+def opened(path: Path) -> Image.Image:
+    """Not loaded yet, and no file stays open."""
+    return Image.open(io.BytesIO(path.read_bytes()))
+
+
+class Lazy(torch.utils.data.Dataset):
+    classes = ("blue", "green", "red")
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return opened(self.paths[index]), index % 3
+
+
+@pytest.mark.fault("one image by four ways")
+def test_an_image_has_one_answer_by_whichever_way(checkpoint, tmp_path, monkeypatch, capsys):
+    """Stored on its side, with 16 bits, transparent, of 6000 x 4000 pixels, with a palette, in CMYK."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    folder = tmp_path / "photos"
+    for number, name in enumerate(["blue", "green", "red"]):
+        (folder / name).mkdir(parents=True)
+        _drawing(number).save(folder / name / "turned.jpg", exif=exif)
+        deep = np.asarray(_drawing(10 + number).convert("L"), np.uint16) * (257 - number)
+        Image.fromarray(deep).save(folder / name / "deep.png")
+        clear = _drawing(20 + number)
+        clear.putalpha(128)
+        clear.save(folder / name / "clear.png")
+        _drawing(30 + number).convert("P", palette=Image.Palette.ADAPTIVE).save(folder / name / "palette.png")
+        _drawing(40 + number).convert("CMYK").save(folder / name / "cmyk.jpg")
+    _drawing(50, scale=20).save(folder / "red/large.jpg")
+    paths = sorted(folder.rglob("*.*"))
+    module = TransferClassifier.load_from_checkpoint(checkpoint)
+    images = [opened(path) for path in paths]
+    wanted = module.predict(images)
+    assert [image.size for image in images] == [opened(path).size for path in paths]  # the caller's are as they were
+
+    main(["predict", f"--ckpt_path={checkpoint}", *map(str, paths), "--output=rows.jsonl", "--feature_precision=fp32"])
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    found = torch.tensor([[row["top"][name] for name in module.class_names] for row in rows])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)
+
+    main(["export", f"--ckpt_path={checkpoint}", "--output=model.onnx"])
+    by_script = by_the_documented_script(paths, monkeypatch, capsys)
+    assert [label for label, _ in by_script] == [row["label"] for row in rows]
+    assert [share for _, share in by_script] == pytest.approx(wanted.max(dim=1).values.tolist(), abs=1e-3)
+
+    own = {"feature_precision": "fp32"}
+    for data in (ImageFolderData(str(folder), **own), DatasetData(Lazy(paths), **own)):
+        data.store.load(module.backbone, torch.device("cpu"))
+        with torch.no_grad():  # in the order of the paths, both
+            logits = module.head(data.store.matrix(data.store.items).whole())
+        torch.testing.assert_close((logits / module.temperature).softmax(dim=1), wanted, rtol=0, atol=1e-3)

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-import unicodedata
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,37 +11,47 @@ from PIL import Image
 
 from headstart.data.splits import Item, Split
 from headstart.errors import UserError
-from headstart.files import RUNS_MARK, read_regular
-from headstart.images import decode, image_suffixes
-from headstart.terminal import say
+from headstart.files import RUNS_MARK, in_either_form, patiently, read_regular
+from headstart.images import Preprocessing, decode, image_suffixes
+from headstart.terminal import say, told
 
-# The names under which a folder may hold ready-made splits.
-SPLIT_FOLDERS: Mapping[str, Split] = {
-    **dict.fromkeys(("train", "training", "train_set", "training_set", "seg_train"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "val_set", "validation_set", "seg_val", "dev", "eval"), "val"),
-    **dict.fromkeys(("test", "testing", "test_set", "testing_set", "seg_test"), "test"),
+# The words that name a split's folder, alone or as in training_set, seg_train or test-images.
+SPLIT_WORDS: Mapping[str, Split] = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-# Folders of systems and network disks, which hold thumbnails, deleted files and older states.
+SPLIT_NAME = re.compile(
+    rf"(?:(?:seg|images?|data(?:set)?)[ _.-]?)?({'|'.join(SPLIT_WORDS)})(?:[ _.-]?(?:set|split|images?|data))?",
+    re.IGNORECASE,
+)
+# Folders of systems and network disks, which hold thumbnails and what was deleted; in lower case.
 IGNORED_FOLDERS = {
-    *("__MACOSX", "__pycache__", "@eaDir", "#recycle", "#snapshot", "@Recycle", "lost+found", "$RECYCLE.BIN"),
-    "System Volume Information",
+    *("__macosx", "__pycache__", ".thumbnails", "lost+found", "$recycle.bin", "recycler", "system volume information"),
+    *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@__thumb", "@tmp"),
 }
+
+
+def split_named(name: str) -> Split | None:
+    """The split that a name stands for, such as train, Testing or training_set."""
+    found = SPLIT_NAME.fullmatch(name)
+    return SPLIT_WORDS[found[1].lower()] if found else None
 
 
 def images(folder: Path, others: Counter[str] | None = None) -> list[Path]:
-    """The image files below a folder, in order, without hidden ones; ``others`` counts the other files by suffix.
+    """The image files below a folder, in order, without hidden ones; ``others`` counts what else is there.
 
     Says which folders cannot be read.
     """
     found, others, closed = [], Counter() if others is None else others, list[OSError]()
     for parent, folders, files in os.walk(folder, onerror=closed.append):
-        others.update(f"folder(s) {name}" for name in folders if name in IGNORED_FOLDERS)
-        folders[:] = sorted(name for name in folders if not _ignored(Path(parent) / name))
+        others.update(f"{name}/" for name in folders if name.lower() in IGNORED_FOLDERS)
+        folders[:] = sorted(name for name in folders if not _ignored(name))
         for name in sorted(name for name in files if not name.startswith(".")):
-            if (suffix := Path(name).suffix.lower()) in image_suffixes():
+            if _is_image(name):
                 found.append(Path(parent) / name)
             else:
-                others[suffix or "without a suffix"] += 1
+                others[Path(name).suffix.lower() or "without a suffix"] += 1
     if closed:
         first = ", ".join(f"{error.filename} ({error.strerror})" for error in closed[:3])
         say(f"data: {len(closed)} folders cannot be read, and what is in them is left out: {first}")
@@ -52,37 +62,41 @@ def images_of_classes(classes: Sequence[Path]) -> list[list[Path]]:
     """The image files below each class folder; says what else is there."""
     others = Counter[str]()
     found = [images(folder, others) for folder in classes]
-    say_others(others)
+    for parent in {folder.parent for folder in classes}:
+        others.update(f"{path.name}/" for path in parent.iterdir() if path.is_dir() and _is_foreign(path))
+    say_left_out(others)
     if nested := sum(path.parent != folder for folder, paths in zip(classes, found, strict=True) for path in paths):
         say(f"data: {nested} images lie in folders within a class folder; they are of that class")
     return found
 
 
-def say_others(others: Counter[str]) -> None:
-    """Says what else is there, which ``images`` counted."""
+def say_left_out(others: Counter[str]) -> None:
+    """Says what is in a folder beside images: files by suffix, and folders that are not looked into."""
     if others:
-        said = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(4))
-        say(f"data: there are also files that are no images to PIL, and are left out: {said}")
+        said = ", ".join(f"{count} {name}" for name, count in others.most_common(8))
+        say(f"data: left out: {said}    (no images to PIL, or folders of systems and runs)")
 
 
-def read(root: Path, item: Item, shorter_side: int, max_pixels: int) -> Image.Image:
+def read(root: Path, item: Item, preprocessing: Preprocessing, max_pixels: int) -> Image.Image:
     """Decodes an image file, which must still be the one that was scanned; raises ``UnreadableImage`` as ``decode``."""
-    try:
+
+    def decoded() -> Image.Image:
         data = read_regular(root / item.path)
+        if hashlib.sha256(data).digest() != item.digest:
+            raise UserError(f"{root / item.path}: changed during the run; start again")
+        return decode(data, preprocessing, max_pixels)
+
+    try:
+        return patiently(root / item.path, decoded)
     except FileNotFoundError as error:
         raise UserError(f"{root / item.path}: vanished during the run; start again") from error
-    except OSError as error:
-        raise UserError(f"{root / item.path}: cannot be read any more ({error.strerror}); start again") from error
-    if hashlib.sha256(data).digest() != item.digest:
-        raise UserError(f"{root / item.path}: changed during the run; start again")
-    return decode(data, shorter_side, max_pixels)
 
 
 def existing(root: str) -> Path:
     """The absolute path of a folder that must exist."""
-    if not root.strip():
-        raise UserError("--data.root: is empty; give a folder of class folders")
-    path = Path(root).expanduser().resolve()
+    if not root:
+        raise UserError("--data.root is empty; give a folder, or . for the one that you are in")
+    path = in_either_form(Path(root).expanduser()).resolve()
     if not path.is_dir():
         nearest = next(parent for parent in path.parents if parent.exists())
         raise UserError(f"--data.root={root}: no such folder; the nearest that exists is {nearest}")
@@ -93,67 +107,54 @@ def existing(root: str) -> Path:
     return path
 
 
-def _ignored(folder: Path) -> bool:
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and Path(name).suffix.lower() in image_suffixes()
+
+
+def _ignored(name: str) -> bool:
+    return name.startswith(".") or name.lower() in IGNORED_FOLDERS
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether it is a system's folder, or one of runs, such as ``logs``."""
     runs = os.path.isfile(folder / RUNS_MARK)  # noqa: PTH113  # pathlib's raises where it may not look
-    return folder.name.startswith(".") or folder.name in IGNORED_FOLDERS or runs
+    return runs or folder.name.lower() in IGNORED_FOLDERS
 
 
 def subfolders(folder: Path) -> list[str]:
-    """The names of the folders in a folder, without hidden ones, those of systems, and one that holds runs."""
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _ignored(entry))
+    """The names of the folders in a folder, without hidden ones and those of systems and runs."""
+    folders = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path.name for path in folders if not _is_foreign(path))
+
+
+def _straight_in(folder: Path) -> tuple[list[str], bool]:
+    """The names of the folders in a folder, and whether images lie in it too; nothing where it cannot be read."""
+    _, inner, files = next(os.walk(folder), ("", [], []))
+    return sorted(name for name in inner if not _ignored(name)), any(map(_is_image, files))
 
 
 def of_splits(root: Path) -> dict[Path, Split | None]:
-    """The folders that hold class folders, and the split of each; None: to be split."""
+    """The folders that hold class folders, and the split of each; None: to be split.
+
+    A folder that is called train but has images straight in it is a class.
+    """
     names = subfolders(root)
-    named = {root / name: SPLIT_FOLDERS[name.lower()] for name in names if name.lower() in SPLIT_FOLDERS}
-    named = {
-        path: split
-        for path, split in named.items()
-        if os.access(path, os.R_OK | os.X_OK) and (subfolders(path) or not _has_images(path))
-    }
-    if "train" not in named.values() or len(named) < 2:
-        _refuse_splits_as_classes(root, names)
+    places = {root / name: split for name in names if (split := split_named(name))}
+    named = {path: split for path, split in places.items() if not _straight_in(path)[1]}
+    others = ", ".join(name for name in names if root / name not in named)
+    if "train" not in named.values():
         return {root: None}
     if len(set(named.values())) < len(named):
         raise UserError(f"{root}: two folders for one split ({', '.join(path.name for path in named)}); keep one")
-    return {path: None if split == "train" and "val" not in named.values() else split for path, split in named.items()}
-
-
-def _refuse_splits_as_classes(root: Path, names: Sequence[str]) -> None:
-    """Folders that hold the same class folders each, or a `train` that does, are no classes."""
-    below = {name: subfolders(root / name) for name in names if os.access(root / name, os.R_OK | os.X_OK)}
-    bare = {name: found for name, found in below.items() if len(found) > 1 and not _has_images(root / name)}
-    alike = len(bare) == len(names) > 1 and len({tuple(found) for found in bare.values()}) == 1
-    split = next((name for name in bare if name.lower() in SPLIT_FOLDERS), None)
-    if alike or split:
-        inner = bare[split or names[0]]
+    if others and len(named) == 1:
+        (train,) = named
         raise UserError(
-            f"{root}: are the classes {_short(names)}, or {_short(inner)}, as in {split or names[0]}/? If "
-            "these, name the outer folders train, val and test; if those, put the images straight into them"
+            f"{root}: {train.name} has the form of a split, whose folders are the classes, but is beside {others}: if "
+            f"it is one, give --data.root={train}; if it is a class, put its images straight into it"
         )
-
-
-def _has_images(folder: Path) -> bool:
-    return any(entry.suffix.lower() in image_suffixes() for entry in folder.iterdir())
-
-
-def _short(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-
-
-def say_alike(names: Sequence[str]) -> None:
-    """Says which class names look the same, and are not: they differ by case or by Unicode's form alone."""
-    first: dict[str, str] = {}
-    for name in names:
-        if (other := first.setdefault(unicodedata.normalize("NFC", name).casefold(), name)) != name:
-            say(f"data: the classes {other!a} and {name!a} differ by case or Unicode form alone; are they one?")
-
-
-def in_either_form(root: Path, path: str) -> str:
-    """A listed path as the disk has it: a Mac writes accents as characters of their own."""
-    forms = (path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD")))
-    return next((form for form in forms if (root / form).exists()), path)
+    if others:
+        say(f"data: beside the splits there are {others}, which are left out")
+    return {path: None if split == "train" and "val" not in named.values() else split for path, split in named.items()}
 
 
 def class_names(folders: Mapping[Path, Split | None]) -> list[str]:
@@ -162,12 +163,23 @@ def class_names(folders: Mapping[Path, Split | None]) -> list[str]:
     first, expected = next(iter(names.items()))
     for folder, found in names.items():
         if different := set(found) ^ set(expected):
-            shown = ", ".join(name if name.isascii() else ascii(name) for name in sorted(different)[:5])
-            raise UserError(f"{folder} and {first} hold different classes: {shown}")
+            raise UserError(f"{folder} and {first} hold different classes: {told(sorted(different))}")
     if len(expected) < 2:
         raise UserError(
             f"{first}: {len(expected)} class folder(s), and at least 2 are needed; expected is one folder of images "
-            f"a class, as in {first.name}/cat/1.jpg and {first.name}/dog/2.jpg"
+            f"per class, as in {first.name}/cat/1.jpg and {first.name}/dog/2.jpg"
         )
-    say_alike(expected)
+    if len(folders) == 1:
+        _refuse_two_readings(first, expected)
     return expected
+
+
+def _refuse_two_readings(root: Path, names: Sequence[str]) -> None:
+    """Refuses folders without images that all hold the same folders, since those may be the classes."""
+    inner, straight = _straight_in(root / names[0])
+    if len(inner) > 1 and not straight and all(_straight_in(root / name) == (inner, False) for name in names):
+        raise UserError(
+            f"{root}: either the classes are {told(names)}, or they are {told(inner)}, which is in each of these; in "
+            "the first case put the images straight into the class folders, in the second call the outer folders "
+            "train, val and test; or list the images in --data.csv"
+        )

@@ -35,10 +35,10 @@ class ImageData(LightningDataModule):
         batch_size: images per step, over all devices.
         num_workers: threads or processes that decode images; None: one per processor core, at most 8.
         augment: how training images vary: none; light (crops and flips); strong (smaller crops, colours, rotations).
-        flip: whether augmentation may mirror images; false where left and right differ, as in letters or road signs.
         cache: compute each image's features once and keep them; false decodes the images in every epoch.
         views: with the cache, how many views of a training image to keep: itself, and views - 1 augmented ones.
         view_seed: seed of the augmented views.
+        flip: mirror half of the augmented views; false where left and right matter, as in letters, arrows or hands.
         cache_dir: where features are kept; None: $HEADSTART_CACHE, else the user's cache folder.
         feature_precision: arithmetic of cached features; auto: bf16 where the device computes it fast, else fp32.
         val_fraction: share of the images for validation.
@@ -63,10 +63,10 @@ class ImageData(LightningDataModule):
         batch_size: Positive = 32,
         num_workers: Count | None = None,
         augment: Augment = "none",
-        flip: bool = True,
         cache: bool = True,
         views: Positive = 1,
         view_seed: Count = 0,
+        flip: bool = True,
         cache_dir: str | None = None,
         feature_precision: FeaturePrecision = "auto",
         val_fraction: OpenFraction = 0.15,
@@ -197,7 +197,7 @@ class ImageData(LightningDataModule):
             return FeatureLoader(self.labelled(split), order)
         preprocessing, views = self.store.backbone.preprocessing, self.augment if training else Views()
         # Not the store's own method, with which each worker process would get the backbone.
-        read = partial(self.source.read, shorter_side=preprocessing.resize_size, max_pixels=self.store.max_pixels)
+        read = partial(self.source.read, preprocessing=preprocessing, max_pixels=self.store.max_pixels)
         return ImageLoader(
             ImageDataset(items, read, preprocessing, views),
             batch_sampler=order,

@@ -3,7 +3,6 @@
 Another kind of data is a ``Source`` and a line in ``SOURCES``; every verb then takes it as ``--data.source``.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,8 +17,8 @@ from headstart.data.splits import Item, Split
 from headstart.data.table import read_table
 from headstart.errors import UserError
 from headstart.features.hashes import ContentIndex
-from headstart.images import UnreadableImage, as_rgb, to_rgb
-from headstart.terminal import images_bar
+from headstart.images import Preprocessing, UnreadableImage, content_digest, decode_opened, peak, peak_of
+from headstart.terminal import images_bar, say_look_alikes
 
 
 class Source(ABC):
@@ -31,6 +30,7 @@ class Source(ABC):
     has_test = False  # whether none should test
     label_of: dict[str, int]  # by the path of each image, readable or not, once they are scanned
     all_in: Split | None = None  # the split that every image is used in; None: that which it has, or is given
+    peak = 0  # the largest value of its images of more than 8 bits, once they are scanned; 0: it has none
 
     @abstractmethod
     def scan(self, remembered: Path | None) -> tuple[list[Item], dict[str, str]]:
@@ -40,8 +40,8 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def read(self, item: Item, shorter_side: int, max_pixels: int) -> Image.Image:
-        """Decodes an image to RGB; raises ``UnreadableImage``, whose message is the reason."""
+    def read(self, item: Item, preprocessing: Preprocessing, max_pixels: int) -> Image.Image:
+        """Decodes an image to RGB, as ``images.decode``; raises ``UnreadableImage``, whose message is the reason."""
 
 
 class FileSource(Source):
@@ -57,11 +57,13 @@ class FileSource(Source):
         listed = self.listed()
         self.label_of = {item.path: item.label for item in listed}
         with images_bar("scan", len(listed)) as advance:
-            digests, unreadable = ContentIndex(self.root, remembered).digests([item.path for item in listed], advance)
+            index = ContentIndex(self.root, remembered, peak)
+            digests, unreadable = index.digests([item.path for item in listed], advance)
+        self.peak = index.peak
         return [replace(item, digest=digests[item.path]) for item in listed if item.path in digests], unreadable
 
-    def read(self, item: Item, shorter_side: int, max_pixels: int) -> Image.Image:
-        return folders.read(self.root, item, shorter_side, max_pixels)
+    def read(self, item: Item, preprocessing: Preprocessing, max_pixels: int) -> Image.Image:
+        return folders.read(self.root, item, preprocessing, max_pixels)
 
 
 class FolderSource(FileSource):
@@ -147,9 +149,9 @@ class DatasetSource(Source):
         self.label_of = {item.path: item.label for item in items}
         return items, unreadable
 
-    def read(self, item: Item, shorter_side: int, max_pixels: int) -> Image.Image:
+    def read(self, item: Item, preprocessing: Preprocessing, max_pixels: int) -> Image.Image:
         name, index = item.path.split("/")
-        return as_rgb(self._datasets[name][0][int(index)][0], shorter_side)
+        return decode_opened(self._datasets[name][0][int(index)][0], preprocessing)
 
     def _item(self, name: str, index: int, split: Split | None, advance: Callable[[int], None]) -> Item:
         where, sample = f"DatasetData: {name}[{index}]", self._datasets[name][0][index]
@@ -163,9 +165,8 @@ class DatasetSource(Source):
                 f"{where} has the label {label}; labels are 0 to {len(self.class_names) - 1}, by class_names"
             )
         advance(1)
-        upright = to_rgb(image)  # the content is what is decoded: two palettes can share their indices
-        content = f"{upright.mode} {upright.size} ".encode() + upright.tobytes()
-        return Item(f"{name}/{index}", int(label), hashlib.sha256(content).digest(), split)
+        self.peak = max(self.peak, peak_of(image))
+        return Item(f"{name}/{index}", int(label), content_digest(image), split)
 
 
 def _short(names: Sequence[str]) -> str:
@@ -188,4 +189,6 @@ def open_source(root: str | None, csv: str | None, source: str | None) -> Source
     kind = source or ("folder" if csv is None else "csv")
     if kind not in SOURCES:
         raise UserError(f"--data.source={kind}: no such kind of data; there are {', '.join(SOURCES)}")
-    return SOURCES[kind](str(csv if root is None else root))
+    found = SOURCES[kind](str(root if csv is None else csv))
+    say_look_alikes(found.class_names)
+    return found

@@ -17,7 +17,7 @@ from headstart.features.cache import FeatureCache, cache_key
 from headstart.features.extract import FeaturePrecision, NonFiniteFeatures, feature_dtype
 from headstart.features.hashes import cache_folder
 from headstart.features.matrix import FeatureMatrix, Key
-from headstart.images import MAX_PIXELS, Preprocessing, UnreadableImage, Views, preprocess
+from headstart.images import MAX_PIXELS, Preprocessing, UnreadableImage, Views, bits_of, preprocess
 from headstart.model.backbone import FrozenBackbone
 from headstart.terminal import Seconds, images_bar, say
 
@@ -54,14 +54,14 @@ class FeatureStore:
 
     def load(self, backbone: FrozenBackbone, device: torch.device) -> bool:
         """Scans the source and computes the features that are missing; False: all is there for this backbone."""
-        identity = backbone.digest(), backbone.preprocessing
-        if identity == self._loaded:
+        if (backbone.digest(), backbone.preprocessing) == self._loaded:
             return False
         self.backbone, self.device, self._caches = backbone, device, {}
         with self.seconds.of("scan"):
             found, self.skipped = self.source.scan(self.cache_dir / "index" if self.cache else None)
             if self.source.all_in:
                 found = [replace(item, split=self.source.all_in) for item in found]
+        self._choose_bits()
         if self.cache:
             failures = self._fill({item.digest: item for item in found}, Views(), 0)
             self.skipped |= {item.path: failures[item.digest] for item in found if item.digest in failures}
@@ -69,12 +69,19 @@ class FeatureStore:
             with self.seconds.of("scan"):
                 self._decode_all(found)
         self.items = [item for item in found if item.path not in self.skipped]
-        self._loaded = identity
+        self._loaded = backbone.digest(), replace(backbone.preprocessing)
         return True
+
+    def _choose_bits(self) -> None:
+        """Takes the scale of images of more than 8 bits from the largest value, unless the head brings its own."""
+        preprocessing, largest = self.backbone.preprocessing, self.source.peak
+        preprocessing.bits = preprocessing.bits or bits_of(largest)
+        if largest:
+            say(f"data: images of more than 8 bits have values up to {largest}; {preprocessing.white} becomes white")
 
     def read(self, item: Item) -> Image.Image:
         """An image as RGB, at least as large as the backbone needs it."""
-        return self.source.read(item, self.backbone.preprocessing.resize_size, self.max_pixels)
+        return self.source.read(item, self.backbone.preprocessing, self.max_pixels)
 
     def check_skips(self) -> None:
         """Says what is left out, and stops where it is too much to be an accident."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from headstart.data.folders import SPLIT_FOLDERS, in_either_form, say_alike
+from headstart.data.folders import split_named
 from headstart.data.splits import Item, Split
 from headstart.errors import UserError
 from headstart.files import read_csv
@@ -25,26 +25,20 @@ def read_table(file: Path) -> tuple[list[str], list[Item]]:
     labels = sorted({row["label"] for row in rows})
     if len(labels) < 2:
         raise UserError(f"--data.csv={file}: {len(labels)} class(es), and at least 2 are needed")
-    say_alike(labels)
     number = {label: place for place, label in enumerate(labels)}
     items: dict[str, Item] = {}
     for line, row in enumerate(rows, start=2):
-        item = Item(
-            in_either_form(file.parent, row["path"]),
-            number[row["label"]],
-            split=_split(row, file, line),
-            group=row.get("group") or "",
-        )
+        item = Item(row["path"], number[row["label"]], split=_split(row, file, line), group=row.get("group") or "")
         if items.setdefault(item.path, item) != item:
             raise UserError(f"--data.csv={file}, line {line}: {item.path} was listed before, otherwise; keep one")
     return labels, _ready(list(items.values()), file)
 
 
 def _split(row: Mapping[str, str], file: Path, line: int) -> Split | None:
-    given = row.get("split", "").lower()
-    if given and given not in SPLIT_FOLDERS:
+    given = row.get("split", "")
+    if given and not split_named(given):
         raise UserError(f"--data.csv={file}, line {line}: unknown split {given!r}; use train, val or test, or none")
-    return SPLIT_FOLDERS.get(given)
+    return split_named(given)
 
 
 def _ready(items: Sequence[Item], file: Path) -> list[Item]:

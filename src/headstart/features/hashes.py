@@ -6,17 +6,17 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import platformdirs
 
-from headstart.errors import UserError
-from headstart.files import passes, read_regular, write_atomically
+from headstart.files import in_either_form, patiently, read_regular, write_atomically
 
 # A file changed this shortly before it was hashed could change again within the clock's grain, unseen.
 GRAIN_NS = 2 * 10**9
 
-Stamp = list[int]
+Entry = tuple[list[int], str, int]  # a file's stamp, hash and largest value
 
 
 def cache_folder(chosen: str | None = None) -> Path:
@@ -39,53 +39,57 @@ class ContentIndex:
     """The hashes of the files below ``root``, remembered in ``folder`` between runs; without one nothing is remembered.
 
     A remembered hash counts only while the file's size, mtime, ctime and inode are the same; ctime cannot be set back,
-    so a change hidden from mtime is seen too. The index has its own checksum, and a damaged one is made anew.
+    so a change hidden from mtime is seen too. The index has its own checksum, and a damaged one is made anew. With the
+    hash goes what ``peak_in`` finds in the file's content: its largest value, if it has more than 8 bits.
     """
 
-    def __init__(self, root: Path, folder: Path | None) -> None:
-        self.root = root
+    def __init__(self, root: Path, folder: Path | None, peak_in: Callable[[bytes], int]) -> None:
+        self.root, self._peak_in = root, peak_in
+        self.peak = 0  # the largest value of all files, once they are hashed
         self._file = folder / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.json" if folder else None
-        self._known: dict[str, tuple[Stamp, str]] = self._load()
+        self._known: dict[str, Entry] = self._load()
 
     def digests(self, paths: list[str], advance: Callable[[int], None]) -> tuple[dict[str, bytes], dict[str, str]]:
         """The sha256 of each file by its path, and the reason for each that cannot be read."""
-        found: dict[str, tuple[Stamp, str]] = {}
+        found: dict[str, Entry] = {}
         unreadable: dict[str, str] = {}
         now = time.time_ns()
         for path in paths:
             try:
-                stat = (self.root / path).stat()
-                stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-                known = self._known.get(path)
-                settled = max(stat.st_mtime_ns, stat.st_ctime_ns) < now - GRAIN_NS
-                if known and known[0] == stamp:
-                    found[path] = known
-                else:
-                    found[path] = (stamp if settled else [], sha256(self.root / path).hex())
+                found[path] = patiently(self.root / path, partial(self._entry, path, now))
             except FileNotFoundError:
                 unreadable[path] = "missing, or a broken symbolic link"
             except (OSError, ValueError) as error:  # a name with a NUL byte is a ValueError
-                if isinstance(error, OSError) and passes(error):
-                    raise UserError(f"{self.root / path}: cannot be read now ({error.strerror}); try again") from error
                 unreadable[path] = f"unreadable: {getattr(error, 'strerror', error)}"
             advance(1)
         if found != self._known:
             self._save(found)
-        return {path: bytes.fromhex(digest) for path, (_, digest) in found.items()}, unreadable
+        self.peak = max((peak for _, _, peak in found.values()), default=0)
+        return {path: bytes.fromhex(digest) for path, (_, digest, _) in found.items()}, unreadable
 
-    def _load(self) -> dict[str, tuple[Stamp, str]]:
+    def _entry(self, path: str, now: int) -> Entry:
+        stat = in_either_form(self.root / path).stat()
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        known = self._known.get(path)
+        if known and known[0] == stamp:
+            return known
+        settled = max(stat.st_mtime_ns, stat.st_ctime_ns) < now - GRAIN_NS
+        data = read_regular(self.root / path)
+        return stamp if settled else [], hashlib.sha256(data).hexdigest(), self._peak_in(data)
+
+    def _load(self) -> dict[str, Entry]:
         if self._file is None:
             return {}
         try:
             checksum, body = read_regular(self._file).split(b"\n", 1)
             if checksum.decode() != hashlib.sha256(body).hexdigest():
                 return {}
-            known = {path: (stamp, digest) for path, (stamp, digest) in json.loads(body).items()}
+            known = {path: (stamp, digest, int(peak)) for path, (stamp, digest, peak) in json.loads(body).items()}
             return {path: entry for path, entry in known.items() if len(bytes.fromhex(entry[1])) == 32}
         except (OSError, ValueError, TypeError, AttributeError):  # or of another form
             return {}
 
-    def _save(self, found: dict[str, tuple[Stamp, str]]) -> None:
+    def _save(self, found: dict[str, Entry]) -> None:
         if self._file is None:
             return
         body = json.dumps(found).encode()

@@ -8,9 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from headstart.errors import UserError
 from headstart.features.extract import Computed, Extractor, FeaturePrecision, feature_dtype
-from headstart.files import passes, read_regular
+from headstart.files import Unavailable, patiently, read_regular
 from headstart.images import MAX_PIXELS, UnreadableImage, decode, preprocess
 from headstart.model.backbone import FrozenBackbone
 
@@ -39,13 +38,13 @@ class FileStream:
 
     def image(self, path: str) -> Image.Image:
         """The file as RGB; ``UnreadableImage`` where it cannot be read."""
+        file = Path(path)
         try:
-            data = read_regular(Path(path))
+            return patiently(file, lambda: decode(read_regular(file), self._preprocessing, self._max_pixels))
         except OSError as error:
-            if passes(error):
-                raise UserError(f"{path}: cannot be read now ({error.strerror}); try again") from error
             raise UnreadableImage(f"{error.strerror or error}".lower()) from error
-        return decode(data, self._preprocessing.resize_size, self._max_pixels)
+        except Unavailable as error:  # a row tells it, and nothing is kept
+            raise UnreadableImage(str(error)) from error
 
     def pixels(self, path: str) -> Tensor:
         """The file as the backbone sees it, [3, H, W] uint8."""

@@ -175,6 +175,8 @@ class TrainCLI(LightningCLI):
                     f"--trainer.callbacks: {type(callback).__name__} watches {watched!r}, which is not logged; "
                     f"there are {', '.join(self.model.logged)}"
                 )
+        if self.checkpoint:
+            self.model.take_bits(self.checkpoint)
         made = self.checkpoint["hyper_parameters"] if self.checkpoint else {}
         for name in ("lr", "weight_decay"):
             if name in made and made[name] != self.model.hparams[name]:

@@ -54,10 +54,14 @@ def report(cli: TrainCLI, scores: Mapping[str, float], seconds: Seconds) -> None
         if folder is None or evaluation is None or not cli.config.report:
             return
         from headstart.report.learning_curve import learning_curve_of  # what draws takes a while to import
+        from headstart.report.mirror import mirror_check_of
         from headstart.report.page import write_report
 
+        mirror = mirror_check_of(module, data)
+        if mirror and mirror.advice:
+            say(f"data: {mirror.advice}")
         curve = learning_curve_of(module, data, cli.trainer.max_epochs) if evaluation.split == "test" else None
-        write_report(folder, evaluation, data, module, scores, logger, curve)
+        write_report(folder, evaluation, data, module, scores, logger, curve, mirror)
 
 
 def finish(cli: TrainCLI, scores: Mapping[str, Any], seconds: Seconds) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from headstart.model.backbone import FrozenBackbone, check_frozen, combined, ten
 from headstart.model.metrics import defined
 from headstart.model.sealed import read_sealed
 from headstart.ranges import arguments_of, plain
-from headstart.terminal import say
+from headstart.terminal import say, told
 
 LAYOUT = 2  # 2: with the temperature
 
@@ -50,7 +50,7 @@ class HeadModule(LightningModule):
         """Refuses data whose labels mean other classes."""
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", self.class_names)
         if list(names) != self.class_names:
-            raise UserError(f"class_names: the module's are {_short(self.class_names)}, the data's {_short(names)}")
+            raise UserError(f"class_names: the module's are {told(self.class_names)}, the data's {told(list(names))}")
 
     def on_fit_start(self) -> None:
         check_frozen(self.backbone.digests(), self.digests, but=self.learning)
@@ -103,9 +103,11 @@ class HeadModule(LightningModule):
     def take(self, checkpoint: Mapping[str, Any]) -> None:
         """Takes what is not a tensor; a checkpoint of another head, other classes or another backbone is refused."""
         made, tuned = checkpoint["headstart"], finetuned_in(checkpoint)
-        if made["class_names"] != self.class_names:
+        own_names, theirs = self.class_names, made["class_names"]
+        if own_names != theirs:
             raise UserError(
-                f"checkpoint: its classes are {_short(made['class_names'])}, the data's {_short(self.class_names)}"
+                f"checkpoint: its classes are {len(theirs)} ({told(theirs, own_names)}), the data's "
+                f"{len(own_names)} ({told(own_names, theirs)})"
             )
         learnt = {f"backbone.{name}" for name in tuned}
         found = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items() if name not in learnt}
@@ -117,8 +119,20 @@ class HeadModule(LightningModule):
                 f"({made['digest'][:12]}), not to {self.backbone.name}, {self.backbone.weights} "
                 f"({self.weights_digest[:12]}); give the weights it was trained on"
             )
+        self.take_bits(checkpoint)
         self.temperature = float(made["temperature"])
         self.finetuned = sorted({*self.finetuned, *tuned})
+
+    def take_bits(self, checkpoint: Mapping[str, Any]) -> None:
+        """Takes the scale of images of more than 8 bits, which training chose; before features are computed."""
+        bits = checkpoint["headstart"]["preprocessing"].get("bits") or 16
+        now = self.backbone.preprocessing
+        if now.bits not in (None, bits):
+            raise UserError(
+                f"checkpoint: its images of more than 8 bits were scaled from {bits} bits, the data's from {now.bits}; "
+                "resume it on the images that it was trained on"
+            )
+        now.bits = bits
 
     def start_from(self, checkpoint: Mapping[str, Any]) -> None:
         """Takes the head, the temperature and what was fine-tuned from a checkpoint's content, as ``take``."""
@@ -156,8 +170,8 @@ class HeadModule(LightningModule):
             return self.predict([images])[0]
         if not images:
             raise UserError("predict: no images")
-        shape = self.backbone.preprocessing
-        pixels = torch.stack([preprocess(as_rgb(image, shape.resize_size), shape) for image in images])
+        preprocessing = self.backbone.preprocessing
+        pixels = torch.stack([preprocess(as_rgb(image, preprocessing), preprocessing) for image in images])
         self.eval()
         logits: Tensor = self(pixels.to(self.device))
         return (logits / self.temperature).softmax(dim=1).cpu()
@@ -185,7 +199,3 @@ def read_checkpoint(path: Path, logs: Path = Path("logs")) -> dict[str, Any]:
     if not sound or not all(isinstance(tensor, Tensor) and tensor.isfinite().all() for tensor in tensors):
         raise UserError(f"--ckpt_path={path}: its head or temperature is not finite; train it again, with a lower lr")
     return checkpoint
-
-
-def _short(names: Sequence[str]) -> str:
-    return f"{len(names)} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"

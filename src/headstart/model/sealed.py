@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from headstart.errors import UserError
-from headstart.files import write_atomically
+from headstart.files import in_either_form, write_atomically
 from headstart.model.backbone import tensor_bytes
 
 SEAL = "headstart_sha256"
@@ -51,6 +51,7 @@ def read_sealed(path: Path, logs: Path = Path("logs")) -> dict[str, Any]:
 
     A missing, damaged or foreign file is a ``UserError``, which names other checkpoints: beside it, or in ``logs``.
     """
+    path = in_either_form(path)
     if not path.is_file():
         candidates = sorted((path if path.is_dir() else logs).rglob("*.ckpt"), key=lambda found: found.stat().st_mtime)
         near = f"; there are {', '.join(map(str, candidates[:-4:-1]))}" if candidates else ""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from headstart.errors import UserError
-from headstart.files import read_regular
+from headstart.files import in_either_form, read_regular
 from headstart.images import Preprocessing
 
 BUNDLED = Path(__file__).parents[1] / "weights" / "resnet18-bundled.safetensors"
@@ -118,7 +118,7 @@ def load_weights(made: Network, name: str, weights: str) -> Preprocessing:
         path = _download(official[0])
         _fill(made.net, _tensors(path, _checked_bytes(path)), path)
     elif weights != "random":
-        path = Path(weights).expanduser()
+        path = in_either_form(Path(weights).expanduser())
         if not path.is_file() or path.suffix not in READERS:
             raise UserError(
                 f"--model.weights={path}: not a .pth or .safetensors file; give one, or bundled, imagenet or random"

@@ -18,6 +18,7 @@ from headstart.files import csv_bytes, write_atomically
 from headstart.report.evaluation import Evaluation
 from headstart.report.figures import TILES, curves_figure, evaluation_figures, learning_figure, png
 from headstart.report.learning_curve import LearningCurve
+from headstart.report.mirror import MirrorCheck
 from headstart.report.tensorboard import log_evaluation, thumbnails
 from headstart.runs.folder import command_line, versions
 from headstart.runs.history import CONFIG, REPORT
@@ -43,6 +44,7 @@ def write_report(
     scores: Mapping[str, float],
     logger: RunLogger | None = None,
     curve: LearningCurve | None = None,
+    mirror: MirrorCheck | None = None,
 ) -> Path:
     """Draws the figures once, puts them into TensorBoard, writes the report, and gives its path.
 
@@ -56,7 +58,7 @@ def write_report(
         scalars = read_scalars(folder)
     pictures = [("Scores by training step", png(curves_figure(scalars)))] if scalars else []
     pictures += [(TITLES.get(name, name.replace("_", " ")), drawn) for name, drawn in figures.items()]
-    page = render(folder, evaluation, data, scores, pictures, curve)
+    page = render(folder, evaluation, data, scores, pictures, curve, mirror)
     write_atomically(folder / REPORT, page.encode(errors="backslashreplace"))
     return folder / REPORT
 
@@ -68,6 +70,7 @@ def render(
     scores: Mapping[str, float],
     pictures: Sequence[tuple[str, bytes]],
     curve: LearningCurve | None,
+    mirror: MirrorCheck | None,
 ) -> str:
     """The report as HTML, with pictures of (title, PNG); whatever comes from file names is escaped."""
     environment = Environment(loader=PackageLoader("headstart", "report"), autoescape=True, trim_blocks=True)
@@ -86,6 +89,7 @@ def render(
         total_skipped=len(data.store.skipped),
         pictures=[(title, embedded(drawn, "png")) for title, drawn in pictures],
         curve=curve,
+        mirror=mirror,
         curve_picture=embedded(png(learning_figure(curve.images, curve.accuracies)), "png") if curve else None,
         mistakes=_tiles(evaluation, evaluation.surest(False, TILES), thumbnail),
         surest=_tiles(evaluation, evaluation.surest(True, TILES), thumbnail),

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torchvision.transforms.v2 import functional
 
 from headstart.data.module import ImageData
 from headstart.errors import UserError
-from headstart.images import UnreadableImage
 from headstart.report.evaluation import Evaluation
 from headstart.report.figures import TILES, pixels, png, tiles_figure
 from headstart.terminal import one_line
@@ -24,10 +24,12 @@ MAX_CLASSES_IN_TEXT = 100
 def thumbnails(data: ImageData, evaluation: Evaluation) -> Callable[[int], Image.Image]:
     """A function that gives the picture at a position of the evaluation, on a square of 128 pixels."""
 
+    small = replace(data.store.backbone.preprocessing, resize_size=TILE_SIDE)
+
     def thumbnail(position: int) -> Image.Image:
         try:
-            image = data.source.read(evaluation.items[position], TILE_SIDE, data.store.max_pixels)
-        except (UnreadableImage, UserError):  # it went after it was evaluated; its result still stands
+            image = data.source.read(evaluation.items[position], small, data.store.max_pixels)
+        except UserError:  # it went after it was evaluated; its result still stands
             image = Image.new("RGB", (TILE_SIDE, TILE_SIDE), "grey")
         return ImageOps.pad(image, (TILE_SIDE, TILE_SIDE), color="white")
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from headstart.data import folders
+from headstart.deploy.check import check_files
 from headstart.deploy.onnx import NEEDED, Exported, run_onnx, to_onnx
 from headstart.deploy.torchvision import run_torchvision, to_torchvision
 from headstart.errors import UserError
-from headstart.files import new_path, read_regular, write_new
+from headstart.files import claim_by_rename, new_path, read_regular, write_new
 from headstart.images import UnreadableImage, decode, preprocess
 from headstart.model.classifier import TransferClassifier
 from headstart.parser import add_checkpoint, parser_of, required
@@ -29,6 +30,8 @@ MAKERS = {".onnx": (to_onnx, run_onnx), ".pth": (to_torchvision, run_torchvision
 def export(options: Sequence[str]) -> dict[str, Any]:
     """Writes a model file, once its output was compared with the checkpoint's on real images; none where they differ.
 
+    Beside it goes a folder of five pictures with the probabilities that they have to get.
+
     Returns the `output`, how many `images` were compared, and the largest `difference` of a probability.
     """
     quiet_libraries()
@@ -39,6 +42,7 @@ def export(options: Sequence[str]) -> dict[str, Any]:
     given = parser.parse_args(list(options))
     required(given, "--ckpt_path", "--output")
     checkpoint, output = Path(given.ckpt_path).expanduser(), new_path("--output", given.output)
+    pictures = new_path("--output", f"{output}.check")
     if output.suffix not in MAKERS:
         raise UserError(f"--output={output}: name it {' or '.join(f'*{suffix}' for suffix in MAKERS)}")
     if output.suffix == ".onnx" and (lacking := [name for name in NEEDED if importlib.util.find_spec(name) is None]):
@@ -51,9 +55,13 @@ def export(options: Sequence[str]) -> dict[str, Any]:
         difference = float((run(data, module, images) - Exported(module)(images)).abs().max())
     if not difference <= TOLERANCE:
         raise UserError(f"--output={output}: its probabilities differ by {difference:.1e} from the head's; not written")
+    with claim_by_rename(pictures) as folder:
+        for name, content in check_files(module).items():
+            (folder / name).write_bytes(content)
     write_new("--output", output, data)
     say(f"export:  {output}, {len(data) / 1e6:.1f} MB; on {len(images)} images within {difference:.1e} of the head")
-    say("next:    docs/deploy.md runs it in ten lines, without headstart")
+    say(f"check:   {pictures}, five pictures with the probabilities that they have to get")
+    say("next:    docs/deploy.md runs it, and compares them, without headstart")
     return {"output": str(output), "images": len(images), "difference": difference}
 
 
@@ -67,7 +75,7 @@ def _real_images(module: TransferClassifier, root: str | None, checkpoint: Path)
     preprocessing, images = module.backbone.preprocessing, []
     for path in wanted:
         try:
-            images.append(preprocess(decode(read_regular(path), preprocessing.resize_size), preprocessing))
+            images.append(preprocess(decode(read_regular(path), preprocessing), preprocessing))
         except (UnreadableImage, OSError):
             continue
     if not images:

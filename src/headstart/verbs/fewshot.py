@@ -180,6 +180,7 @@ class _Verb:
         given = self.given.model
         module = TransferClassifier(data.class_names, given.backbone, given.weights, given.image_size)
         module.trained_on = sorted({item.digest.hex() for item in data.items})
+        module.backbone.preprocessing.bits = self.backbone.preprocessing.bits
         path = Path(self.given.save).expanduser()
         acc = save(path, module, self._module(head, data).head, data.all_support())
         say(f"fewshot: {len(data.items)} images of {len(data.class_names)} classes, {acc:.3f} right when left out")

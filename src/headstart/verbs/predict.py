@@ -24,7 +24,7 @@ from headstart.device import device_of
 from headstart.errors import UserError
 from headstart.features.extract import Computed, FeaturePrecision
 from headstart.features.stream import FileStream
-from headstart.files import new_path
+from headstart.files import in_either_form, new_path
 from headstart.images import MAX_PIXELS
 from headstart.model.classifier import TransferClassifier
 from headstart.model.heads import linear_head
@@ -150,9 +150,10 @@ def _inputs(given: Sequence[str]) -> tuple[Iterable[str], int | None]:
         return itertools.chain([first], lines), None
     paths, others = list[str](), Counter[str]()
     for path in given:
-        is_folder = os.path.isdir(path)  # noqa: PTH112  # pathlib's raises where it may not look
-        paths += [str(found) for found in folders.images(Path(path), others)] if is_folder else [path]
-    folders.say_others(others)
+        folder = in_either_form(Path(path))
+        is_folder = os.path.isdir(folder)  # noqa: PTH112  # pathlib's raises where it may not look
+        paths += [str(found) for found in folders.images(folder, others)] if is_folder else [path]
+    folders.say_left_out(others)
     if not paths:
         raise UserError(f"{', '.join(given)}: no images in there; give a folder that holds some")
     return paths, len(paths)
