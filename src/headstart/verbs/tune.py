@@ -1,7 +1,9 @@
 """The verb `tune`: a grid of heads trained at once, the exact optimum, then one run with the winner."""
 
 import itertools
+import json
 import math
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +26,7 @@ from headstart.runs.folder import new_run_folder
 from headstart.search.bank import HeadSettings, Schedule, TrainedHead, train_bank
 from headstart.search.exact import accuracy_and_loss, fit_exact
 from headstart.search.intervals import mean_and_half_width
-from headstart.terminal import Seconds, images_bar, program, quiet_libraries, say
+from headstart.terminal import Seconds, images_bar, program, quiet_libraries, rank, say
 
 LRS = [0.0003, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03]
 WEIGHT_DECAYS = [0.0, 0.01, 0.1, 1.0]
@@ -32,6 +34,7 @@ LABEL_SMOOTHINGS = [0.0, 0.1]
 # Penalties of the exact optimum, from strong to weak: each fit starts where the one before ended.
 PENALTIES = [10.0**-power for power in range(7)]
 SHOWN = 10
+TUNED = "HEADSTART_TUNED"  # the environment variable that tells the final run's other processes its options
 
 
 class TuneCLI(TrainCLI):
@@ -77,6 +80,10 @@ def tune(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
     Returns `settings` (one per head, best first), `exact`, `folds`, the winner's `recipe`, and its `result`.
     """
     quiet_libraries()
+    if rank() > 0:  # another device's process of the final run, which Lightning starts by this same command
+        if TUNED not in os.environ:
+            raise UserError("tune: the search is one process's; leave torchrun out, and give --trainer.devices instead")
+        return {"result": _train_winner(json.loads(os.environ[TUNED]), root)}
     cli = TuneCLI(options, root)
     data, config = cli.datamodule, cli.config
     if not data.store.cache:
@@ -99,7 +106,9 @@ def tune(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
     folder = new_run_folder(cli.logs, f"{cli.name}-tune")
     common, recipe = _write(folder, cli, ranked)
     _say_table(ranked, exact, folds, folder)
-    result = _train_winner([f"--config={common}", f"--config={recipe}"], root)
+    winner = [f"--config={common}", f"--config={recipe}"]
+    os.environ[TUNED] = json.dumps(winner)
+    result = _train_winner(winner, root)
     say(f"recipe:   {recipe}    ({program('train')} --config={recipe})")
     return {
         "settings": [vars(settings) | {"val/acc": found.acc, "val/loss": found.loss} for settings, found in ranked],
