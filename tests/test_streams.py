@@ -105,9 +105,9 @@ def test_a_class_may_have_any_bytes_for_its_name(colours, train, monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr(sys, "stdout", out)
             patched.setattr(sys, "stderr", err)
-            train(colours, "--trainer.max_epochs=2", "--report=true")
+            train(colours, "--trainer.max_epochs=2", f"--report={str(encoding == 'utf-8').lower()}")
             best = newest_run() / "checkpoints/best.ckpt"
-            main(["evaluate", f"--ckpt_path={best}"])
+            main(["evaluate", f"--ckpt_path={best}", "--report=false"])
             main(["predict", f"--ckpt_path={best}", str(colours)])  # wing: deploy
         said = out.buffer.getvalue()
         assert b"caf\\udce9" in said  # in the table
@@ -183,7 +183,7 @@ def test_features_that_may_not_be_deleted_are_said(work, capsys):
 
 @pytest.mark.fault("run folder that is deleted during the run")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard writes in one
-@pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_validation_epoch_end"])
+@pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_validation_epoch_end", "on_fit_end", "on_test_end"])
 def test_a_run_folder_that_is_deleted_is_not_made_anew(hook, colours, refused, monkeypatch):
     real = getattr(TransferClassifier, hook)
 
@@ -221,7 +221,7 @@ def test_splits_of_another_form_are_refused(content, work, refused):
 
 @pytest.mark.fault("cache with files of another form")
 def test_an_index_of_another_form_is_made_anew(work, train):
-    shutil.rmtree("cache/index")  # of the images that this is a copy of
+    shutil.rmtree("cache/index")
     train(Path("colours"), "--trainer.fast_dev_run=true")
     (index,) = Path("cache/index").iterdir()
     known = json.loads(index.read_bytes().split(b"\n", 1)[1])
