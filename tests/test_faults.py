@@ -457,6 +457,22 @@ def test_what_may_pass_is_tried_again_and_never_remembered(where, failure, colou
     assert train(colours, "--trainer.max_epochs=1", "--data.num_workers=1")["skipped"] == 0
 
 
+@pytest.mark.fault("network disk or memory that fails for a while", "file that vanishes or changes during the run")
+def test_what_stops_a_worker_process_is_one_line(colours, refused, monkeypatch):
+    works, main_process = folders.decode, os.getpid()
+
+    def fails(*given):
+        if os.getpid() != main_process:
+            raise MemoryError
+        return works(*given)
+
+    monkeypatch.setattr(files, "PAUSES", (0, 0))
+    monkeypatch.setattr(folders, "decode", fails)
+    with at_most(60):
+        line = refused("train", f"--data.root={colours}", "--data.cache=false", "--data.num_workers=1", *SMALL)
+    assert re.fullmatch(r"error: \S+\.png: cannot be read now \(out of memory\), which may pass; start again", line)
+
+
 def test_a_decoder_without_memory_does_not_call_the_image_damaged(colours, monkeypatch):
     def fails(*given):
         raise MemoryError

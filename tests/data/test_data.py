@@ -1,6 +1,7 @@
 """Splits, folders and datasets."""
 
 import csv
+import io
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -305,6 +306,19 @@ def test_images_of_a_dataset_that_differ_by_palette_have_rows_of_their_own():
     assert len({item.digest for item in data.items}) == 40
     rows = data.store.matrix(data.store.items).whole()
     assert len(rows.unique(dim=0)) == 40
+
+
+def test_a_damaged_image_of_a_dataset_is_left_out():
+    class OneDamaged(Squares):
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            file = io.BytesIO()
+            image.save(file, "PNG")
+            return Image.open(io.BytesIO(file.getvalue()[: 60 if index == 3 else None])), label
+
+    data = setup(DatasetData(OneDamaged(40, 0), num_workers=0))
+    assert len(data.items) == 39
+    assert data.store.skipped["train/3"].startswith("damaged")
 
 
 def deep_squares(folder: Path, largest: int) -> Path:

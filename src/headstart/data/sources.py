@@ -17,7 +17,8 @@ from headstart.data.splits import Item, Split
 from headstart.data.table import read_table
 from headstart.errors import UserError
 from headstart.features.hashes import ContentIndex
-from headstart.images import Preprocessing, content_digest, decode_opened, peak, peak_of
+from headstart.files import patiently
+from headstart.images import Preprocessing, UnreadableImage, content_digest, decode_opened, peak, peak_of
 from headstart.terminal import images_bar, say_look_alikes
 
 
@@ -130,24 +131,31 @@ class DatasetSource(Source):
             for name, (dataset, split) in self._datasets.items()
             for index in range(len(dataset))  # type: ignore[arg-type]
         ]
+        items, unreadable, self.label_of = list[Item](), dict[str, str](), {}
         with images_bar("scan", len(samples)) as advance:
-            items = [self._item(*sample, advance) for sample in samples]
-        self.label_of = {item.path: item.label for item in items}
-        return items, {}
+            for name, index, split in samples:
+                image, label = self._sample(name, index)
+                path = f"{name}/{index}"
+                self.label_of[path] = label
+                try:
+                    self.peak = max(self.peak, peak_of(image))
+                    items.append(Item(path, label, content_digest(image), split))
+                except UnreadableImage as error:
+                    unreadable[path] = str(error)
+                advance(1)
+        return items, unreadable
 
     def read(self, item: Item, preprocessing: Preprocessing, max_pixels: int) -> Image.Image:
         name, index = item.path.split("/")
-        return decode_opened(self._datasets[name][0][int(index)][0], preprocessing)
+        return patiently(Path(item.path), lambda: decode_opened(self._sample(name, int(index))[0], preprocessing))
 
-    def _item(self, name: str, index: int, split: Split | None, advance: Callable[[int], None]) -> Item:
+    def _sample(self, name: str, index: int) -> tuple[Image.Image, int]:
         image, label = self._datasets[name][0][index]
         if not isinstance(image, Image.Image):
             raise UserError(
                 f"DatasetData: {name}[{index}] gives a {type(image).__name__} and no PIL image; drop transforms"
             )
-        advance(1)
-        self.peak = max(self.peak, peak_of(image))
-        return Item(f"{name}/{index}", int(label), content_digest(image), split)
+        return image, int(label)
 
 
 # By the name that --data.source gives; what is called with --data.root.
