@@ -1,6 +1,7 @@
 """What happens when things go wrong, with real faults: torn and forged files, full disks, signals, moved folders."""
 
 import ast
+import errno
 import hashlib
 import io
 import json
@@ -19,9 +20,12 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from headstart import files
 from headstart.cli import main
+from headstart.data import folders
 from headstart.data.loaders import ImageDataset
 from headstart.errors import UserError
+from headstart.features import hashes
 from headstart.features.cache import FeatureCache
 from headstart.features.matrix import Shard
 from headstart.images import Preprocessing, UnreadableImage, decode
@@ -197,11 +201,11 @@ def test_what_is_changed_or_left_aside_is_said_once(colours, train, capsys):
     assert result["val/balanced_acc"] != result["val/acc"] or result["val/acc"] == 1
     out = capsys.readouterr().out
     for said in (
-        "16 bits are scaled down",
+        "images of more than 8 bits have values up to 40001; 65535 becomes white",
         "longer than 20 times",
         "of animations the first frame",
         "1 images lie in folders within a class folder",
-        "are left out: 1 .heic",
+        "left out: 1 .heic",
         "--model.class_weights=balanced",
     ):
         assert out.count(said) == 1, said
@@ -406,6 +410,57 @@ def test_only_regular_files_are_opened(colours, checkpoint, train, refused, monk
         monkeypatch.setattr(sys, "stdin", io.StringIO("/dev/zero\nfifo\n"))
         assert "none of the 2 files" in refused("predict", f"--ckpt_path={checkpoint}", "--output=none.csv")
         # /wing
+
+
+@pytest.mark.fault("network disk or memory that fails for a while")
+@pytest.mark.parametrize(
+    "failure", [OSError(errno.EIO, "Input/output error"), MemoryError(), OSError(errno.EMFILE, "")]
+)
+@pytest.mark.parametrize("where", ["hashing", "decoding"])
+def test_what_may_pass_is_tried_again_and_never_remembered(where, failure, colours, train, refused, monkeypatch):
+    """A disk that fails twice costs nothing; one that goes on failing stops the run, and is no fault of the image."""
+    monkeypatch.setattr(files, "PAUSES", (0, 0))
+    module, name = {"hashing": (hashes, "read_regular"), "decoding": (folders, "decode")}[where]
+    works, failures = getattr(module, name), {"left": 0}
+
+    def fails(*given):
+        if failures["left"]:
+            failures["left"] -= 1
+            raise failure
+        return works(*given)
+
+    monkeypatch.setattr(module, name, fails)
+    failures["left"] = 10**9
+    line = refused("train", f"--data.root={colours}", *SMALL)
+    assert re.search(r"/colours/\w+/\d+.png: cannot be read now", line)
+    assert "start again" in line
+    failures["left"] = 2
+    assert train(colours, "--trainer.max_epochs=1", "--data.num_workers=1")["skipped"] == 0
+
+
+@pytest.mark.fault("network disk or memory that fails for a while", "file that vanishes or changes during the run")
+def test_what_stops_a_worker_process_is_one_line(colours, refused, monkeypatch):
+    works, main_process = folders.decode, os.getpid()
+
+    def fails(*given):
+        if os.getpid() != main_process:
+            raise MemoryError
+        return works(*given)
+
+    monkeypatch.setattr(files, "PAUSES", (0, 0))
+    monkeypatch.setattr(folders, "decode", fails)
+    with at_most(60):
+        line = refused("train", f"--data.root={colours}", "--data.cache=false", "--data.num_workers=1", *SMALL)
+    assert re.fullmatch(r"error: \S+\.png: cannot be read now \(out of memory\), which may pass; start again", line)
+
+
+def test_a_decoder_without_memory_does_not_call_the_image_damaged(colours, monkeypatch):
+    def fails(*given):
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", fails)
+    with pytest.raises(MemoryError):
+        decode((colours / "red/000.png").read_bytes(), Preprocessing())
 
 
 @pytest.mark.fault("folder without permission")

@@ -1,14 +1,25 @@
 """Every kind of file that a folder of photos holds."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from headstart.images import UnreadableImage, augment, decode, preprocess
-from headstart.model.backbone import Preprocessing
+from headstart.images import (
+    Preprocessing,
+    UnreadableImage,
+    Views,
+    augment,
+    bits_of,
+    content_digest,
+    decode,
+    decode_opened,
+    peak,
+    preprocess,
+)
 
 SMALL = Preprocessing(resize_size=36, crop_size=32)
 
@@ -37,6 +48,79 @@ def test_sixteen_bits_are_scaled_and_not_clipped():
     ramp = np.linspace(0, 65535, 64).astype(np.uint16)[None].repeat(48, 0)
     pixels = np.asarray(decode(encode(Image.fromarray(ramp)), SMALL))
     assert pixels[0, :, 0].tolist() == (ramp[0] // 257).tolist()
+
+
+@pytest.mark.fault("10 to 14 bits in 16, and 32 bits")
+@pytest.mark.parametrize(("largest", "bits"), [(1000, 10), (4095, 12), (4096, 14), (65535, 16), (2**20 - 1, 20)])
+def test_the_scale_is_that_of_the_largest_value(largest, bits):
+    ramp = np.linspace(0, largest, 64).astype(np.int32)[None].repeat(48, 0)
+    data = encode(Image.fromarray(ramp), "TIFF") if largest > 65535 else encode(Image.fromarray(ramp.astype(np.uint16)))
+    assert peak(data) == largest
+    assert bits_of(largest) == bits
+    pixels = np.asarray(decode(data, replace(SMALL, bits=bits)))
+    assert len(np.unique(pixels)) > 60
+    assert pixels.max() == 255 * largest // (2**bits - 1)
+
+
+def test_images_of_8_bits_and_damaged_ones_have_no_largest_value():
+    deep = encode(Image.fromarray(np.full((48, 64), 4000, np.uint16)))
+    assert peak(deep) == 4000
+    assert [peak(data) for data in (b"", b"<html>", encode(gradient()), deep[:60])] == [0] * 4
+    assert bits_of(0) == 16
+
+
+def test_values_above_the_training_datas_become_white(capsys):
+    pixels = decode(encode(Image.fromarray(np.full((48, 64), 5000, np.uint16))), replace(SMALL, bits=12))
+    assert np.asarray(pixels).min() == 255
+    assert "values above 4095" in capsys.readouterr().out
+
+
+@pytest.mark.fault("float TIFF")
+def test_floats_from_0_to_1_are_scaled():
+    ramp = np.linspace(0, 1, 64, dtype=np.float32)[None].repeat(48, 0)
+    pixels = np.asarray(decode(encode(Image.fromarray(ramp), "TIFF"), SMALL))
+    assert pixels[0, :, 0].tolist() == (ramp[0] * 255).round().tolist()
+
+
+@pytest.mark.fault("float TIFF with NaN, infinity or another range")
+@pytest.mark.parametrize(
+    ("value", "reason"), [(np.nan, "not finite"), (-np.inf, "not finite"), (255, "from 0 to 255"), (-1, "from -1 to 0")]
+)
+def test_other_floats_are_left_out_with_their_reason(value, reason):
+    values = np.zeros((48, 64), np.float32)
+    values[0, 0] = value
+    with pytest.raises(UnreadableImage, match=reason):
+        decode(encode(Image.fromarray(values), "TIFF"), SMALL)
+
+
+@pytest.mark.fault("images of a dataset that differ by palette, transparency or orientation alone")
+def test_the_hash_of_a_pil_image_is_of_what_is_decoded():
+    indices = np.arange(48 * 64, dtype=np.uint8).reshape(48, 64) % 4
+
+    def palette(*colours: int, **info: object) -> Image.Image:
+        image = Image.fromarray(indices).convert("P")
+        image.putpalette([*colours, *[0] * (768 - len(colours))])
+        image.info |= info
+        return image
+
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    turned = Image.open(io.BytesIO(encode(gradient(), exif=exif)))
+    plain = palette(1, 2, 3, 4, 5, 6)
+    images = [plain, palette(3, 2, 1, 4, 5, 6), palette(1, 2, 3, 4, 5, 6, transparency=0), gradient(), turned]
+    assert len({content_digest(image) for image in images}) == len(images)
+    assert content_digest(plain) == content_digest(plain.convert("RGB"))
+    assert content_digest(turned) == content_digest(gradient().rotate(180))
+    assert turned.size == (64, 48)
+
+
+def test_an_opened_jpeg_is_decoded_as_its_file_and_stays_as_it_was():
+    data = encode(gradient(size=(1600, 1200)), "JPEG")
+    image = Image.open(io.BytesIO(data))
+    assert decode_opened(image, SMALL).tobytes() == decode(data, SMALL).tobytes()
+    assert decode_opened(image, SMALL).size == (200, 150)
+    assert np.asarray(image).shape == (1200, 1600, 3)
+    assert decode_opened(image, SMALL).size == (1600, 1200)  # it is loaded now
 
 
 @pytest.mark.fault("transparency")
@@ -125,3 +209,18 @@ def test_a_view_is_a_function_of_its_seed():
     assert not torch.equal(views[0], views[1])
     assert all(view.shape == (3, 32, 32) and view.dtype == torch.uint8 for view in views)
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.fault("classes that are each other's mirror image")
+@pytest.mark.parametrize("policy", ["light", "strong"])
+def test_without_flips_left_stays_left(policy):
+    """Red is left of green in each view, whatever is cropped; with flips in half of them."""
+    image = gradient()  # its red rises to the right, and its green falls
+
+    def flipped(flip: bool) -> int:
+        views = [augment(image, policy, SMALL, seed, flip).float() for seed in range(40)]
+        return sum(float(view[0, :, 20:].mean() - view[0, :, :12].mean()) < 0 for view in views)
+
+    assert flipped(False) < 8 < flipped(True) < 32  # strong rotates too, and inverts colours
+    mirrored = Views("mirrored").view(image, b"", 1, SMALL)
+    assert torch.equal(mirrored, preprocess(image, SMALL).flip(-1))

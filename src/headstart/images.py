@@ -119,7 +119,7 @@ def as_rgb(picture: Picture, preprocessing: Preprocessing) -> Image.Image:
 
 def decode_opened(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     """A PIL image to RGB: what ``decode`` makes of its file, where it was not loaded from there yet."""
-    with _reasons(MAX_PIXELS):
+    with _reasons():
         if not (isinstance(image, JpegImageFile) and image.tile and image.fp and not image.tell()):
             return to_rgb(image, preprocessing)
         place = image.fp.tell()
@@ -144,7 +144,7 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
 
 
 @contextmanager
-def _reasons(max_pixels: int) -> Iterator[None]:
+def _reasons(max_pixels: int = MAX_PIXELS) -> Iterator[None]:
     """Whatever PIL raises as ``UnreadableImage``, unless it is no property of the image."""
     try:
         yield
@@ -160,19 +160,20 @@ def _reasons(max_pixels: int) -> Iterator[None]:
         raise UnreadableImage(f"damaged: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
-def peak(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
+def peak(data: bytes) -> int:
     """The largest value in the content of an image file of more than 8 bits; 0 for any other, or where it is damaged.
 
     So the scale of a data set is known before anything is computed.
     """
-    with suppress(UnreadableImage), _reasons(max_pixels):
-        return peak_of(_opened(data, max_pixels))
+    with suppress(UnreadableImage), _reasons():
+        return peak_of(_opened(data, MAX_PIXELS))
     return 0
 
 
 def peak_of(image: Image.Image) -> int:
-    """As ``peak``, of a PIL image."""
-    return max(0, int(np.asarray(image).max())) if image.mode.startswith("I") else 0
+    """As ``peak``, of a PIL image; ``UnreadableImage`` where it is damaged."""
+    with _reasons():
+        return max(0, int(np.asarray(image).max())) if image.mode.startswith("I") else 0
 
 
 def bits_of(largest: int) -> int:
@@ -183,9 +184,10 @@ def bits_of(largest: int) -> int:
 
 def content_digest(image: Image.Image) -> bytes:
     """sha256 of a PIL image: of the pixels that are decoded, whatever the palette, transparency and orientation."""
-    upright = ImageOps.exif_transpose(image)
-    seen = upright if upright.mode[0] in "IF" else to_rgb(upright, Preprocessing())  # their scale is not known yet
-    return hashlib.sha256(f"{seen.mode} {seen.size} ".encode() + seen.tobytes()).digest()
+    with _reasons():
+        upright = ImageOps.exif_transpose(image)
+        seen = upright if upright.mode[0] in "IF" else to_rgb(upright, Preprocessing())  # their scale is not known yet
+        return hashlib.sha256(f"{seen.mode} {seen.size} ".encode() + seen.tobytes()).digest()
 
 
 def to_rgb(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:

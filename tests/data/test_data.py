@@ -1,6 +1,7 @@
 """Splits, folders and datasets."""
 
 import csv
+import io
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -288,6 +289,67 @@ def test_any_dataset_of_images_and_labels(ready, cache):
     trainer.fit(model, datamodule=data)
     assert trainer.test(model, datamodule=data, verbose=False)[0]["test/acc"] == 1.0
     assert len(data.items) == (60 if ready else 40)
+
+
+class Palettes(Squares):
+    """Images of the same indices into other colours."""
+
+    def __getitem__(self, index):
+        image = Image.new("P", (40, 40), 1)
+        image.putpalette([0, 0, 0, index, 255 * (index % 2), 0])
+        return image, index % 2
+
+
+@pytest.mark.fault("images of a dataset that differ by palette, transparency or orientation alone")
+def test_images_of_a_dataset_that_differ_by_palette_have_rows_of_their_own():
+    data = setup(DatasetData(Palettes(40, 0), num_workers=0))
+    assert len({item.digest for item in data.items}) == 40
+    rows = data.store.matrix(data.store.items).whole()
+    assert len(rows.unique(dim=0)) == 40
+
+
+def test_a_damaged_image_of_a_dataset_is_left_out():
+    class OneDamaged(Squares):
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            file = io.BytesIO()
+            image.save(file, "PNG")
+            return Image.open(io.BytesIO(file.getvalue()[: 60 if index == 3 else None])), label
+
+    data = setup(DatasetData(OneDamaged(40, 0), num_workers=0))
+    assert len(data.items) == 39
+    assert data.store.skipped["train/3"].startswith("damaged")
+
+
+def deep_squares(folder: Path, largest: int) -> Path:
+    """Gray images of 16 bits whose classes differ by brightness, as a camera writes them."""
+    random = np.random.default_rng(0)
+    for name, share in (("dark", 0.3), ("light", 0.8)):
+        (folder / name).mkdir(parents=True)
+        for number in range(20):
+            values = largest * share * random.uniform(0.8, 1, (40, 40))
+            values[0, 0] = largest
+            Image.fromarray(values.astype(np.uint16)).save(folder / name / f"{number:02}.png")
+    return folder
+
+
+@pytest.mark.fault("10 to 14 bits in 16, and 32 bits")
+def test_a_data_set_of_12_bits_has_one_scale_which_the_checkpoint_keeps(tmp_path, train, capsys):
+    folder = deep_squares(tmp_path / "camera", 4095)
+    assert train(folder, "--trainer.max_epochs=8")["test/acc"] == 1.0
+    assert "values up to 4095; 4095 becomes white" in capsys.readouterr().out
+    best = newest_run() / "checkpoints/best.ckpt"
+    module = TransferClassifier.load_from_checkpoint(best)
+    assert module.backbone.preprocessing.bits == 12
+    with Image.open(folder / "light/00.png") as image:
+        assert module.predict(image).argmax() == 1
+    # The checkpoint's scale stays, whatever the values of the images that it is evaluated on.
+    other = deep_squares(tmp_path / "darker", 1000)
+    main(["evaluate", f"--ckpt_path={best}", f"--data.root={other}", "--report=false"])
+    assert "values up to 1000; 4095 becomes white" in capsys.readouterr().out
+    train(folder, "--trainer.max_epochs=9", f"--ckpt_path={best.with_name('last.ckpt')}", "--name=longer")
+    resumed = newest_run(Path("logs")) / "checkpoints/last.ckpt"
+    assert torch.load(resumed, weights_only=True)["headstart"]["preprocessing"]["bits"] == 12
 
 
 def test_data_without_a_trainer_says_what_it_needs(colours):

@@ -1,6 +1,8 @@
 import csv
+import errno
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from headstart import TransferClassifier
+from headstart import TransferClassifier, files
 from headstart.cli import main
 from headstart.deploy.explain import ClassActivation
+from headstart.features import stream
 from headstart.features.stream import FileStream
 from headstart.verbs.predict import Predictor
 from support import COLOURS, draw, newest_run, rows_of
@@ -70,6 +73,34 @@ def test_damaged_files_are_rows_with_their_error(checkpoint, photos, tmp_path):
     assert len(first["top"]) == 2
 
 
+@pytest.mark.fault("files that predict leaves out")
+def test_what_a_folder_leaves_out_is_said_and_what_is_named_gets_a_row(checkpoint, photos, tmp_path, capsys):
+    folder = shutil.copytree(photos / "red", tmp_path / "mine")
+    shutil.copy(photos / "red/000.png", folder / "no suffix")
+    (folder / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    draw(folder / "@eaDir", images=1)
+    main(["predict", f"--ckpt_path={checkpoint}", str(folder), "--output=all.csv"])
+    assert {row["path"] for row in rows_of(Path("all.csv"))} == {str(path) for path in folder.glob("*.png")}
+    said = capsys.readouterr().out
+    assert all(left in said for left in ("1 .heic", "1 without a suffix", "1 @eaDir/"))
+    named = [str(folder / "no suffix"), str(folder / "photo.heic")]
+    assert main(["predict", f"--ckpt_path={checkpoint}", *named, "--output=named.csv"]) == {"predicted": 1, "errors": 1}
+    assert [(row["label"], row["error"]) for row in rows_of(Path("named.csv"))] == [("red", ""), ("", "not an image")]
+
+
+@pytest.mark.fault("network disk or memory that fails for a while")
+def test_a_disk_that_fails_is_a_row_with_its_error(checkpoint, photos, monkeypatch):
+    def fails(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files, "PAUSES", (0, 0))
+    works = stream.read_regular
+    monkeypatch.setattr(stream, "read_regular", lambda path: fails(path) if path.stem == "001" else works(path))
+    counts = main(["predict", f"--ckpt_path={checkpoint}", str(photos / "red"), "--output=rows.csv"])
+    assert counts == {"predicted": 19, "errors": 1}
+    assert "Input/output error" in rows_of(Path("rows.csv"))[1]["error"]
+
+
 def test_rows_go_to_the_standard_output_and_nothing_else_does(checkpoint, photos, capsys):
     main(["predict", f"--ckpt_path={checkpoint}", str(photos / "red/000.png"), "nothing.png"])
     out, err = capsys.readouterr()
@@ -108,9 +139,9 @@ def test_the_input_is_read_as_it_is_needed(checkpoint, photos):
             taken += 1
             yield str(photos / "red/000.png")
 
-    stream = predictor(paths())
+    predictions = predictor(paths())
     for number in range(100):
-        next(stream)
+        next(predictions)
         assert taken <= number + 1 + 2 * 32
 
 

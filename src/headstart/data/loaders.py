@@ -1,5 +1,6 @@
 """From splits to batches: the order of an epoch, images decoded as they are needed, features sliced from a matrix."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from headstart.data.splits import Item
+from headstart.errors import UserError
 from headstart.features.matrix import Labelled
 from headstart.images import Preprocessing, Views
 
@@ -86,7 +88,10 @@ class ImageLoader(DataLoader[tuple[Tensor, int]]):
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        yield from super().__iter__()
+        try:
+            yield from super().__iter__()
+        except UserError as error:  # of a worker process, whose traceback torch puts before the message
+            raise UserError(re.sub(r"\ACaught .*\n[\w.]+: ", "", str(error), flags=re.DOTALL).strip()) from error
 
 
 class FeatureLoader:

@@ -235,6 +235,8 @@ class ImageFolderData(ImageData):
 class DatasetData(ImageData):
     """Any datasets of (PIL image, label): torchvision's, or your own.
 
+    Images that are opened and not loaded, as by ``ImageFolder(root, loader=Image.open)``, are decoded as their files.
+
     Args:
         train: a map-style dataset of (image, label) pairs.
         val: likewise; None: images of ``train`` validate.

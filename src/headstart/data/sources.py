@@ -17,6 +17,7 @@ from headstart.data.splits import Item, Split
 from headstart.data.table import read_table
 from headstart.errors import UserError
 from headstart.features.hashes import ContentIndex
+from headstart.files import patiently
 from headstart.images import Preprocessing, UnreadableImage, content_digest, decode_opened, peak, peak_of
 from headstart.terminal import images_bar, say_look_alikes
 
@@ -139,21 +140,25 @@ class DatasetSource(Source):
             for name, (dataset, split) in self._datasets.items()
             for index in range(len(dataset))  # type: ignore[arg-type]
         ]
+        items, unreadable, self.label_of = list[Item](), dict[str, str](), {}
         with images_bar("scan", len(samples)) as advance:
-            items, unreadable = [], dict[str, str]()
-            for sample in samples:
+            for name, index, split in samples:
+                image, label = self._sample(name, index)
+                path = f"{name}/{index}"
+                self.label_of[path] = label
                 try:
-                    items.append(self._item(*sample, advance))
+                    self.peak = max(self.peak, peak_of(image))
+                    items.append(Item(path, label, content_digest(image), split))
                 except UnreadableImage as error:
-                    unreadable[f"{sample[0]}/{sample[1]}"] = str(error)
-        self.label_of = {item.path: item.label for item in items}
+                    unreadable[path] = str(error)
+                advance(1)
         return items, unreadable
 
     def read(self, item: Item, preprocessing: Preprocessing, max_pixels: int) -> Image.Image:
         name, index = item.path.split("/")
-        return decode_opened(self._datasets[name][0][int(index)][0], preprocessing)
+        return patiently(Path(item.path), lambda: decode_opened(self._sample(name, int(index))[0], preprocessing))
 
-    def _item(self, name: str, index: int, split: Split | None, advance: Callable[[int], None]) -> Item:
+    def _sample(self, name: str, index: int) -> tuple[Image.Image, int]:
         where, sample = f"DatasetData: {name}[{index}]", self._datasets[name][0][index]
         if not isinstance(sample, tuple | list) or len(sample) != 2:
             raise UserError(f"{where} is a {type(sample).__name__}, not (image, label); wrap the dataset")
@@ -164,9 +169,7 @@ class DatasetSource(Source):
             raise UserError(
                 f"{where} has the label {label}; labels are 0 to {len(self.class_names) - 1}, by class_names"
             )
-        advance(1)
-        self.peak = max(self.peak, peak_of(image))
-        return Item(f"{name}/{index}", int(label), content_digest(image), split)
+        return image, int(label)
 
 
 def _short(names: Sequence[str]) -> str:
