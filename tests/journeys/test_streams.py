@@ -14,7 +14,7 @@ from support import REPOSITORY, draw, newest_run
 SMALL = "--model.image_size=32 --report=false --trainer.max_epochs=2"
 
 
-@pytest.fixture(params=["1", ""], ids=["unbuffered", "buffered"])
+@pytest.fixture(params=[pytest.param("1", marks=pytest.mark.slow, id="unbuffered"), pytest.param("", id="buffered")])
 def shell(request):
     """Runs a line in bash, in which `headstart` is the command; gives exit status, output and errors."""
 
