@@ -2,8 +2,8 @@
 
 usage: python rename.py NAME
 
-Once, in a checkout without changes; NAME is what you will import. Checkpoints and caches of before are left where they
-are, and are not read under the new name.
+NAME is what you will import. Run it once, in a checkout without uncommitted changes. Existing checkpoints and caches
+stay where they are, and are not read under the new name.
 """
 
 import importlib.util
@@ -16,30 +16,36 @@ from pathlib import Path
 OLD = "headstart"
 ROOT = Path(__file__).resolve().parent
 LEFT_ALONE = {"logs", "build", "dist", "__pycache__"}
+OWN_HIDDEN = {".ci", ".github", ".gitignore", ".editorconfig", ".pre-commit-config.yaml"}
 
 
 def problem(name: str) -> str | None:
     """Why this cannot be the name."""
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
-        return f"{name}: is no name for a package; use small letters, digits and _"
+        return f"{name}: is not a valid package name; use lower-case letters, digits and _"
     if name == OLD or importlib.util.find_spec(name):
-        return f"{name}: there is a package of this name; choose another"
+        return f"{name}: a package of this name is installed; choose another"
     return uncommitted()
 
 
 def uncommitted() -> str | None:
     """Why the checkout is not ready to be changed by a script."""
-    if (ROOT / ".git").exists() and subprocess.check_output(["git", "-C", ROOT, "status", "--porcelain"]):
-        return "there are changes; commit them first, so that `git diff` shows what the script did"
+    if not (ROOT / ".git").exists():
+        return None
+    changed = subprocess.check_output(["git", "-C", ROOT, "status", "--porcelain"], text=True).splitlines()
+    if changed:
+        return (
+            f"{changed[0][3:]} is changed or new; commit or move it first, so that `git diff` shows what the script did"
+        )
     return None
 
 
 def files() -> list[Path]:
-    """The project's own files: nothing hidden but .ci, no environments, nothing that was built."""
+    """The project's own files: of hidden ones only ``OWN_HIDDEN``, no environments, nothing that was built."""
     found = []
     for path in sorted(ROOT.rglob("*")):
         parts = path.relative_to(ROOT).parts
-        hidden = any(part.startswith(".") and part not in (".ci", ".gitignore") for part in parts)
+        hidden = any(part.startswith(".") and part not in OWN_HIDDEN for part in parts)
         environment = any((parent / "pyvenv.cfg").exists() for parent in path.parents if parent.is_relative_to(ROOT))
         built = not LEFT_ALONE.isdisjoint(parts) or any(part.endswith(".egg-info") for part in parts)
         if path.is_file() and not (hidden or environment or built):
@@ -77,5 +83,5 @@ if __name__ == "__main__":
         sys.exit(f"error: {why}")
     count = rename(sys.argv[1])
     tidy()  # imports are sorted by name, and lines have another length
-    print(f"{OLD} is {sys.argv[1]} now, in {count} files")
-    print("next:     pip install -e '.[dev]' && pytest")
+    print(f"renamed: {OLD} to {sys.argv[1]}, in {count} files")
+    print("next:    pip install -e '.[dev]' && pytest")

@@ -1,11 +1,11 @@
-"""Takes wings off the template: their package, verbs, tests, documents, recipes and dependencies.
+"""Removes wings from the template: their packages, commands, tests, documents, recipes and dependencies.
 
-usage: python trim.py WING…         each of: {wings}
-       python trim.py --keep=train  all of them; what is left is train, tune, evaluate, runs and cache
+usage: python trim.py WING…         one or more of: {wings}
+       python trim.py --keep=train  all of them; train, tune, evaluate, runs and cache stay
 
-Once, in a checkout without changes. A wing's own files are listed below. Elsewhere these go: the part between the
-comments `wing: NAME` and `/wing`, each on a line of its own; a line that ends in the comment `wing: NAME`; and a test
-that is marked with the name. What is marked `any`, and this script, go with the last wing.
+The checkout must have no uncommitted changes. A wing's own files are listed in this script. In all other files these
+are removed: the part between the comments `wing: NAME` and `/wing`, each on a line of its own; a line that ends in the
+comment `wing: NAME`; a test that is marked with the name. What is marked `any`, and this script, go with the last wing.
 """
 
 import ast
@@ -19,10 +19,10 @@ from rename import ROOT, files, tidy, uncommitted
 PACKAGE = next((ROOT / "src").glob("*/cli.py")).parent
 # The verbs of each wing, and its files beside its own folders in the package and in tests/.
 WINGS = {
-    "fewshot": (("fewshot",), ("configs/fewshot.yaml", "benchmarks/fewshot.py")),
+    "fewshot": (("fewshot",), ("configs/fewshot.yaml", "benchmarks/fewshot.py", "docs/fewshot.md")),
     "audit": (("check",), ("benchmarks/labels.py",)),
-    "deploy": (("predict", "export"), ()),
-    "finetune": (("finetune",), ("benchmarks/finetune.py",)),
+    "deploy": (("predict", "export"), ("docs/deploy.md",)),
+    "finetune": (("finetune",), ("benchmarks/finetune.py", "docs/finetune.md")),
 }
 # Modules that only wings use -> those wings; they go with the last of them.
 SHARED = {"features/stream.py": {"deploy"}, "search/neighbours.py": {"audit"}}
@@ -63,7 +63,7 @@ def without_tests(text: str, wings: set[str]) -> str:
 
 
 def trim(wings: set[str]) -> None:
-    """Takes the wings off."""
+    """Removes the wings."""
     for wing in wings:
         remove_files(wing)
     for name, users in SHARED.items():
@@ -87,13 +87,13 @@ if __name__ == "__main__":
         sys.exit(__doc__.format(wings=", ".join(WINGS)))
     chosen = set(WINGS) if given == ["--keep=train"] else set(given)
     if unknown := sorted(chosen - set(WINGS)):
-        sys.exit(f"error: {unknown[0]}: no such wing; there are {', '.join(WINGS)}")
+        sys.exit(f"error: {unknown[0]}: no such wing; choose from {', '.join(WINGS)}")
     if gone := sorted(wing for wing in chosen if not (PACKAGE / wing).exists()):
         if given != ["--keep=train"]:
-            sys.exit(f"error: {gone[0]}: was taken off before")
+            sys.exit(f"error: {gone[0]}: is already removed")
         chosen -= set(gone)
     if why := uncommitted():
         sys.exit(f"error: {why}")
     trim(chosen)
-    print(f"taken off: {', '.join(sorted(chosen)) or 'nothing'}")
-    print("next:     git diff --stat, pip install -e '.[dev]' && pytest")
+    print(f"removed: {', '.join(sorted(chosen)) or 'nothing'}")
+    print("next:    git diff --stat, pip install -e '.[dev]' && pytest")

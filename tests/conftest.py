@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the workers of pytest-xdist share the cores
 
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import settings
 
 from headstart.terminal import say_once
-from support import draw
+from support import at_most, draw
 
 # The same examples in each run, since luck should not decide whether a change lands.
 # `pytest tests/test_properties.py --hypothesis-profile=default` searches on.
@@ -59,6 +60,17 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "argv", ["headstart"])
     say_once.cache_clear()
     return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def nothing_hangs(request: pytest.FixtureRequest) -> Generator[None, Any, Any]:
+    """Each test has a limit: what hangs fails, and does not hold up the others."""
+    if not hasattr(signal, "SIGALRM"):  # Windows
+        yield
+        return
+    limits = {"slow": 3600, "gpu": 3600, "journey": 900}
+    with at_most(next((limits[name] for name in limits if request.node.get_closest_marker(name)), 180)):
+        yield
 
 
 @pytest.fixture

@@ -1,9 +1,6 @@
 """What happens when things go wrong, with real faults: torn and forged files, full disks, signals, moved folders."""
 
 import ast
-import contextlib
-import ctypes
-import errno
 import hashlib
 import io
 import json
@@ -13,9 +10,7 @@ import re
 import resource
 import shutil
 import signal
-import struct
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +24,13 @@ from headstart.cli import main
 from headstart.data import folders
 from headstart.data.loaders import ImageDataset
 from headstart.errors import UserError
-from headstart.features import hashes
 from headstart.features.cache import FeatureCache
 from headstart.features.matrix import Shard
 from headstart.images import Preprocessing, UnreadableImage, decode
 from headstart.model import weights
 from headstart.model.classifier import TransferClassifier
 from headstart.model.sealed import SEAL, SealedCheckpointIO, content_digest
-from support import REPOSITORY, at_most, draw, newest_run
+from support import REPOSITORY, at_most, draw, newest_run, without_roots_rights
 
 SMALL = ["--model.image_size=32", "--report=false"]
 
@@ -232,21 +226,6 @@ def test_a_name_that_is_no_unicode_keeps_its_bytes(colours, train):
     assert main(["export", f"--ckpt_path={best}", "--output=model.pth"])["images"] == 32  # wing: deploy
 
 
-@contextlib.contextmanager
-def without_roots_rights() -> Iterator[None]:
-    """Within, the modes of files count for this thread, and those that it starts, also where root runs the tests."""
-    libc, header = ctypes.CDLL(None, use_errno=True), struct.pack("Ii", 0x20080522, 0)  # capabilities, third version
-    before = ctypes.create_string_buffer(24)
-    assert libc.capget(header, before) == 0
-    override = 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-    effective, *rest = struct.unpack("6I", before.raw)
-    assert libc.capset(header, struct.pack("6I", effective & ~override, *rest)) == 0
-    try:
-        yield
-    finally:
-        assert libc.capset(header, before) == 0
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
 @pytest.mark.fault("file without permission", "cache folder without permission", "log folder without permission")
 def test_what_permissions_forbid_is_said(colours, train, refused, own_cache, capsys):
@@ -431,33 +410,7 @@ def test_only_regular_files_are_opened(colours, checkpoint, train, refused, monk
         # /wing
 
 
-@pytest.mark.fault("network disk or memory that fails for a while")
-@pytest.mark.parametrize(
-    "failure", [OSError(errno.EIO, "Input/output error"), MemoryError(), OSError(errno.EMFILE, "")]
-)
-@pytest.mark.parametrize("where", ["hashing", "decoding"])
-def test_what_may_pass_is_tried_again_and_never_remembered(where, failure, colours, train, refused, monkeypatch):
-    """A disk that fails twice costs nothing; one that goes on failing stops the run, and is no fault of the image."""
-    monkeypatch.setattr(files, "PAUSES", (0, 0))
-    module, name = {"hashing": (hashes, "read_regular"), "decoding": (folders, "decode")}[where]
-    works, failures = getattr(module, name), {"left": 0}
-
-    def fails(*given):
-        if failures["left"]:
-            failures["left"] -= 1
-            raise failure
-        return works(*given)
-
-    monkeypatch.setattr(module, name, fails)
-    failures["left"] = 10**9
-    line = refused("train", f"--data.root={colours}", *SMALL)
-    assert re.search(r"/colours/\w+/\d+.png: cannot be read now", line)
-    assert "start again" in line
-    failures["left"] = 2
-    assert train(colours, "--trainer.max_epochs=1", "--data.num_workers=1")["skipped"] == 0
-
-
-@pytest.mark.fault("network disk or memory that fails for a while", "file that vanishes or changes during the run")
+@pytest.mark.fault("network disk that fails for a moment", "file that vanishes or changes during the run")
 def test_what_stops_a_worker_process_is_one_line(colours, refused, monkeypatch):
     works, main_process = folders.decode, os.getpid()
 
@@ -471,15 +424,6 @@ def test_what_stops_a_worker_process_is_one_line(colours, refused, monkeypatch):
     with at_most(60):
         line = refused("train", f"--data.root={colours}", "--data.cache=false", "--data.num_workers=1", *SMALL)
     assert re.fullmatch(r"error: \S+\.png: cannot be read now \(out of memory\), which may pass; start again", line)
-
-
-def test_a_decoder_without_memory_does_not_call_the_image_damaged(colours, monkeypatch):
-    def fails(*given):
-        raise MemoryError
-
-    monkeypatch.setattr(Image.Image, "convert", fails)
-    with pytest.raises(MemoryError):
-        decode((colours / "red/000.png").read_bytes(), Preprocessing())
 
 
 @pytest.mark.fault("folder without permission")

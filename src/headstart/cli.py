@@ -1,11 +1,12 @@
 """The command `headstart`: which verb does what, and how it ends."""
 
+import io
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from headstart.errors import UserError
 from headstart.terminal import one_line
@@ -40,33 +41,69 @@ def main(args: Sequence[str] | None = None, root: Path | None = None) -> Any:
     Returns:
         What the verb gives; of `train`, the content of its `result.json`.
     """
-    verb, *options = list(sys.argv[1:] if args is None else args) or ["--help"]
-    # torch takes seconds to import, so a verb is imported when it is used.
+    _prepare_streams()
     try:
-        if verb in VERBS:
-            run = getattr(import_module(f"headstart.verbs.{verb}"), verb)
-            return run(options, root) if verb in ("train", "tune") else run(options)
-    except BrokenPipeError:  # who read our output, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        try:
+            return _run(list(sys.argv[1:] if args is None else args) or ["--help"], root)
+        finally:
+            sys.stdout.flush()  # a device that is full says so now
     except (KeyboardInterrupt, SystemExit) as ended:
         _end_as_signalled(ended)
     except UserError as error:
         sys.exit(_say_error(str(error)))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else "standard output: " if _stdout_is_broken() else ""
+        if isinstance(error, BrokenPipeError):  # who read our output, such as `head`, has enough
+            sys.exit(141)
+        sys.exit(_say_error(f"{where}{error.strerror or error}"))
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         sys.exit(_say_error(WORKER_KILLED))
+
+
+def _run(arguments: list[str], root: Path | None) -> Any:
+    verb, *options = arguments
     if verb in ("-h", "--help"):
         verbs = "\n".join(f"  {name:10}{what}" for name, what in VERBS.items())
         print(f"usage: headstart VERB [options]\n\n{verbs}\n\nheadstart VERB --help lists the options of a verb.")
         return None
-    sys.exit(_say_error(f"headstart {verb}: no such verb; headstart --help lists them"))
+    if verb not in VERBS:
+        raise UserError(f"headstart {verb}: no such verb; headstart --help lists them")
+    # torch takes seconds to import, so a verb is imported when it is used.
+    run = getattr(import_module(f"headstart.verbs.{verb}"), verb)
+    return run(options, root) if verb in ("train", "tune") else run(options)
+
+
+def _prepare_streams() -> None:
+    """Opens what the caller closed, and takes names and paths in any encoding."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # the next file that is opened would take its number
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape" if name == "stdin" else "backslashreplace")
+
+
+def _stdout_is_broken() -> bool:
+    """Whether its device is full or its reader is gone; then what it holds is dropped, or the exit would fail too."""
+    try:
+        print(flush=True)
+    except OSError:
+        _drop(sys.stdout)
+        return True
+    return False
+
+
+def _drop(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _say_error(message: str) -> int:
     """Prints it as one line; gives the exit status of a user's mistake."""
-    print(f"error: {one_line(message)}", file=sys.stderr)
+    try:
+        print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
+    except OSError:  # where nothing can be said, the status tells
+        _drop(sys.stderr)
     return 2
 
 
@@ -77,9 +114,11 @@ def _end_as_signalled(ended: BaseException) -> NoReturn:
         status = 130
     elif type(ended).__name__ == "SIGTERMException":  # Lightning's, which this module does not import
         status = 143
+    elif isinstance(ended.__context__, BrokenPipeError):  # rich met it
+        sys.exit(141)
     if status is None:
         raise ended
-    print("interrupted; resume with --ckpt_path=last", file=sys.stderr)
+    print("interrupted", file=sys.stderr)
     sys.exit(status)
 
 

@@ -17,6 +17,7 @@ from headstart.errors import UserError
 
 T = TypeVar("T")
 
+RUNS_MARK = ".headstart-runs"  # the file by which a folder of runs is known, so that it is never taken for a class
 # What a network disk, or a process that has too much open, reports for a while: it says nothing of the file.
 PASSING = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT}
 PAUSES = (0.1, 1.0)  # seconds before it is tried again
@@ -33,8 +34,10 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
         _flush_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk names none
         raise
 
 
@@ -50,6 +53,8 @@ def _flush_folder(folder: Path) -> None:
 
 def read_regular(path: Path) -> bytes:
     """The content of a regular file, after links; reading a FIFO would wait, and a device would fill the memory."""
+    if "\0" in str(path):
+        raise OSError(errno.EINVAL, "a NUL byte in its name")
     path = in_either_form(path)
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
 from headstart.errors import UserError
-from headstart.files import may_pass
+from headstart.files import may_pass, read_regular
 from headstart.terminal import say_once
 
 Augment = Literal["none", "light", "strong"]
@@ -34,6 +35,8 @@ FORMATS = (
     *("AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "MSP", "PCX", "PNG", "PPM", "QOI"),
     *("SGI", "TIFF", "WEBP", "XBM", "XPM", "TGA"),  # TGA last: its files do not say what they are
 )
+
+Picture = str | Path | Image.Image | np.ndarray  # what ``as_rgb`` takes
 
 _random = threading.Lock()
 
@@ -93,6 +96,25 @@ def decode(data: bytes, preprocessing: Preprocessing, max_pixels: int = MAX_PIXE
         size = preprocessing.resize_size
         image.draft(None, (size, size))  # None keeps the mode
         return to_rgb(image, preprocessing)
+
+
+def as_rgb(picture: Picture, preprocessing: Preprocessing) -> Image.Image:
+    """A file, a PIL image or an array [H, W, 3] of uint8 as RGB, with the pixels that its file gives in training.
+
+    Raises:
+        UserError: it is none of these, or its file cannot be read.
+    """
+    if isinstance(picture, str | Path):
+        try:
+            return decode(read_regular(Path(picture)), preprocessing)
+        except (OSError, UnreadableImage) as error:
+            raise UserError(f"{picture}: {getattr(error, 'strerror', None) or error}") from error
+    if isinstance(picture, Image.Image):
+        return decode_opened(picture, preprocessing)
+    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3:
+        return Image.fromarray(picture)
+    found = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
+    raise UserError(f"an image is a path, a PIL image or a uint8 array [H, W, 3], not {found}")
 
 
 def decode_opened(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:

@@ -1,15 +1,19 @@
 """What every verb's options have in common: short help, errors of one line, ranges checked before any work."""
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ArgumentParser
 
+from headstart.config_files import line_of, read_config
 from headstart.errors import UserError
-from headstart.ranges import arguments_of
+from headstart.files import flat
+from headstart.ranges import RunName, arguments_of
 
 # The trainer's options that the short help shows.
 SHORT_HELP = ("max_epochs", "accelerator", "devices", "precision")
@@ -23,16 +27,78 @@ class OptionParser(ArgumentParser):
     full = False  # whether the help is jsonargparse's own page of every option
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises ``UserError``."""
-        raise UserError(self._one_line(message)) from ex
+        """Raises ``UserError``, which names the file and the line if the option is from one."""
+        line = self._one_line(message)
+        place = self._places.get(line.split(":")[0])
+        raise UserError(f"{place}: {line}" if place else line) from ex
+
+    def print_help(self, file: Any = None) -> None:
+        """As argparse's, which does not say that the help could not be written."""
+        print(self.format_help(), end="", file=file)
 
     def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
-        """As jsonargparse's, which would wait for a FIFO."""
-        for place, given in enumerate(args or []):
-            file = given.removeprefix("--config=") if given != "--config" else "".join(args[place + 1 : place + 2])
-            if given.startswith("--config") and Path(file).exists() and not Path(file).is_file():
-                raise UserError(f"--config={file}: not a regular file")
+        """As jsonargparse's, for options with or without the dashes; configuration files are checked first."""
+        self._places: dict[str, str] = {}  # file and line of the options that are from a file
+        args = self._with_dashes(args or [])
+        for place, given in enumerate(args):
+            name, equals, file = given.partition("=")
+            file = file if equals else "".join(args[place + 1 : place + 2])
+            whole = name in ("-c", "--config")
+            if not whole and not self._is_group(name):
+                self._places.pop(name, None)
+            elif os.path.exists(file):  # noqa: PTH110  # pathlib's raises for text that can be no path
+                self._check_config(Path(file), read_config(Path(file)), "" if whole else f"{name[2:]}.")
         return super().parse_args(args, *others, **options)
+
+    def _with_dashes(self, args: Sequence[str]) -> list[str]:
+        """`model.lr=0.01`, the habit of other templates, as `--model.lr=0.01`; unless bare words are paths."""
+        if any(action.nargs == "*" for action in self._actions if not action.option_strings):
+            return list(args)
+        found = []
+        for before, word in zip(["", *args], args, strict=False):
+            named = self._option_string_actions.get(before)
+            is_value = before.startswith("-") and "=" not in before and not (named and named.nargs == 0)
+            if "=" in word and not word.startswith("-") and not is_value:
+                name = re.split(r"\+?=", word)[0]
+                word = self._full_name(name) + word[len(name) :]
+            found.append(word)
+        return found
+
+    def _full_name(self, name: str) -> str:
+        """The option of that name, or the one option that ends so."""
+        options, full = self._options(), f"--{name}"
+        if any(full == option or full.startswith(f"{option}.") for option in options):
+            return full
+        ending = [option for option in options if option.endswith(f".{name}")]
+        if len(ending) > 1:
+            raise UserError(f"{name}: {len(ending)} options end so; give one in full: {', '.join(ending)}")
+        return ending[0] if ending else self.error(f"Unrecognized arguments: {full}")
+
+    def _check_config(self, file: Path, found: yaml.MappingNode, group: str = "") -> None:
+        """Refuses keys that are no options, and notes the places of the others."""
+        known = {f"--{action.dest}" for action in self._actions} | {f"--{group}<<"}  # a merge
+        for key, value in found.value:
+            name = f"--{group}{key.value}"
+            self._places[name] = f"{file}, line {line_of(key)}"
+            if self._is_group(name):
+                if not isinstance(value, yaml.MappingNode):
+                    self.error(f"{name}: is a group of options; write them below it, indented")
+                self._check_config(file, value, f"{name[2:]}.")
+            elif name not in known:
+                self.error(f"Unrecognized arguments: {name}")
+
+    def _options(self) -> list[str]:
+        return [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+
+    def _is_group(self, name: str) -> bool:
+        return any(option.startswith(f"{name}.") and option != f"{name}.help" for option in self._options())
+
+    def dump(self, cfg: Any, *others: Any, **options: Any) -> str:
+        """As jsonargparse's; YAML cannot hold a path that is not Unicode."""
+        for name, value in flat(cfg.as_dict()).items():
+            if isinstance(value, str) and value != value.encode(errors="replace").decode():
+                raise UserError(f"--{name}={value}: not UTF-8, so the run's config.yaml could not hold it; rename it")
+        return str(super().dump(cfg, *others, **options))
 
     def format_help(self, formatter: Any = None) -> str:
         """One line per option; of the Trainer's, those that are often used."""
@@ -66,14 +132,17 @@ class OptionParser(ArgumentParser):
             return f"{option}: {given}must be a number {restriction[1].replace('v', '').strip()}"
         if number := re.search(r"invalid literal for int|could not convert string to float", message):
             return f"{option}: {given}is not {'a whole' if 'int' in number[0] else 'a'} number"
+        if "does not match regular expression" in message:
+            return f"{option}: {given}is no folder's name; leave out / and .."
         if union := re.search(r"Union subtypes Subtypes: \[(.*)\] Errors", message):
             message = f"{option}: {given}is none of {union[1]}"
         return re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.(?=\w)", r"\1", message)
 
     def _unknown(self, given: str) -> str:
-        names = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+        names = {f"--{option.split('.')[-1].lstrip('-')}": option for option in self._options()}
+        names |= {option: option for option in self._options()}
         near = difflib.get_close_matches(given, names, n=1)
-        return f"{given}: no such option; {f'did you mean {near[0]}?' if near else '--help lists them'}"
+        return f"{given}: no such option; {f'did you mean {names[near[0]]}?' if near else '--help lists them'}"
 
 
 def parser_of(verb: str, arguments: str = "") -> OptionParser:
@@ -104,7 +173,7 @@ def add_accelerator(parser: OptionParser) -> None:
 def add_run(parser: OptionParser, name: str) -> None:
     """Adds where a verb works and where its folder goes; ``name`` describes the folder's default name in the help."""
     add_accelerator(parser)
-    parser.add_argument("--name", type=str | None, help=f"name of the run; None: {name}")
+    parser.add_argument("--name", type=RunName | None, help=f"name of the run; None: {name}")
     parser.add_argument("--logs", type=str, default="logs", help="where the run's folder goes")
 
 

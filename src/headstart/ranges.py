@@ -1,10 +1,14 @@
 """The ranges that options may take: checked when the command line and the config files are read."""
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+from headstart.errors import UserError
 
 if TYPE_CHECKING:  # to a type checker they are the plain numbers
     Count = int
+    Seed = int
     Positive = int
     ImageSize = int
     Rate = float
@@ -12,10 +16,12 @@ if TYPE_CHECKING:  # to a type checker they are the plain numbers
     Fraction = float
     OpenFraction = float
     Share = float
+    RunName = str
 else:
     from jsonargparse import typing
 
     Count = typing.NonNegativeInt
+    Seed = typing.restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])  # what numpy takes
     Positive = typing.PositiveInt
     OpenFraction = typing.OpenUnitInterval
     Share = typing.ClosedUnitInterval
@@ -24,11 +30,33 @@ else:
     Rate = typing.restricted_number_type("Rate", float, [(">", 0), ("<=", 1000)])
     NonNegative = typing.restricted_number_type("NonNegative", float, [(">=", 0), ("<=", 1000)])
     Fraction = typing.restricted_number_type("Fraction", float, [(">=", 0), ("<", 1)])
+    RunName = typing.restricted_string_type("RunName", r"(?!\.{0,2}$)[^/\\\0]*$")  # one folder below the logs
 
 
 def arguments_of(of: type) -> set[str]:
     """The names that a class's ``__init__`` takes, along its bases too, whose arguments may come as ``**kwargs``."""
     return {name for base in of.__mro__ if "__init__" in vars(base) for name in inspect.signature(base).parameters}
+
+
+def check_arguments(of: type, values: Mapping[str, Any]) -> None:
+    """Refuses what the command line would: a number out of its range, a word that is none of the choices.
+
+    Raises:
+        UserError: the first such argument, with what it may be.
+    """
+    for name, hint in get_type_hints(vars(of)["__init__"]).items():
+        value = values.get(name)
+        for kind in [hint, *get_args(hint)]:
+            choices = get_args(kind) if get_origin(kind) is Literal else None
+            restriction = getattr(kind, "_restrictions", None)
+            if value is None or not (choices or restriction):
+                continue
+            if choices and value not in choices:
+                raise UserError(f"{of.__name__}: {name}={value!r} is none of {', '.join(map(str, choices))}")
+            try:
+                kind(value) if restriction else None
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{of.__name__}: {name}={value!r}: {error}") from error
 
 
 def plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import sys
 import time
 import unicodedata
 import warnings
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import rich
@@ -35,6 +37,19 @@ def say(message: str | Table) -> None:
 def say_once(message: str) -> None:
     """Prints a line that a process has not printed yet."""
     say(message)
+
+
+def program(verb: str) -> str:
+    """How the verb is called, as this command was, so that what is suggested can be typed."""
+    return "python train.py" if verb == "train" and Path(sys.argv[0]).name == "train.py" else f"headstart {verb}"
+
+
+def say_all(messages: Sequence[str], shown: int = 5) -> None:
+    """Prints messages of one kind: the first few, and how many more there are."""
+    for message in messages[:shown]:
+        say(message)
+    if len(messages) > shown:
+        say(f"… and {len(messages) - shown} more like these")
 
 
 def one_line(message: str) -> str:
@@ -125,11 +140,13 @@ def quiet_libraries() -> None:
     for message in (
         ".*in eval mode at the start of training.*",  # the backbone is, on purpose
         ".*does not have many workers.*",  # features need none
-        ".*No positive samples in targets.*",  # AUROC of a class that a small split lacks
+        ".*No positive samples in targets.*",  # of a class that a split lacks: it is left out of the mean
         ".*No negative samples in targets.*",
         ".*exists and is not empty.*",  # the folder of a run that goes on
         ".*The dirpath has changed.*",  # a new run that goes on from an old one's checkpoint keeps its own best
         ".*smaller than the logging interval.*",  # the loss is logged once an epoch
+        ".*could not find the monitored key.*",  # `fit` says that nothing was validated
+        ".*Total length of `list` across ranks is zero.*",  # a split without images, whose table says so
         ".*AMP with fp16 is not supported.*",  # refused in our own words
         ".*LeafSpec.*",  # a call of Lightning's that torch will drop
     ):

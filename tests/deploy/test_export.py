@@ -78,13 +78,13 @@ def test_what_cannot_be_done_is_refused(checkpoint, refused, monkeypatch):
     assert "pip install -e '.[export]'" in refused("export", f"--ckpt_path={checkpoint}", "--output=a.onnx")
 
 
-def by_the_readmes_script(paths: list[Path], monkeypatch, capsys) -> list[tuple[str, float]]:
-    """What the program in the README says of files: the label and its probability."""
-    text = (REPOSITORY / "README.md").read_text()
+def by_the_documented_script(paths: list[Path], monkeypatch, capsys) -> list[tuple[str, float]]:
+    """What the program in docs/deploy.md says of files: the label and its probability."""
+    text = (REPOSITORY / "docs/deploy.md").read_text()
     (script,) = re.findall(r"^```python export\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     monkeypatch.setattr(sys, "argv", ["-", *map(str, paths)])
     capsys.readouterr()
-    exec(compile(script, "README.md", "exec"), {})
+    exec(compile(script, "deploy.md", "exec"), {})
     rows = [line.split(" ", 2) for line in capsys.readouterr().out.splitlines()]
     return [(label, float(probability)) for label, probability, _ in rows]
 
@@ -97,7 +97,7 @@ def test_the_check_pictures_tell_another_decoding(checkpoint, refused, monkeypat
     names, wanted = expected["class_names"], expected["probabilities"]
     assert {path.name for path in folder.iterdir()} == {*wanted, "expected.json"}
     assert len(wanted) == 5
-    found = by_the_readmes_script([folder / name for name in wanted], monkeypatch, capsys)
+    found = by_the_documented_script([folder / name for name in wanted], monkeypatch, capsys)
     for (label, probability), row in zip(found, wanted.values(), strict=True):
         assert names.index(label) == np.argmax(row)
         assert probability == pytest.approx(max(row), abs=expected["tolerance"])
@@ -106,7 +106,7 @@ def test_the_check_pictures_tell_another_decoding(checkpoint, refused, monkeypat
         with monkeypatch.context() as patched:
             patched.setattr(f"PIL.{step}", lambda *given: given[-1])
             (path,) = folder.glob(f"{name}.*")
-            ((_, probability),) = by_the_readmes_script([path], patched, capsys)
+            ((_, probability),) = by_the_documented_script([path], patched, capsys)
         assert abs(probability - max(wanted[path.name])) > expected["tolerance"]
     Path("second.onnx.check").mkdir()
     line = refused("export", f"--ckpt_path={checkpoint}", "--output=second.onnx")
@@ -161,7 +161,7 @@ def test_an_image_has_one_answer_by_whichever_way(checkpoint, tmp_path, monkeypa
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)
 
     main(["export", f"--ckpt_path={checkpoint}", "--output=model.onnx"])
-    by_script = by_the_readmes_script(paths, monkeypatch, capsys)
+    by_script = by_the_documented_script(paths, monkeypatch, capsys)
     assert [label for label, _ in by_script] == [row["label"] for row in rows]
     assert [share for _, share in by_script] == pytest.approx(wanted.max(dim=1).values.tolist(), abs=1e-3)
 

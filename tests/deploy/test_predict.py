@@ -2,7 +2,6 @@ import csv
 import errno
 import io
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from headstart.deploy.explain import ClassActivation
 from headstart.features import stream
 from headstart.features.stream import FileStream
 from headstart.verbs.predict import Predictor
-from support import COLOURS, draw, newest_run
+from support import COLOURS, draw, newest_run, rows_of
 
 
 @pytest.fixture
@@ -31,11 +30,6 @@ def mixed(tmp_path) -> Path:
 def photos(trained) -> Path:
     """What the checkpoint was trained on."""
     return trained / "colours"
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -78,22 +72,7 @@ def test_damaged_files_are_rows_with_their_error(checkpoint, photos, tmp_path):
     assert len(first["top"]) == 2
 
 
-@pytest.mark.fault("files that predict leaves out")
-def test_what_a_folder_leaves_out_is_said_and_what_is_named_gets_a_row(checkpoint, photos, tmp_path, capsys):
-    folder = shutil.copytree(photos / "red", tmp_path / "mine")
-    shutil.copy(photos / "red/000.png", folder / "no suffix")
-    (folder / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic")
-    draw(folder / "@eaDir", images=1)
-    main(["predict", f"--ckpt_path={checkpoint}", str(folder), "--output=all.csv"])
-    assert {row["path"] for row in rows_of(Path("all.csv"))} == {str(path) for path in folder.glob("*.png")}
-    said = capsys.readouterr().out
-    assert all(left in said for left in ("1 .heic", "1 without a suffix", "1 @eaDir/"))
-    named = [str(folder / "no suffix"), str(folder / "photo.heic")]
-    assert main(["predict", f"--ckpt_path={checkpoint}", *named, "--output=named.csv"]) == {"predicted": 1, "errors": 1}
-    assert [(row["label"], row["error"]) for row in rows_of(Path("named.csv"))] == [("red", ""), ("", "not an image")]
-
-
-@pytest.mark.fault("network disk or memory that fails for a while")
+@pytest.mark.fault("network disk that fails for a moment")
 def test_a_disk_that_fails_is_a_row_with_its_error(checkpoint, photos, monkeypatch):
     def fails(path):
         raise OSError(errno.EIO, "Input/output error")

@@ -1,6 +1,5 @@
 """Episodes, heads, meta-training: against formulas, loops and simulations."""
 
-import csv
 import json
 import math
 import statistics
@@ -36,7 +35,7 @@ from headstart.fewshot.sources import Classes, classes_of, split_classes
 from headstart.fewshot.training import make_trainer
 from headstart.search.exact import fit_exact
 from headstart.search.intervals import mean_and_half_width
-from support import REPOSITORY, newest_run
+from support import REPOSITORY, newest_run, rows_of
 
 WIDTH = 16
 SMALL = TaskSize(5, 2, 3)
@@ -56,11 +55,6 @@ def task(batch: int = 3, n_way: int = 4, k_shot: int = 3, n_query: int = 2, dtyp
     noise = torch.randn(batch, n_way, k_shot + n_query, WIDTH, generator=generator, dtype=dtype)
     drawn = centres + noise
     return Episode(drawn[:, :, :k_shot], drawn[:, :, k_shot:])
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 HEADS = ("prototype", "ridge", "logistic", "anil", "projection")
@@ -444,6 +438,47 @@ def test_an_interrupted_meta_training_ends_with_the_same_bits(fewshot, head, mon
         assert all(torch.equal(torch.as_tensor(state[name]), torch.as_tensor(other[name])) for name in state)
 
 
+@pytest.mark.fault("images added, deleted or changed before a run is resumed")
+def test_a_resumed_meta_training_keeps_its_images(fewshot, shapes, monkeypatch, capsys, refused):
+    def stop(self: MetaLearner) -> None:
+        if self.current_epoch == 1:
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MetaLearner, "on_train_epoch_start", stop)
+        with pytest.raises(RuntimeError, match="killed"):
+            fewshot("--head=projection", "--train", "--max_epochs=2")
+    run = newest_run()
+    added = shapes / "class00/added.png"
+    Image.new("RGB", (32, 32), "red").save(added)
+    row = next(row for row in rows_of(run / "splits.csv") if row["split"] == "test")
+    kept = (shapes / row["path"]).read_bytes()
+    (shapes / row["path"]).unlink()
+    options = ("--data.source=folder", f"--data.root={shapes}", "--model.image_size=32", "--ckpt_path=last")
+    assert f"{row['path']}: is missing" in refused("fewshot", "--head=projection", "--train", *options)
+    (shapes / row["path"]).write_bytes(kept)
+    capsys.readouterr()
+    fewshot("--head=projection", "--train", "--max_epochs=2", "--ckpt_path=last")
+    assert "1 image(s) are not in" in capsys.readouterr().out
+    assert newest_run() == run
+
+
+@pytest.mark.fault("copies of an image in a few-shot class")
+def test_a_content_has_one_row_per_class(fewshot, shapes, capsys):
+    for number in range(3):
+        (shapes / f"class00/copy{number}.png").write_bytes((shapes / "class00/00.png").read_bytes())
+    result = fewshot("--name=copies")
+    assert sum(result["images"].values()) == 16 * 16
+    assert capsys.readouterr().out.count("3 image(s) are copies of others of their class") == 1
+
+
+def test_a_root_means_a_folder(shapes):
+    small = ["--model.image_size=32", "--n_way=2", "--n_query=2", "--episodes=5"]
+    assert main(["fewshot", f"--data.root={shapes}", *small])["images"]["train"] > 0
+    assert newest_run().parent.name == "fewshot-folder-prototype"
+    assert main(["fewshot", f"--data.root={shapes}", f"--test_root={shapes}", *small])["images"]["test"] == 256
+
+
 def test_all_heads_are_compared_on_the_same_episodes(fewshot):
     fewshot("--head=all", "--train", "--max_epochs=1")
     run = max(Path("logs").glob("fewshot-folder-all/*"))
@@ -488,6 +523,7 @@ def test_few_pictures_become_a_checkpoint_that_every_verb_takes(fewshot, shapes,
     # /wing
     result = main(["evaluate", "--ckpt_path=prototype.ckpt", f"--data.root={few}", "--report=false"])
     assert result["test/acc"] > 0.7
+    assert next(iter(result)) == "test/loss_scaled"  # the loss of the calibrated probabilities leads
     main(["export", "--ckpt_path=prototype.ckpt", f"--data.root={few}", "--output=few.pth"])  # wing: deploy
     line = refused("fewshot", f"--data.root={few}", "--save=ridge.ckpt", "--model.image_size=32")
     assert "is there already" in line

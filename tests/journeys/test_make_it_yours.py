@@ -183,7 +183,7 @@ def test_the_whole_suite_passes_under_the_other_name(copy, run):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("My-Lab", "small letters"), ("torch", "is a package of this name"), ("class", "small")]
+    ("name", "said"), [("My-Lab", "lower-case letters"), ("torch", "a package of this name"), ("class", "lower-case")]
 )
 def test_a_name_that_cannot_be_is_refused(name, said, copy, run):
     done = run(sys.executable, "rename.py", name)
@@ -197,4 +197,4 @@ def test_changes_have_to_be_committed_first(copy, run):
     subprocess.run(["git", "-C", str(copy), "init", "-q"], check=True)
     done = run(sys.executable, "rename.py", OTHER)
     assert done.returncode == 1
-    assert "commit them first" in done.stderr
+    assert "commit or move it first" in done.stderr

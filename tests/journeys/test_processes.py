@@ -114,6 +114,25 @@ def test_two_processes_end_with_the_head_of_one(colours, train):
     assert sum(int(cell) for line in text.splitlines()[2:] for cell in line.split("|")[2:-1]) == one["images"]["test"]
 
 
+@pytest.mark.fault("search on several devices")
+def test_a_search_is_done_once_and_its_final_run_takes_all_devices(colours):
+    options = [f"--data.root={colours}", *SMALL, "--trainer.max_epochs=2", "--name=run", "--tune.lr=[0.01,0.001]"]
+    options += ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src"), "OMP_NUM_THREADS": "1"}
+    Path("program.py").write_text("import sys\nfrom headstart.cli import main\nmain(sys.argv[1:])\n")
+    command = [sys.executable, "program.py", "tune", *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("the best 8 of 16 heads") + done.stdout.count("the best 10 of 16 heads") == 1
+    assert len(list(Path("logs/run-tune").iterdir())) == len(list(Path("logs/run").iterdir())) == 1
+    result = json.loads((newest_run() / "result.json").read_text())
+    assert result["test/acc"] == 1.0
+    assert result["images_per_epoch"] == result["images"]["train"]
+    alone = subprocess.run(command, capture_output=True, text=True, env=environment | {"LOCAL_RANK": "1"}, check=False)
+    assert alone.returncode == 2
+    assert "leave torchrun out" in alone.stderr
+
+
 def test_the_demo_reaches_its_floor(tmp_path):
     """`python train.py` in a copy of the repository, as a new user runs it."""
     copy = tmp_path / "copy"

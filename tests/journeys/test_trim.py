@@ -1,4 +1,4 @@
-"""Each wing is taken off a copy, and all of them; what is left is whole."""
+"""Each wing is removed from a copy, and all of them; what is left is whole."""
 
 import importlib
 import re
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from support import dead_links
 
 trim = importlib.import_module("trim")
 WINGS = sorted(wing for wing in trim.WINGS if (trim.PACKAGE / wing).exists())
@@ -35,6 +37,9 @@ def test_what_is_left_is_whole(arguments, copy, run, mypy_cache):
     names = "|".join(gone if len(gone) < len(WINGS) else [*gone, "any"])
     left = subprocess.run(["grep", "-rnE", f"wing: ({names})", str(copy)], capture_output=True, text=True, check=False)
     assert left.stdout == ""
+    assert dead_links(copy) == []
+    for page in [copy / "README.md", *(copy / "docs").glob("*.md")]:
+        assert not re.search(rf"{PACKAGE} ({'|'.join(verbs)})\b", page.read_text()), page
     module = [sys.executable, "-m"]
     for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy", f"--cache-dir={mypy_cache}"]):
         done = run(*module, *command)
@@ -80,5 +85,5 @@ def test_an_unknown_wing_and_changes_are_refused(copy, run):
     for wing in WINGS:
         assert wing in run("python", "trim.py").stderr
     subprocess.run(["git", "-C", str(copy), "init", "-q"], check=True)
-    assert "commit them first" in run("python", "trim.py", *WINGS[:1]).stderr
+    assert "commit or move it first" in run("python", "trim.py", *WINGS[:1]).stderr
     assert (copy / "src" / PACKAGE / WINGS[0]).exists()

@@ -34,7 +34,7 @@ def test_the_cosine_head_does_not_see_lengths():
 
 def test_an_unknown_head_is_refused_by_name(colours, refused):
     line = refused("train", f"--data.root={colours}", "--model.head=forest")
-    assert line == "error: --model.head=forest: no such head; there are linear, mlp, cosine"
+    assert line == f"error: --model.head=forest: no such head; there are {', '.join(HEADS)}"
 
 
 def test_a_linear_head_of_tensors_draws_no_random_numbers():

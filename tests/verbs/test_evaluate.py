@@ -1,5 +1,7 @@
 import json
 
+import pytest
+
 from headstart.cli import main
 from support import COLOURS, draw, newest_run
 
@@ -7,7 +9,8 @@ from support import COLOURS, draw, newest_run
 def test_the_own_test_split_gives_the_runs_own_scores(checkpoint, tmp_path):
     trained = json.loads((checkpoint.parent.parent / "result.json").read_text())
     result = main(["evaluate", f"--ckpt_path={checkpoint}"])
-    assert {name: result[name] for name in result if name.startswith("test/")} == {
+    assert result["test/loss_scaled"] > 0
+    assert {name: result[name] for name in result if name.startswith("test/") and name != "test/loss_scaled"} == {
         name: trained[name] for name in trained if name.startswith("test/")
     }
     folder = newest_run()
@@ -41,3 +44,30 @@ def test_a_lone_checkpoint_asks_for_a_folder(checkpoint, tmp_path, refused):
     assert "--ckpt_path is missing" in refused("evaluate")
     assert "did you mean --ckpt_path" in refused("evaluate", "--ckpt_pat=x")
     assert "auto takes what" in refused("evaluate", f"--ckpt_path={checkpoint}", "--accelerator=abacus")
+
+
+@pytest.mark.fault("evaluate on images that trained the head")
+def test_images_that_trained_the_head_are_counted(checkpoint, trained, tmp_path, capsys, refused):
+    counts = json.loads((checkpoint.parent.parent / "result.json").read_text())["images"]
+    own = trained / "colours"
+    options = ["evaluate", f"--ckpt_path={checkpoint}", "--report=false"]
+    result = main([*options, f"--data.root={own}"])
+    said = f"{counts['train']} of 60 images trained this head, and {counts['val']} chose its epoch"
+    assert f"{said}; on the {counts['test']} new ones: acc 1.000" in capsys.readouterr().out
+    assert result["new/acc"] == 1.0
+    line = refused(*options, f"--data.root={own}", "--data.strict=true")
+    assert f"{counts['train'] + counts['val']} of these images trained this head or chose its epoch" in line
+    other = draw(tmp_path / "other", images=5, seed=3)
+    assert "new/acc" not in main([*options, f"--data.root={other}", "--data.strict=true"])
+    checkpoint.rename(tmp_path / "alone.ckpt")
+    main(["evaluate", "--ckpt_path=alone.ckpt", "--report=false", f"--data.root={own}"])
+    assert "nobody knows whether" in capsys.readouterr().out
+
+
+@pytest.mark.wing("fewshot")
+@pytest.mark.fault("evaluate on images that trained the head")
+def test_a_head_of_few_pictures_knows_them(tmp_path, capsys):
+    few = draw(tmp_path / "few", images=3)
+    main(["fewshot", f"--data.root={few}", "--save=few.ckpt", "--model.image_size=32"])
+    main(["evaluate", "--ckpt_path=few.ckpt", f"--data.root={few}", "--report=false"])
+    assert "9 of 9 images trained this head, and 0 chose its epoch; none is new" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from PIL import Image
 
 from headstart.data.splits import Item, Split
 from headstart.errors import UserError
-from headstart.files import in_either_form, patiently, read_regular
+from headstart.files import RUNS_MARK, in_either_form, patiently, read_regular
 from headstart.images import Preprocessing, decode, image_suffixes
 from headstart.terminal import say, told
 
@@ -116,11 +116,9 @@ def _ignored(name: str) -> bool:
 
 
 def _is_foreign(folder: Path) -> bool:
-    """Whether it is a system's folder, or one of runs, such as ``logs``, which holds no image."""
-    if folder.name.lower() in IGNORED_FOLDERS:
-        return True
-    runs = folder.glob("*/[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]_[0-9][0-9]-*/")
-    return next(runs, None) is not None and not images(folder)
+    """Whether it is a system's folder, or one of runs, such as ``logs``."""
+    runs = os.path.isfile(folder / RUNS_MARK)  # noqa: PTH113  # pathlib's raises where it may not look
+    return runs or folder.name.lower() in IGNORED_FOLDERS
 
 
 def subfolders(folder: Path) -> list[str]:

@@ -118,6 +118,9 @@ class FeatureLoader:
 
 
 def trained_epochs(trainer: Trainer) -> int:
-    """How many epochs were trained; unlike ``current_epoch`` right when a resumed run makes its first batch."""
+    """How many epochs were trained; unlike ``current_epoch`` right when a resumed run makes its first batch.
+
+    With ``overfit_batches`` always 0, since each epoch repeats the same batches.
+    """
     processed: int = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
-    return processed
+    return 0 if trainer.overfit_batches else processed  # type: ignore[attr-defined]

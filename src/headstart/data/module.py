@@ -13,14 +13,14 @@ from torch.utils.data import Dataset
 from headstart.data import splits
 from headstart.data.loaders import BatchOrder, FeatureLoader, ImageDataset, ImageLoader, trained_epochs
 from headstart.data.sources import DatasetSource, Source, open_source
-from headstart.data.splits import SPLITS, Item, Split
+from headstart.data.splits import SPLITS, Item, Repeat, Split
 from headstart.data.store import FeatureStore
 from headstart.errors import UserError
 from headstart.features.extract import FeaturePrecision
 from headstart.features.matrix import FeatureMatrix, Labelled
 from headstart.images import MAX_PIXELS, Augment, Views
 from headstart.model.backbone import FrozenBackbone
-from headstart.ranges import Count, Fraction, OpenFraction, Positive
+from headstart.ranges import Count, Fraction, OpenFraction, Positive, Seed, check_arguments
 from headstart.terminal import say
 
 
@@ -72,13 +72,14 @@ class ImageData(LightningDataModule):
         val_fraction: OpenFraction = 0.15,
         test_fraction: Fraction = 0.15,
         split_seed: Count = 0,
-        order_seed: Count | None = None,
+        order_seed: Seed | None = None,
         splits: str | None = None,
         strict: bool = False,
         limit: Positive | None = None,
         max_pixels: Positive = MAX_PIXELS,
     ) -> None:
         super().__init__()
+        check_arguments(ImageData, vars())
         self.store = FeatureStore(source, num_workers, cache_dir, feature_precision, max_pixels, cache)
         self.source, self.class_names = source, source.class_names
         self.num_workers = self.store.workers if num_workers is None else num_workers
@@ -87,6 +88,7 @@ class ImageData(LightningDataModule):
         self.test_fraction = 0.0 if source.has_test else test_fraction
         self.split_seed, self.splits_file = split_seed, Path(splits).expanduser() if splits else None
         self.order_seed, self.strict, self.limit = order_seed, strict, limit
+        self.repeat: Repeat | None = None  # takes the images of a run, exactly those, each in its split
         self.items: list[Item] = []
         self._features: dict[Split, list[FeatureMatrix]] = {}
         self._check_options(val_fraction, test_fraction)
@@ -152,7 +154,7 @@ class ImageData(LightningDataModule):
     def _attached(self) -> Trainer:
         if self.trainer is None:
             raise UserError(
-                "the data takes its preprocessing from the model: give both to a Trainer, as the README does"
+                "the data takes its preprocessing from the model: give both to a Trainer, as in docs/python.md"
             )
         return self.trainer
 
@@ -171,6 +173,8 @@ class ImageData(LightningDataModule):
             raise UserError("--data.val_fraction and --data.test_fraction leave nothing to train on; lower them")
 
     def _split(self, items: list[Item]) -> list[Item]:
+        if self.repeat:
+            return self.repeat(items, self.class_names)
         if self.splits_file:
             items = splits.frozen(items, self.splits_file)
         assigned = splits.assign(items, self.class_names, self.val_fraction, self.test_fraction, self.split_seed)
@@ -179,6 +183,7 @@ class ImageData(LightningDataModule):
             if self.strict:
                 raise UserError(f"--data.strict: {found}")
             say(f"data: {found}")
+        splits.check_labels(assigned, self.strict)
         return splits.limited(assigned, self.limit) if self.limit else assigned
 
     def _loader(self, split: Split) -> Any:

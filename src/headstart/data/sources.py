@@ -123,6 +123,15 @@ class DatasetSource(Source):
         if names is None:
             raise UserError("DatasetData: give class_names, since the dataset has no `classes`")
         self.class_names, self.path = list(names), Path("dataset")
+        if len(set(self.class_names)) < len(self.class_names):
+            raise UserError("DatasetData: class_names holds a name twice; labels are told apart by their names")
+        for name, (dataset, _) in datasets.items():
+            own = list(getattr(dataset, "classes", self.class_names))
+            if class_names is None and own != self.class_names:
+                raise UserError(
+                    f"DatasetData: {name} numbers its classes otherwise ({_short(own)}) than train "
+                    f"({_short(self.class_names)}), so its labels mean others; give both the same"
+                )
         self.has_val, self.has_test = "val" in datasets, "test" in datasets
 
     def scan(self, remembered: Path | None) -> tuple[list[Item], dict[str, str]]:
@@ -150,12 +159,21 @@ class DatasetSource(Source):
         return patiently(Path(item.path), lambda: decode_opened(self._sample(name, int(index))[0], preprocessing))
 
     def _sample(self, name: str, index: int) -> tuple[Image.Image, int]:
-        image, label = self._datasets[name][0][index]
+        where, sample = f"DatasetData: {name}[{index}]", self._datasets[name][0][index]
+        if not isinstance(sample, tuple | list) or len(sample) != 2:
+            raise UserError(f"{where} is a {type(sample).__name__}, not (image, label); wrap the dataset")
+        image, label = sample
         if not isinstance(image, Image.Image):
+            raise UserError(f"{where} gives a {type(image).__name__} and no PIL image; drop transforms")
+        if not 0 <= label < len(self.class_names) or int(label) != label:
             raise UserError(
-                f"DatasetData: {name}[{index}] gives a {type(image).__name__} and no PIL image; drop transforms"
+                f"{where} has the label {label}; labels are 0 to {len(self.class_names) - 1}, by class_names"
             )
         return image, int(label)
+
+
+def _short(names: Sequence[str]) -> str:
+    return f"{len(names)}: {', '.join(map(str, names[:5]))}{' …' if len(names) > 5 else ''}"
 
 
 # By the name that --data.source gives; what is called with --data.root.

@@ -3,10 +3,10 @@
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from headstart.errors import UserError
 from headstart.files import csv_bytes, read_csv
-from headstart.terminal import say
+from headstart.terminal import one_line, say, say_all
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+Repeat = Callable[[Sequence["Item"], Sequence[str]], list["Item"]]  # ``repeated`` of a run's file
 COLUMNS = ["split", "class", "path", "sha256"]
 TABLE_ROWS = 24
 
@@ -54,8 +55,10 @@ def assign(items: Sequence[Item], class_names: Sequence[str], val: float, test: 
         if item.split is None:
             of_classes[item.label].add(units[_own(item)])
     places = {unit: _place(seed, unit, val, test) for unit in units.values()}
+    moved: list[str] = []
     for label, of_class in sorted(of_classes.items()):
-        _fill(of_class, places, needed, class_names[label], seed)
+        moved += _fill(of_class, places, needed, class_names[label], seed)
+    say_all(moved)
     for label, of_class in of_classes.items():  # a group of several classes may have been moved twice
         if missing := set(needed) - {places[unit] for unit in of_class}:
             raise UserError(
@@ -110,8 +113,12 @@ def _place(seed: int, digest: bytes, val: float, test: float) -> Split:
     return "val" if value < test + val else "train"
 
 
-def _fill(of_class: Set[bytes], places: dict[bytes, Split], needed: Sequence[Split], name: str, seed: int) -> None:
-    """Moves the lowest-hashed image that its split can spare into each split that the class is missing from."""
+def _fill(of_class: Set[bytes], places: dict[bytes, Split], needed: Sequence[Split], name: str, seed: int) -> list[str]:
+    """Moves the lowest-hashed image that its split can spare into each split that the class is missing from.
+
+    Gives a message per image moved.
+    """
+    moved = []
     if len(of_class) < len(needed):
         raise UserError(
             f"class {name!r}: {len(of_class)} different image(s) or group(s), and {len(needed)} are needed to be in "
@@ -122,7 +129,8 @@ def _fill(of_class: Set[bytes], places: dict[bytes, Split], needed: Sequence[Spl
         if not sizes[split]:
             spare = (digest for digest in of_class if sizes[places[digest]] > 1)
             places[min(spare, key=lambda digest: _unit_hash(seed, digest))] = split
-            say(f"data: class {name!r} would be missing from {split}; its lowest-hashed image went there")
+            moved.append(f"data: class {name!r} would be missing from {split}; its lowest-hashed image went there")
+    return moved
 
 
 def limited(items: Sequence[Item], limit: int) -> list[Item]:
@@ -156,6 +164,18 @@ def shared_between_splits(items: Iterable[Item]) -> int:
     return sum(len(splits) > 1 for splits in seen.values())
 
 
+def check_labels(items: Iterable[Item], strict: bool) -> None:
+    """Says which images have two labels, byte for byte; refuses them where ``strict``."""
+    first: dict[bytes, Item] = {}
+    pairs = [(first[item.digest], item) for item in items if first.setdefault(item.digest, item).label != item.label]
+    if pairs:
+        named = "; ".join(f"{one.path} and {other.path}" for one, other in pairs[:3])
+        found = f"{len(pairs)} image(s) have two labels, byte for byte ({named}); remove the wrong one of each"
+        if strict:
+            raise UserError(f"--data.strict: {found}")
+        say(f"data: {found}")
+
+
 def to_csv(items: Iterable[Item], class_names: Sequence[str]) -> bytes:
     """What ``splits.csv`` holds: split, class, path and content hash of each image."""
     rows = ([item.split, class_names[item.label], item.path, item.digest.hex()] for item in items)
@@ -164,16 +184,52 @@ def to_csv(items: Iterable[Item], class_names: Sequence[str]) -> bytes:
 
 def frozen(items: Sequence[Item], file: Path) -> list[Item]:
     """Gives each image the split that it has in a run's ``splits.csv``, found by content; leaves out the others."""
-    places: dict[str, Split] = {}
-    for row in read_csv("--data.splits", file, ["split", "sha256"], errors="surrogateescape"):
-        split = next((split for split in SPLITS if split == row["split"]), None)
-        if split is None:
-            raise UserError(f"--data.splits={file}: unknown split {row['split']!r}; use {', '.join(SPLITS)}")
-        places[row["sha256"]] = split
+    places = places_of("--data.splits", file)
     known = [replace(item, split=places[item.digest.hex()]) for item in items if item.digest.hex() in places]
     if len(known) < len(items):
-        say(f"data: {len(items) - len(known)} images are not in {file} and are left out")
+        say(f"data: {len(items) - len(known)} image(s) are not in {file} and are left out")
+    if missing := places.keys() - {item.digest.hex() for item in known}:
+        say(f"data: {len(missing)} image(s) of {file} are missing or changed")
     return known
+
+
+def places_of(option: str, file: Path) -> dict[str, Split]:
+    """The split of each image of a run's ``splits.csv``, by the hash of its content."""
+    places: dict[str, Split] = {}
+    for row in read_csv(option, file, ["split", "sha256"], errors="surrogateescape"):
+        split = next((split for split in SPLITS if split == row["split"]), None)
+        if split is None:
+            raise UserError(f"{option}={file}: unknown split {row['split']!r}; use {', '.join(SPLITS)}")
+        places[row["sha256"]] = split
+    return places
+
+
+def repeated(items: Sequence[Item], class_names: Sequence[str], file: Path, only: Sequence[str] = SPLITS) -> list[Item]:
+    """The images of a run's ``splits.csv``, each in its split and in the run's order, found by class and content.
+
+    Images that came later are left out, which is said. ``only`` names the splits whose images are needed.
+
+    Raises:
+        UserError: an image of the run is missing, or has another content or class.
+    """
+    found: dict[tuple[str, str], dict[str, Item]] = defaultdict(dict)
+    for item in items:
+        found[class_names[item.label], item.digest.hex()][item.path] = item
+    kept: list[Item] = []
+    for row in read_csv("--ckpt_path", file, COLUMNS, errors="surrogateescape"):
+        if row["split"] not in only:
+            continue
+        same = found[row["class"], row["sha256"]]
+        if not same:
+            raise UserError(
+                f"{row['path']}: is missing, damaged or changed since the run, whose splits.csv names it ({file}); "
+                "bring it back, or start a new run without --ckpt_path"
+            )
+        item = same.pop(row["path"] if row["path"] in same else min(same))
+        kept.append(replace(item, split=cast(Split, row["split"])))
+    if len(kept) < len(items) and only == SPLITS:
+        say(f"data: {len(items) - len(kept)} image(s) are not in {file} and are left out")
+    return kept
 
 
 def counts_table(items: Sequence[Item], class_names: Sequence[str]) -> Table:
@@ -182,7 +238,7 @@ def counts_table(items: Sequence[Item], class_names: Sequence[str]) -> Table:
     counts = {split: found for split, found in counts.items() if found}
     table = Table("class", *counts, title=f"{len(items)} images")
     for label, name in list(enumerate(class_names))[:TABLE_ROWS]:
-        table.add_row(name, *(str(count[label]) for count in counts.values()))
+        table.add_row(one_line(name), *(str(count[label]) for count in counts.values()))
     if len(class_names) > TABLE_ROWS:
         table.add_row(f"… {len(class_names) - TABLE_ROWS} more", *("…" for _ in counts))
     table.add_section()

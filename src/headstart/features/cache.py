@@ -27,7 +27,7 @@ from headstart.features.matrix import FeatureMatrix, Key, Shard
 from headstart.files import flat, write_atomically
 from headstart.images import DECODER_VERSION
 from headstart.model.backbone import FrozenBackbone, combined, tensor_digests
-from headstart.terminal import images_bar, say
+from headstart.terminal import images_bar, say, say_all
 
 # So many cached rows are computed again whenever a cache is used, in fp32 and without folding. bf16 is off by up to
 # 1.4 % of a row's length on torchvision's families; another image's row by 5 % and more, even with random weights.
@@ -124,10 +124,11 @@ class FeatureCache:
     def read(self) -> list[Shard]:
         """All readable shards; a damaged one is deleted, so that its rows are computed again."""
         sizes: dict[Path, int] = {}
-        for path in sorted(self.folder.glob("*.safetensors")) if self.folder.is_dir() else []:
-            with suppress(FileNotFoundError):  # pruned since it was listed
-                sizes[path] = path.stat().st_size
-        total = sum(sizes.values())
+        with suppress(OSError):  # a folder that cannot be read
+            for path in sorted(self.folder.glob("*.safetensors")):
+                with suppress(FileNotFoundError):  # pruned since it was listed
+                    sizes[path] = path.stat().st_size
+        total, damaged = sum(sizes.values()), []
         for path in sizes:
             if path in self._opened:
                 continue
@@ -137,10 +138,11 @@ class FeatureCache:
                 self._opened[path] = Shard.open(path)
             except FileNotFoundError:
                 continue
-            except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-                say(f"features: {path.name} is damaged and will be computed again ({error})")
+            except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+                damaged.append(f"features: {path.name} is damaged and will be computed again ({error})")
                 with suppress(OSError):
                     path.unlink()
+        say_all(damaged)
         return [*self._opened.values(), *self._unsaved]
 
     def _agree(
@@ -193,6 +195,8 @@ class FeatureCache:
 
     def _reason(self) -> str:
         """How the nearest key that has features differs from this one."""
+        if not self._writable:
+            return "the cache cannot be used"
         if any(self.folder.glob("*.safetensors")):
             return "other images so far"
         mine = flat(json.loads(self._key))
@@ -224,7 +228,7 @@ class FeatureCache:
         name = hashlib.sha256(b"".join(keys)).hexdigest()[:24]  # the same rows, the same name, in whichever process
         try:
             with self._locked(name, wait):
-                if next(self.folder.glob(f"{name}-*"), None):
+                if self._writable and next(self.folder.glob(f"{name}-*"), None):
                     advance(len(keys))
                 else:
                     self._write(name, extractor.shard(keys, advance))

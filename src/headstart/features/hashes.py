@@ -46,7 +46,7 @@ class ContentIndex:
     def __init__(self, root: Path, folder: Path | None, peak_in: Callable[[bytes], int]) -> None:
         self.root, self._peak_in = root, peak_in
         self.peak = 0  # the largest value of all files, once they are hashed
-        self._file = folder / f"{hashlib.sha256(str(root).encode()).hexdigest()[:32]}.json" if folder else None
+        self._file = folder / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.json" if folder else None
         self._known: dict[str, Entry] = self._load()
 
     def digests(self, paths: list[str], advance: Callable[[int], None]) -> tuple[dict[str, bytes], dict[str, str]]:
@@ -59,8 +59,8 @@ class ContentIndex:
                 found[path] = patiently(self.root / path, partial(self._entry, path, now))
             except FileNotFoundError:
                 unreadable[path] = "missing, or a broken symbolic link"
-            except OSError as error:
-                unreadable[path] = f"unreadable: {error.strerror}"
+            except (OSError, ValueError) as error:  # a name with a NUL byte is a ValueError
+                unreadable[path] = f"unreadable: {getattr(error, 'strerror', error)}"
             advance(1)
         if found != self._known:
             self._save(found)
@@ -78,14 +78,15 @@ class ContentIndex:
         return stamp if settled else [], hashlib.sha256(data).hexdigest(), self._peak_in(data)
 
     def _load(self) -> dict[str, Entry]:
-        if self._file is None or not self._file.is_file():
+        if self._file is None:
             return {}
         try:
-            checksum, body = self._file.read_bytes().split(b"\n", 1)
+            checksum, body = read_regular(self._file).split(b"\n", 1)
             if checksum.decode() != hashlib.sha256(body).hexdigest():
                 return {}
-            return {path: (stamp, digest, peak) for path, (stamp, digest, peak) in json.loads(body).items()}
-        except (OSError, ValueError):
+            known = {path: (stamp, digest, int(peak)) for path, (stamp, digest, peak) in json.loads(body).items()}
+            return {path: entry for path, entry in known.items() if len(bytes.fromhex(entry[1])) == 32}
+        except (OSError, ValueError, TypeError, AttributeError):  # or of another form
             return {}
 
     def _save(self, found: dict[str, Entry]) -> None:

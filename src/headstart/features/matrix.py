@@ -36,10 +36,16 @@ class Shard:
 
     @classmethod
     def open(cls, path: Path) -> "Shard":
-        """Memory-maps a shard; its features are read from the disk when they are used."""
+        """Memory-maps a shard; its features are read from the disk when they are used.
+
+        Raises:
+            ValueError: it is a file of another form.
+        """
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             features, names = file.get_tensor("features"), file.get_tensor("rows").numpy()
+        if metadata is None or features.ndim != 2 or names.shape != (len(features), 32) or names.dtype != "uint8":
+            raise ValueError("not the features of named rows")
         failures = {bytes.fromhex(row): reason for row, reason in json.loads(metadata["failures"]).items()}
         return cls([name.tobytes() for name in names], features, failures, float(metadata["seconds"]))
 

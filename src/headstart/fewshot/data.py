@@ -10,16 +10,16 @@ from rich.table import Table
 from torch import Tensor
 
 from headstart.data.loaders import trained_epochs
-from headstart.data.splits import SPLITS, Item, Split
+from headstart.data.splits import SPLITS, Item, Repeat, Split
 from headstart.data.store import FeatureStore
 from headstart.errors import UserError
 from headstart.features.extract import FeaturePrecision
 from headstart.features.hashes import cache_folder
 from headstart.fewshot.episodes import EpisodeLoader, EpisodeSampler, TaskSize
-from headstart.fewshot.sources import SourceName, classes_of, split_classes
+from headstart.fewshot.sources import SourceName, classes_of, source_of, split_classes
 from headstart.images import MAX_PIXELS
 from headstart.model.backbone import FrozenBackbone
-from headstart.ranges import Count, Fraction, Positive, Share
+from headstart.ranges import Count, Fraction, Positive, Share, check_arguments
 from headstart.terminal import say
 
 
@@ -29,7 +29,8 @@ class EpisodeData(LightningDataModule):
     Validation and test episodes are the same in every epoch and for every method; those of training are new in each.
 
     Args:
-        source: glyphs (characters, drawn here), folder (of class folders), or omniglot (its zip files or folders).
+        source: glyphs (characters, drawn here), folder (of class folders), or omniglot (its zip files or folders);
+            None: folder where a root is given, else glyphs.
         root: the folder, or Omniglot's zip file or folder; for omniglot also several, separated by commas.
         n_way: classes per task.
         k_shot: examples per class.
@@ -50,7 +51,7 @@ class EpisodeData(LightningDataModule):
 
     def __init__(
         self,
-        source: SourceName = "glyphs",
+        source: SourceName | None = None,
         root: str | None = None,
         n_way: Positive = 5,
         k_shot: Positive = 1,
@@ -69,6 +70,8 @@ class EpisodeData(LightningDataModule):
         max_pixels: Positive = MAX_PIXELS,
     ) -> None:
         super().__init__()
+        check_arguments(EpisodeData, vars())
+        source = source or source_of(root)
         self.classes = classes_of(source, root, cache_folder(cache_dir))
         self.store = FeatureStore(self.classes, num_workers, cache_dir, feature_precision, max_pixels)
         self.class_names, self.title = self.classes.class_names, f"{source}: {self.classes.root.name}"
@@ -78,13 +81,15 @@ class EpisodeData(LightningDataModule):
         everything = test_fraction >= 1
         self.parts = split_classes(self.classes, 0.0 if everything else val_fraction, test_fraction, split_seed)
         self.items: list[Item] = []
+        self.repeat: Repeat | None = None  # takes the images of a run, exactly those, each in its split
         self._features = torch.empty(0)
 
     def load(self, backbone: FrozenBackbone, device: torch.device) -> None:
         """Scans, splits the classes, and computes or reads the features."""
         self.store.load(backbone, device)
         self.store.check_skips()
-        self.items = self._split(self.store.items)
+        items = self.store.items
+        self.items = self.repeat(items, self.class_names) if self.repeat else self._split(items)
         self._say_counts()
         self._features = self.store.matrix(self.items).whole().to(device)
 
@@ -137,7 +142,14 @@ class EpisodeData(LightningDataModule):
         return EpisodeLoader(self.sampler("test"), self.episodes, self.batch_size)
 
     def _split(self, items: list[Item]) -> list[Item]:
-        """By class; an image whose content is in two splits would be known before, so that is refused."""
+        """By class, each content once per class: a copy in the query of a task would be known from its support.
+
+        One whose content is in two splits would be known before, so that is refused.
+        """
+        once = {(item.label, item.digest): item for item in reversed(items)}
+        if len(once) < len(items):
+            say(f"data: {len(items) - len(once)} image(s) are copies of others of their class, and are left out")
+            items = [item for item in items if once[item.label, item.digest] is item]
         place = {name: split for split in SPLITS for name in self.parts[split]}
         split = [replace(item, split=place[self.class_names[item.label]]) for item in items]
         seen: dict[bytes, str | None] = {}

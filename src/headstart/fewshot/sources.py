@@ -1,6 +1,7 @@
 """Where few-shot classes come from, and which of them train, validate and test."""
 
 import hashlib
+import os
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,11 @@ from headstart.fewshot.glyphs import glyphs
 from headstart.files import claim_by_rename, read_regular
 
 SourceName = Literal["glyphs", "folder", "omniglot"]
+
+
+def source_of(root: str | None) -> SourceName:
+    """The source that is meant where none is named: a root is that of a folder."""
+    return "folder" if root else "glyphs"
 
 
 @dataclass
@@ -83,7 +89,8 @@ def _omniglot(roots: str, cache: Path) -> Path:
             raise UserError(f"--data.root={path}: no such file or folder; Omniglot's zip files or folders are read")
     if len(given) == 1 and given[0].is_dir():
         return given[0].resolve()
-    name = hashlib.sha256("\n".join(f"{path.resolve()} {path.stat()}" for path in given).encode()).hexdigest()[:16]
+    described = "\n".join(f"{path.resolve()} {path.stat()}" for path in given)
+    name = hashlib.sha256(os.fsencode(described)).hexdigest()[:16]
     folder = cache / "omniglot" / name
     if not folder.is_dir():
         with claim_by_rename(folder) as temporary:
@@ -124,7 +131,7 @@ def split_classes(classes: Classes, val_fraction: float, test_fraction: float, s
             parts[classes.split[name]].append(name)
         else:
             members[group].append(name)
-    order = sorted(members, key=lambda group: hashlib.sha256(f"{seed} {group}".encode()).digest())
+    order = sorted(members, key=lambda group: hashlib.sha256(os.fsencode(f"{seed} {group}")).digest())
     shares: dict[Split, float] = {"val": val_fraction, "test": test_fraction}
     shares = {split: share for split, share in shares.items() if not parts[split]}
     shares["train"] = 1 - sum(shares.values())

@@ -3,26 +3,32 @@
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import LearningRateMonitor
+from pytorch_lightning.callbacks import LearningRateMonitor, Timer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from headstart.data.module import ImageFolderData
+from headstart.data.splits import Repeat, repeated
 from headstart.device import COMMON
 from headstart.errors import UserError
 from headstart.model.checkpoints import read_checkpoint
 from headstart.model.classifier import TransferClassifier
-from headstart.model.sealed import SealedCheckpointIO, run_checkpoints
+from headstart.model.sealed import BEST, RunCheckpoint, SealedCheckpointIO, run_checkpoints
 from headstart.parser import OptionParser
+from headstart.ranges import RunName, Seed
 from headstart.report.evaluation import EvaluationCollector
 from headstart.runs.folder import RunFolder
 from headstart.runs.history import CONFIG, Run, newest_unfinished
 from headstart.runs.logger import RunLogger
 from headstart.terminal import say
+
+# The other precisions convert the weights, and the backbone's must stay what they are.
+PRECISIONS = ("None", "32", "32-true", "bf16", "bf16-mixed", "16", "16-mixed")
 
 
 class TrainParser(OptionParser, LightningArgumentParser):
@@ -43,11 +49,12 @@ class TrainCLI(LightningCLI):
     def __init__(self, options: Sequence[str], root: Path | None = None) -> None:
         self.root, self.full_help = root, "--help_all" in options
         # The Trainer's own name for the folder of all runs is accepted too.
-        options = [re.sub(r"^--trainer\.default_root_dir(?==|$)", "--logs", option) for option in options]
+        options = [re.sub(r"^(--)?trainer\.default_root_dir(?==|$)", "--logs", option) for option in options]
         self.init_from: Path | None = None  # the checkpoint that the model starts from; None: it starts anew
         self.resume_from: Path | None = None  # the checkpoint whose fit is resumed; None: a new fit
         self.checkpoint: dict[str, Any] | None = None  # the content of that
         self.resumed: Run | None = None  # the run that is resumed in its own folder; None: a new folder
+        self.repeat: Repeat | None = None  # takes the images of the run that is resumed
         super().__init__(
             self.module_class,
             ImageFolderData,
@@ -68,8 +75,12 @@ class TrainCLI(LightningCLI):
         parser.usage_line, parser.full = self.usage, self.full_help
         return parser
 
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        described = "seed of the initial values and of the order; true: a random one; false: none"
+        parser.add_argument("--seed_everything", type=bool | Seed, default=self.seed_everything_default, help=described)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--name", type=str | None, help="name of the run; None: the name of the data's folder")
+        parser.add_argument("--name", type=RunName | None, help="name of the run; None: the name of the data's folder")
         parser.add_argument("--logs", type=str | None, help="where the run's folder goes; None: logs")
         parser.add_argument("--ckpt_path", type=str | None, help=self.ckpt_help)
         parser.add_argument("--report", type=bool, default=True, help="draw the figures and write report.html")
@@ -83,12 +94,26 @@ class TrainCLI(LightningCLI):
         if self.config.data.get("csv") and self.config.data.root == str(self.root):
             self.config.data.root = None  # the demo's folder is for when nothing is given
         if self.config.ckpt_path == "last":
-            self.resumed = newest_unfinished(self.logs, self.name)
+            self.resumed = newest_unfinished(self.logs, "train", self.config.name, self._given_data())
             self.config = parser.parse_args([f"--config={self.resumed.folder / CONFIG}", *args])
             self.config.ckpt_path = str(self.resumed.last)
         if self.config.ckpt_path:
             self.resume_from = Path(self.config.ckpt_path)
             self.checkpoint = read_checkpoint(self.resume_from, self.logs)
+            self._keep_the_split(Run.of(self.resume_from).splits_file)
+
+    def _given_data(self) -> Path | None:
+        """The data that the command line names; None: it is the demo, or that of a run to resume."""
+        data = self.config.data
+        given = data.get("csv") or (data.root if data.root != str(self.root) else None)
+        return Path(given).expanduser() if given else None
+
+    def _keep_the_split(self, file: Path) -> None:
+        """What is resumed keeps its images and their split; another one would test on images that trained."""
+        if not file.is_file():
+            say(f"data: {file} is missing, so the images are split anew; the test may hold images that trained")
+        elif self.resumed or not self.config.data.splits:
+            self.config.data.splits, self.repeat = str(file), partial(repeated, file=file)
 
     @property
     def logs(self) -> Path:
@@ -102,33 +127,48 @@ class TrainCLI(LightningCLI):
         given = Path(data.get("csv") or data.root or "").expanduser().resolve()
         return str(self.config.name or (given.stem if data.get("csv") or given.is_file() else given.name))
 
+    @property
+    def chosen(self) -> RunCheckpoint:
+        """The checkpoint that is tested: the best, or the last where nothing was validated."""
+        return self.last if self.last.best_model_path and not self.best.best_model_path else self.best
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        given = self.config_init.trainer
+        if str(given.precision) not in PRECISIONS:
+            allowed = "use 32-true, bf16-mixed or 16-mixed"
+            raise UserError(f"--trainer.precision={given.precision}: converts the frozen backbone's weights; {allowed}")
         self.run_folder = RunFolder(self.logs, self.name, self.resolved_config(), self.resumed, self.kept())
         # "best" by the loss: with few validation images accuracy moves in steps and picks an early epoch by luck.
-        self.best, last = run_checkpoints(
+        self.best, self.last = run_checkpoints(
             self.resumed is not None, monitor="val/loss", save_weights_only=self.lean_best
         )
         self.collector = EvaluationCollector()
-        given = self.config_init.trainer
         own = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks] if given.callbacks else []
         bar = sys.stderr.isatty() if given.enable_progress_bar is None else given.enable_progress_bar
+        rates = [] if given.logger in (False, []) else [LearningRateMonitor("epoch")]  # which refuses to have no logger
         # TensorBoard forgets what a killed process wrote of steps that are done again.
         steps_done = self.checkpoint["global_step"] if self.checkpoint and self.resumed else None
         try:
             return super().instantiate_trainer(
-                callbacks=[*own, self.run_folder, LearningRateMonitor("epoch"), self.collector, self.best, last],
+                callbacks=[*own, self.run_folder, *rates, self.collector, self.best, self.last],
                 logger=RunLogger(steps_done=steps_done) if given.logger in (None, True) else given.logger,
                 enable_progress_bar=bar,
                 plugins=[SealedCheckpointIO(), *(given.plugins or [])],
                 default_root_dir=str(self.logs),
             )
-        except (MisconfigurationException, TypeError, ValueError) as error:
+        except (ImportError, MisconfigurationException, TypeError, ValueError) as error:
             raise UserError(f"--trainer: {error}; --trainer.accelerator=auto takes what this machine has") from error
 
     def after_instantiate_classes(self) -> None:
+        self.datamodule.repeat = self.repeat
         if str(self.config.trainer.precision) in ("16", "16-mixed") and self.trainer.strategy.root_device.type == "cpu":
             raise UserError("--trainer.precision=16-mixed: needs a GPU; on a processor use bf16-mixed or 32-true")
+        for option in ("max_epochs", "max_steps", "limit_train_batches"):
+            if getattr(self.trainer, option) == 0:
+                raise UserError(f"--trainer.{option}=0: leaves nothing to train; give more, or leave it out")
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning at run time
+            if isinstance(callback, Timer) and not callback.time_remaining():
+                raise UserError("--trainer.max_time=00:00:00:00: leaves no time; give days:hours:minutes:seconds")
             watched = getattr(callback, "monitor", None)
             if watched is not None and watched not in self.model.logged:
                 raise UserError(
@@ -167,5 +207,8 @@ class TrainCLI(LightningCLI):
         return str(self.parser.dump(config, skip_none=False))
 
     def kept(self) -> dict[str, bytes]:
-        """Files that a new run's folder holds from the start, by their path in it."""
-        return {}
+        """Files that a new run's folder holds from the start, by their path in it.
+
+        The checkpoint that is resumed takes part in the choice of the best.
+        """
+        return {BEST: self.resume_from.read_bytes()} if self.resume_from else {}

@@ -1,13 +1,15 @@
 """From a command line to a result: the fit, the test of the best checkpoint, the report, what is said."""
 
-import sys
 from collections.abc import Mapping
-from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 
+from headstart.errors import UserError
 from headstart.fit.cli import TrainCLI
+from headstart.model.metrics import defined
 from headstart.runs.history import REPORT
 from headstart.runs.logger import RunLogger
 from headstart.terminal import Seconds, say, say_scores
@@ -16,22 +18,31 @@ from headstart.terminal import Seconds, say, say_scores
 def fit(cli: TrainCLI, seconds: Seconds) -> None:
     """Fits the module to the data; the data's own time is not the fit's."""
     before = sum(cli.datamodule.store.seconds.values())
-    with seconds.of("fit"):
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
+    try:
+        with seconds.of("fit"):
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
+    except (MisconfigurationException, RuntimeError, ValueError) as error:
+        # Lightning compares some options only with the data, or with what a callback finds.
+        if "pytorch_lightning" not in extract_tb(error.__traceback__)[-1].filename:
+            raise
+        raise UserError(f"--trainer: {' '.join(str(error).split())}") from error
     seconds["fit"] -= sum(cli.datamodule.store.seconds.values()) - before
 
 
 def test(cli: TrainCLI, seconds: Seconds) -> dict[str, Any]:
-    """The scores of the best checkpoint: those of validation from the checkpoint itself, and those of the test."""
-    trainer, module, data, best = cli.trainer, cli.model, cli.datamodule, cli.best.best_model_path
-    if not best:  # a dry run keeps no checkpoint
-        return {name: float(value) for name, value in trainer.callback_metrics.items()}
-    scores: dict[str, Any] = torch.load(best, weights_only=True)["headstart"]["scores"]
+    """The scores of the chosen checkpoint: those of validation from the checkpoint itself, and those of the test."""
+    trainer, module, data, path = cli.trainer, cli.model, cli.datamodule, cli.chosen.best_model_path
+    if not path:  # a dry run keeps no checkpoint
+        return dict(defined(trainer.callback_metrics))
+    scores: dict[str, Any] = torch.load(path, weights_only=True)["headstart"]["scores"]
+    if cli.chosen is cli.last:
+        say("fit: nothing was validated, so the last checkpoint is taken; the best would need a validation")
     with seconds.of("test"):
-        if data.items_in("test"):
-            return {**scores, **trainer.test(module, data, best, verbose=False, weights_only=True)[0]}
-        say("data: there is no test split, so the validation score is reported; it also chose the epoch and flatters")
-        trainer.validate(module, data, best, verbose=False, weights_only=True)
+        if data.items_in("test") and (tested := trainer.test(module, data, path, verbose=False, weights_only=True)):
+            return scores | defined(tested[0])
+        if scores:
+            say("data: nothing is tested, so the validation score is reported; it also chose the epoch and flatters")
+            trainer.validate(module, data, path, verbose=False, weights_only=True)
     return scores
 
 
@@ -56,15 +67,13 @@ def report(cli: TrainCLI, scores: Mapping[str, float], seconds: Seconds) -> None
 def finish(cli: TrainCLI, scores: Mapping[str, Any], seconds: Seconds) -> dict[str, Any]:
     """Writes the result, and says the scores and where the run is; gives the content of ``result.json``."""
     result = cli.run_folder.finish(cli.trainer, dict(scores), seconds.with_total())
-    say_scores(result, "the best checkpoint's scores")
+    images, seen = result["images"]["train"], result["images_per_epoch"]
+    if seen < images - cli.trainer.world_size:
+        say(f"fit: an epoch saw {seen} of {images} training images")
+    say_scores(result, f"the {cli.chosen.filename} checkpoint's scores")
     if folder := cli.run_folder.folder:
         say(f"run:      {folder}")
         if (folder / REPORT).exists():
             say(f"report:   {folder / REPORT}")
         say(f"inspect:  tensorboard --logdir {cli.logs}")
     return result
-
-
-def program() -> str:
-    """How this command was called, so that what it suggests can be typed."""
-    return "python train.py" if Path(sys.argv[0]).name == "train.py" else "headstart train"

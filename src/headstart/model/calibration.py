@@ -20,7 +20,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     smoothed by 1 / (N + 2), after Platt, "Probabilistic Outputs for Support Vector Machines", 1999: a head that is
     right on all of a few images is not certain.
     """
-    logits = logits.double()
+    logits, labels = logits.cpu().double(), labels.cpu()  # Apple's GPUs have no float64
     smoothing = 1 / (len(labels) + 2)
     truth = (1 - smoothing) * logits.gather(1, labels[:, None]).mean() + smoothing * logits.mean()
     low, high = COLDEST, HOTTEST

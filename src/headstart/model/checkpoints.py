@@ -1,23 +1,25 @@
 """Checkpoints of a head: what of the module they hold, whom they fit, and how they are loaded."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import Self
 
 from headstart import __version__
 from headstart.errors import UserError
-from headstart.images import decode_opened, preprocess
+from headstart.images import Picture, as_rgb, preprocess
 from headstart.model.backbone import FrozenBackbone, check_frozen, combined, tensor_digests
+from headstart.model.metrics import defined
 from headstart.model.sealed import read_sealed
 from headstart.ranges import arguments_of, plain
-from headstart.terminal import told
+from headstart.terminal import say, told
 
 LAYOUT = 2  # 2: with the temperature
 
@@ -36,12 +38,19 @@ class HeadModule(LightningModule):
         self.strict_loading = False  # what is frozen is not in a checkpoint
         self.digests = self.backbone.digests()  # when it was made or loaded
         self.weights_digest = combined(self.digests)  # of the named weights, before any fine-tuning
+        self.trained_on: list[str] = []  # the sha256 of each image, where no run's folder tells it
         self.finetuned: list[str] = []  # the tensors that are no longer those of the named weights
 
     @property
     def frozen(self) -> FrozenBackbone:
         """What maps an image to the same numbers in every epoch, which are cached: the whole backbone."""
         return self.backbone
+
+    def setup(self, stage: str) -> None:
+        """Refuses data whose labels mean other classes."""
+        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", self.class_names)
+        if list(names) != self.class_names:
+            raise UserError(f"class_names: the module's are {told(self.class_names)}, the data's {told(list(names))}")
 
     def on_fit_start(self) -> None:
         check_frozen(self.backbone.digests(), self.digests, but=self.learning)
@@ -58,7 +67,7 @@ class HeadModule(LightningModule):
         learnt = {f"backbone.{name}" for name in self.finetuned}
         state = checkpoint["state_dict"].items()
         checkpoint["state_dict"] = {name: value for name, value in state if name.startswith("head.") or name in learnt}
-        scores = self.trainer.callback_metrics.items()
+        scores = {name: value for name, value in self.trainer.callback_metrics.items() if name.startswith("val/")}
         checkpoint["headstart"] = {
             "layout": LAYOUT,
             "version": __version__,
@@ -67,9 +76,23 @@ class HeadModule(LightningModule):
             "weights": self.backbone.weights,
             "digest": self.weights_digest,
             "temperature": self.temperature,
-            "scores": {name: float(value) for name, value in scores if name.startswith("val/")},
+            "scores": defined(scores),
+            "trained_on": self.trained_on,
             "preprocessing": plain(asdict(self.backbone.preprocessing)),
         }
+
+    def on_train_start(self) -> None:
+        """A resumed fit of more epochs has another schedule, in which the learning rate can leap."""
+        for schedule in (config.scheduler for config in self.trainer.lr_scheduler_configs):
+            if not isinstance(schedule, LambdaLR):
+                continue
+            before = schedule.get_last_lr()[0]
+            now = schedule.base_lrs[0] * schedule.lr_lambdas[0](schedule.last_epoch)
+            if not math.isclose(before, now, abs_tol=1e-12):
+                say(
+                    f"--trainer.max_epochs={self.trainer.max_epochs}: the learning rate goes from {before:.3g} to "
+                    f"{now:.3g}, since it falls over all epochs anew; a new run, without --ckpt_path, has no such leap"
+                )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a head of other classes or another backbone, and fine-tuned layers in a fit of the head."""
@@ -80,15 +103,16 @@ class HeadModule(LightningModule):
     def take(self, checkpoint: Mapping[str, Any]) -> None:
         """Takes what is not a tensor; a checkpoint of another head, other classes or another backbone is refused."""
         made, tuned = checkpoint["headstart"], finetuned_in(checkpoint)
-        names = set(checkpoint["state_dict"]) - {f"backbone.{name}" for name in tuned}
-        if names != {f"head.{name}" for name in self.head.state_dict()}:
-            raise UserError(f"checkpoint: its head has different parameters: {', '.join(sorted(names)[:4])}")
-        own, theirs = self.class_names, made["class_names"]
-        if own != theirs:
+        own_names, theirs = self.class_names, made["class_names"]
+        if own_names != theirs:
             raise UserError(
-                f"checkpoint: its classes are {len(theirs)} ({told(theirs, own)}), the data's {len(own)} "
-                f"({told(own, theirs)})"
+                f"checkpoint: its classes are {len(theirs)} ({told(theirs, own_names)}), the data's "
+                f"{len(own_names)} ({told(own_names, theirs)})"
             )
+        learnt = {f"backbone.{name}" for name in tuned}
+        found = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items() if name not in learnt}
+        if found != (own := {f"head.{name}": tuple(value.shape) for name, value in self.head.state_dict().items()}):
+            raise UserError(f"checkpoint: its head has different parameters, {found}, from this one's, {own}")
         if made["digest"] != self.weights_digest:
             raise UserError(
                 f"checkpoint: its head belongs to the backbone {made['backbone']}, {made['weights']} "
@@ -137,12 +161,17 @@ class HeadModule(LightningModule):
         return cls.from_content(read_checkpoint(Path(checkpoint_path)), **kwargs).to(map_location)
 
     @torch.no_grad()
-    def predict(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
-        """Calibrated class probabilities of one PIL image -> [num_classes], or of several -> [B, num_classes]."""
-        if isinstance(images, Image.Image):
+    def predict(self, images: Picture | Sequence[Picture]) -> Tensor:
+        """Calibrated class probabilities of one image -> [num_classes], or of several -> [B, num_classes].
+
+        An image is a path, a PIL image, or an array [H, W, 3] of uint8; all are decoded as ``headstart predict`` does.
+        """
+        if isinstance(images, Picture) or not isinstance(images, Sequence):
             return self.predict([images])[0]
+        if not images:
+            raise UserError("predict: no images")
         preprocessing = self.backbone.preprocessing
-        pixels = torch.stack([preprocess(decode_opened(image, preprocessing), preprocessing) for image in images])
+        pixels = torch.stack([preprocess(as_rgb(image, preprocessing), preprocessing) for image in images])
         self.eval()
         logits: Tensor = self(pixels.to(self.device))
         return (logits / self.temperature).softmax(dim=1).cpu()
@@ -156,10 +185,17 @@ def finetuned_in(checkpoint: Mapping[str, Any]) -> list[str]:
 def read_checkpoint(path: Path, logs: Path = Path("logs")) -> dict[str, Any]:
     """The content of a checkpoint of a head, as ``read_sealed``."""
     checkpoint = read_sealed(path, logs)
-    made = checkpoint.get("headstart", {})
+    made = checkpoint.get("headstart")
+    made = made if isinstance(made, Mapping) else {}
     if made.get("layout") != LAYOUT:
         raise UserError(
             f"--ckpt_path={path}: holds no head of layout {LAYOUT} (this is headstart {__version__}) but "
             f"{made.get('layout', 'something else')} (headstart {made.get('version', 'unknown')}); train it again"
         )
+    if lacking := [name for name in ("hyper_parameters", "epoch", "global_step") if name not in checkpoint]:
+        raise UserError(f"--ckpt_path={path}: lacks {', '.join(lacking)}, so nothing can go on from it; train it again")
+    temperature, tensors = made.get("temperature"), checkpoint["state_dict"].values()
+    sound = isinstance(temperature, int | float) and math.isfinite(temperature) and temperature > 0
+    if not sound or not all(isinstance(tensor, Tensor) and tensor.isfinite().all() for tensor in tensors):
+        raise UserError(f"--ckpt_path={path}: its head or temperature is not finite; train it again, with a lower lr")
     return checkpoint

@@ -17,9 +17,10 @@ from headstart.model.backbone import FrozenBackbone
 from headstart.model.calibration import Temperature
 from headstart.model.checkpoints import HeadModule
 from headstart.model.heads import make_head
+from headstart.model.metrics import MeanAUROC, MeanF1, MeanRecall
 from headstart.model.schedule import warmup_cosine
 from headstart.model.weights import resolved
-from headstart.ranges import Fraction, ImageSize, NonNegative, Rate, plain
+from headstart.ranges import Fraction, ImageSize, NonNegative, Rate, check_arguments, plain
 
 Batch = tuple[Tensor, Tensor]
 
@@ -59,9 +60,12 @@ class TransferClassifier(HeadModule):
         warmup: Fraction = 0.04,
     ) -> None:
         super().__init__()
+        check_arguments(TransferClassifier, vars())
         self.save_hyperparameters(logger=False)
         self.hparams.update(plain(dict(self.hparams)) | {"weights": resolved(weights)})
         self.class_names = list(class_names)
+        if len(set(class_names)) < len(class_names):
+            raise UserError(f"class_names: {len(class_names)} names, of which {len(set(class_names))} differ")
         self.backbone = FrozenBackbone(backbone, self.hparams["weights"], self.hparams["image_size"])
         self.head = self.configure_head()
         self.val_metrics, self.test_metrics = self.configure_metrics("val/"), self.configure_metrics("test/")
@@ -86,9 +90,9 @@ class TransferClassifier(HeadModule):
         classes = len(self.class_names)
         scores: dict[str, Metric | MetricCollection] = {
             "acc": metrics.MulticlassAccuracy(classes, average="micro"),
-            "balanced_acc": metrics.MulticlassAccuracy(classes, average="macro"),
-            "f1": metrics.MulticlassF1Score(classes, average="macro"),
-            "auroc": metrics.MulticlassAUROC(classes),
+            "balanced_acc": MeanRecall(classes),
+            "f1": MeanF1(classes),
+            "auroc": MeanAUROC(classes),
             "calibration_error": metrics.MulticlassCalibrationError(classes, n_bins=15),
         }
         return MetricCollection(scores, prefix=prefix)

@@ -16,6 +16,7 @@ from headstart.files import in_either_form, write_atomically
 from headstart.model.backbone import tensor_bytes
 
 SEAL = "headstart_sha256"
+BEST = "checkpoints/best.ckpt"  # in a run's folder
 
 
 class SealedCheckpointIO(TorchCheckpointIO):
@@ -34,8 +35,8 @@ class SealedCheckpointIO(TorchCheckpointIO):
             write_atomically(Path(path), data)
         except OSError as error:
             raise UserError(
-                f"{path}: cannot be written ({error.strerror}; {len(data):,} bytes are needed); "
-                "the checkpoint before it is intact"
+                f"{path}: cannot be written ({error.strerror}; {len(data):,} bytes are needed)"
+                f"{'; the checkpoint before it is intact' if Path(path).exists() else ''}"
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
@@ -98,10 +99,10 @@ def _add(digest: Any, value: Any) -> None:
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """A ``ModelCheckpoint`` whose best score survives when the run's folder was moved.
+    """A ``ModelCheckpoint`` whose best score survives in another folder, where Lightning drops it.
 
-    Lightning keeps absolute paths, and drops the best score where they differ. ``moved``: the checkpoint that is loaded
-    belongs to this very run, wherever its folder was then.
+    ``moved``: the checkpoint that is loaded belongs to this very run, wherever its folder was then. Else a new run was
+    begun from it: it lies there as the best one so far, and later ones must beat its score.
     """
 
     def __init__(self, moved: bool, **options: Any) -> None:
@@ -113,6 +114,11 @@ class RunCheckpoint(ModelCheckpoint):
         if self.moved and self.dirpath:
             state_dict = {name: self._moved(value) for name, value in state_dict.items()} | {"dirpath": self.dirpath}
         super().load_state_dict(state_dict)
+        if not self.moved and self.dirpath and (file := Path(self.dirpath).parent / BEST).is_file() and self.monitor:
+            self.best_model_path = self.kth_best_model_path = str(file)
+            self.best_model_score = state_dict["current_score"]
+            self.best_k_models = {str(file): state_dict["current_score"]}
+            self.kth_value = state_dict["current_score"]
 
     def _moved(self, value: Any) -> Any:
         if isinstance(value, str) and value.endswith(".ckpt"):

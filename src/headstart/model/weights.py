@@ -123,7 +123,11 @@ def load_weights(made: Network, name: str, weights: str) -> Preprocessing:
             raise UserError(
                 f"--model.weights={path}: not a .pth or .safetensors file; give one, or bundled, imagenet or random"
             )
-        _fill(made.net, _tensors(path, path.read_bytes()), path)
+        try:
+            data = read_regular(path)
+        except OSError as error:
+            raise UserError(f"--model.weights={path}: cannot be read ({error.strerror})") from error
+        _fill(made.net, _tensors(path, data), path)
     return official[1] if official else Preprocessing()
 
 

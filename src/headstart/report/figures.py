@@ -16,6 +16,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_precision_recall_curve, multiclass_roc
 
 from headstart.report.evaluation import CALIBRATION_BINS, Evaluation
+from headstart.terminal import one_line
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 DPI = 100
@@ -219,4 +220,5 @@ def _title(shown: int, total: int, which: str) -> str:
 
 def _short(name: str) -> str:
     """A class name that fits beside an axis; dollar signs would start a formula."""
+    name = one_line(name)
     return (name if len(name) <= 18 else f"{name[:17]}…").replace("$", r"\$")

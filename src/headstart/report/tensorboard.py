@@ -60,7 +60,7 @@ def log_evaluation(
 
 def confusion_table(evaluation: Evaluation) -> str:
     """The confusion matrix's counts as a Markdown table."""
-    names = evaluation.class_names
+    names = [one_line(name) for name in evaluation.class_names]
     lines = ["| true \\ predicted | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     rows = zip(names, evaluation.confusion.tolist(), strict=True)
     lines += [f"| {name} | {' | '.join(map(str, row))} |" for name, row in rows]

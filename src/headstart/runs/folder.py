@@ -1,6 +1,7 @@
 """A run's own folder: claimed once, never overwritten, with all that is needed to repeat and to judge the run."""
 
 import json
+import os
 import platform
 import shlex
 import sys
@@ -14,27 +15,32 @@ import PIL
 import torch
 import torchvision
 import yaml
+from filelock import FileLock, Timeout
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import headstart
 from headstart.data import splits
 from headstart.errors import UserError
-from headstart.files import csv_bytes, flat, write_atomically
+from headstart.files import RUNS_MARK, csv_bytes, flat, write_atomically
 from headstart.model.backbone import FrozenBackbone
 from headstart.runs.history import CONFIG, RESULT, SPLITS_FILE, Run
 from headstart.runs.logger import RunLogger
+from headstart.terminal import say
 
 
 def new_run_folder(logs: Path, name: str) -> Path:
     """Makes ``logs/name/<start time>``; ``mkdir`` fails where the folder exists, so no two runs get the same."""
     start = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    name = os.fsencode(name).decode(errors="replace")  # of data whose name is no Unicode; TensorBoard takes no other
     attempt = 1
     while True:
         folder = logs / name / (start if attempt == 1 else f"{start}_{attempt}")
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir()
+            (logs / RUNS_MARK).touch()
             return folder.resolve()
         except FileExistsError:
             attempt += 1
@@ -65,9 +71,11 @@ class RunFolder(Callback):
         dry = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by Lightning at run time
         if stage != "fit" or dry or self.folder:
             return
+        check_limits(trainer)
         chosen: Path | None = None
         if trainer.is_global_zero:
             chosen = self.resumed.folder if self.resumed else new_run_folder(self.logs, self.name)
+            self._lock(chosen)
         self.folder = trainer.strategy.broadcast(chosen)
         assert self.folder
         for logger in trainer.loggers:
@@ -86,28 +94,53 @@ class RunFolder(Callback):
             logger.experiment.add_text("run", self._card(trainer.datamodule))  # type: ignore[attr-defined]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check_there()
         if isinstance(logger := trainer.logger, RunLogger) and trainer.is_global_zero and logger.folder:
             logger.experiment.flush()  # else a killed run shows nothing of its last two minutes
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Says how an interrupted run is resumed, and lets go of its folder."""
+        if self.folder and trainer.is_global_zero:
+            self.lock.release()
+            run = Run(self.folder)
+            if isinstance(exception, KeyboardInterrupt | SIGTERMException) and run.last.is_file():
+                say(f"resume:   {run.resume_command()}")
 
     def finish(self, trainer: Trainer, scores: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
         """Writes ``result.json`` and the score by which the HParams tab compares runs."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self._check_there()
         backbone = cast(FrozenBackbone, trainer.lightning_module.backbone)
-        result = result_of(backbone, data, scores, seconds)
+        result = result_of(backbone, data, scores, seconds) | {"images_per_epoch": images_per_epoch(trainer)}
         if self.folder and trainer.is_global_zero:
             if isinstance(trainer.logger, RunLogger):
-                trainer.logger.log_metrics({"hp/val_acc": scores["val/acc"]}, trainer.global_step)
+                if "val/acc" in scores:
+                    trainer.logger.log_metrics({"hp/val_acc": scores["val/acc"]}, trainer.global_step)
                 trainer.logger.save()
             write_result(self.folder, result)
+            self.lock.release()
         return result
+
+    def _lock(self, folder: Path) -> None:
+        """Keeps other processes from resuming the run while this one trains it; it dies with this process."""
+        self.lock = FileLock(folder / ".lock", timeout=0)
+        try:
+            self.lock.acquire()
+        except Timeout as error:
+            raise UserError(f"{folder}: another process trains this run; wait for it, or stop it") from error
+
+    def _check_there(self) -> None:
+        """A checkpoint would make the folder anew, without what else belongs into it."""
+        if self.folder and not (self.folder / CONFIG).is_file():
+            raise UserError(f"{self.folder}: was deleted during the run; start again")
 
     def _write_inputs(self, data: Any) -> None:
         assert self.folder
         for path, content in self.kept.items():
             write_atomically(self.folder / path, content)
-        (self.folder / CONFIG).write_text(self.config)
-        (self.folder / SPLITS_FILE).write_bytes(splits.to_csv(data.items, data.class_names))
-        (self.folder / "skipped.csv").write_bytes(csv_bytes([["path", "reason"], *data.store.skipped.items()]))
+        write_atomically(self.folder / CONFIG, self.config.encode())
+        write_atomically(self.folder / SPLITS_FILE, splits.to_csv(data.items, data.class_names))
+        write_atomically(self.folder / "skipped.csv", csv_bytes([["path", "reason"], *data.store.skipped.items()]))
 
     def _card(self, data: Any) -> str:
         counts = "\n".join(f"| {split} | {len(data.items_in(split))} |" for split in splits.SPLITS)
@@ -116,6 +149,23 @@ class RunFolder(Callback):
             f"{len(data.class_names)} classes, {len(data.store.skipped)} images left out\n\n"
             f"```yaml\n{self.config}```"
         )
+
+
+def check_limits(trainer: Trainer) -> None:
+    """Refuses a share of the batches that is none; Lightning would, of the test, once all is trained."""
+    for split in splits.SPLITS:
+        share = getattr(trainer, f"limit_{split}_batches")
+        if isinstance(share, float) and 0 < share < 1:
+            batches = len(getattr(trainer.datamodule, f"{split}_dataloader")())  # type: ignore[attr-defined]
+            if batches and int(batches * share) == 0:
+                raise UserError(f"--trainer.limit_{split}_batches={share}: is less than one of {batches} batches")
+
+
+def images_per_epoch(trainer: Trainer) -> int:
+    """How many training images an epoch saw: fewer than there are where an option ends it early."""
+    data, progress = trainer.datamodule, trainer.fit_loop.epoch_loop.batch_progress  # type: ignore[attr-defined]
+    images, batches = len(data.items_in("train")), int(min(trainer.num_training_batches, progress.total.ready))
+    return min(images - images % trainer.world_size, batches * int(data.batch_size))
 
 
 def settings_in(config: str) -> dict[str, Any]:

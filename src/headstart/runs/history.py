@@ -1,6 +1,7 @@
 """Runs as they are found on the disk. Imports no torch."""
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 
 from headstart.errors import UserError
 from headstart.files import read_csv, read_regular
+from headstart.terminal import program
 
 RESULT, REPORT, CONFIG, SPLITS_FILE = "result.json", "report.html", "config.yaml", "splits.csv"
 
@@ -42,6 +44,21 @@ class Run:
         return self.folder / "checkpoints/last.ckpt"
 
     @property
+    def verb(self) -> str:
+        """What started it."""
+        if "unfreeze" in self.config:  # wing: finetune
+            return "finetune"  # wing: finetune
+        if "n_way" in self.config:  # wing: fewshot
+            return "fewshot"  # wing: fewshot
+        return "train"
+
+    def resume_command(self) -> str:
+        """The command that resumes it, while it is the newest unfinished run of its name."""
+        logs, name = self.folder.resolve().parent.parent, self.folder.parent.name
+        where = [] if logs == Path("logs").resolve() else [f"--logs={logs}"]
+        return shlex.join([*program(self.verb).split(), "--ckpt_path=last", f"--name={name}", *where])
+
+    @property
     def result(self) -> dict[str, Any]:
         """The content of its result; empty before it is finished, or where that is damaged."""
         try:
@@ -57,16 +74,18 @@ class Run:
         if not file.is_file():
             return {}
         try:
-            content = yaml.safe_load(file.read_text())
+            content = yaml.safe_load(read_regular(file))
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"{file}: is no YAML any more ({' '.join(str(error).split())})") from error
         return content if isinstance(content, dict) else {}
 
     @property
     def data(self) -> dict[str, Any]:
-        """The data options of its configuration; empty where there are none."""
+        """The data options of its configuration; empty where they name no data."""
         found = self.config.get("data")
-        return found if isinstance(found, dict) else {}
+        named = [found.get(name) for name in ("root", "csv", "source")] if isinstance(found, dict) else []
+        known = all(isinstance(value, str | None) and "\0" not in (value or "") for value in named)
+        return found if isinstance(found, dict) and known and any(named[:2]) else {}
 
     def images(self) -> list[Path]:
         """The images that it split; empty where it says of none."""
@@ -80,13 +99,18 @@ class Run:
         return [root / row["path"] for row in rows]
 
 
-def newest_unfinished(logs: Path, name: str) -> Run:
-    """The newest run of the name, which may hold wildcards, that has a ``last.ckpt`` and no ``result.json``."""
-    started = logs.glob(f"{name}/*/checkpoints/last.ckpt")
-    for path in sorted(started, key=lambda path: path.parts[-3], reverse=True):
-        run = Run.of(path)
-        if not (run.folder / RESULT).exists():
+def newest_unfinished(logs: Path, verb: str, name: str | None = None, data: Path | None = None) -> Run:
+    """The newest run of the verb that has a ``last.ckpt`` and no ``result.json``; of the name and the data, if given.
+
+    Raises:
+        UserError: there is none; the message lists the commands that resume others.
+    """
+    started = sorted(Run.all_in(logs), key=lambda run: run.folder.name, reverse=True)
+    unfinished = [run for run in started if run.last.is_file() and not (run.folder / RESULT).exists()]
+    for run in unfinished:
+        of_data = data is None or Path(run.data.get("csv") or run.data.get("root") or "").resolve() == data.resolve()
+        if run.verb == verb and name in (None, run.folder.parent.name) and of_data:
             return run
-    raise UserError(
-        f"--ckpt_path=last: no unfinished run below {logs / name}; give a checkpoint's path, or leave it out"
-    )
+    others = "; there are: ".join(["", ", ".join(run.resume_command() for run in unfinished[:3])]) if unfinished else ""
+    wanted = f"{f' named {name}' if name else ''}{f' on {data}' if data else ''}"
+    raise UserError(f"--ckpt_path=last: no unfinished run of {verb}{wanted} in {logs}{others}")

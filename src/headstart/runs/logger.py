@@ -5,6 +5,8 @@ from typing import Any
 
 from pytorch_lightning.loggers import TensorBoardLogger
 
+from headstart.errors import UserError
+
 
 class RunLogger(TensorBoardLogger):
     """TensorBoard, in the run's folder; it has no experiment before ``folder`` is set, once that is claimed.
@@ -30,4 +32,6 @@ class RunLogger(TensorBoardLogger):
     def experiment(self) -> Any:
         if self.folder is None:
             raise AttributeError("no run folder yet")
+        if not self.folder.is_dir():  # the thread that writes would end in a traceback
+            raise UserError(f"{self.folder}: was deleted during the run; start again")
         return super().experiment

@@ -12,8 +12,9 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 
 from headstart.features.hashes import cache_folder, verify
+from headstart.files import read_regular
 from headstart.parser import parser_of
-from headstart.terminal import images_bar, say
+from headstart.terminal import images_bar, say, say_all
 
 
 def cache(options: Sequence[str]) -> dict[str, Any]:
@@ -24,7 +25,8 @@ def cache(options: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--days", type=NonNegativeFloat, default=30.0, help="prune what was not used for so many days")
     given = parser.parse_args(list(options))
     folder = cache_folder(given.cache_dir)
-    keys = sorted(path.parent for path in folder.glob("features/*/key.json"))
+    features = folder / "features"  # which glob would pass over in silence where it cannot be read
+    keys = sorted(key for key in features.iterdir() if (key / "key.json").exists()) if features.is_dir() else []
     if given.action == "verify":
         return _verify(keys)
     if given.action == "prune":
@@ -34,28 +36,29 @@ def cache(options: Sequence[str]) -> dict[str, Any]:
 
 def _list(folder: Path, keys: Sequence[Path]) -> dict[str, Any]:
     table = Table("backbone", "pixels", "views", "arithmetic", "images", "MB", "last used", title=str(folder))
-    total = 0
+    total, damaged = 0, []
     for key in keys:
         try:
-            about = json.loads((key / "key.json").read_text())
+            described = _described(key)
             images = sum(_images(path) for path in key.glob("*.safetensors"))
-        except (OSError, ValueError, SafetensorError):
-            say(f"{key}: damaged; `headstart cache verify` repairs it")
+        except (OSError, ValueError, LookupError, TypeError, SafetensorError):  # or of another form
+            damaged.append(f"{key}: damaged; `headstart cache verify` repairs it")
             continue
         size = _size(key)
         total += size
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime((key / "key.json").stat().st_mtime))
-        table.add_row(
-            f"{about['backbone']} {about['weights'][:8]}",
-            str(about["preprocessing"]["crop_size"]),
-            about["views"]["policy"],
-            f"{about['arithmetic']['dtype']} {about['arithmetic']['device']}",
-            str(images),
-            f"{size / 1e6:.1f}",
-            used,
-        )
+        table.add_row(*described, str(images), f"{size / 1e6:.1f}", used)
+    say_all(damaged)
     say(table)
     return {"keys": len(keys), "bytes": total}
+
+
+def _described(key: Path) -> list[str]:
+    """The columns of the table that tell what the features of a key are."""
+    about = json.loads(read_regular(key / "key.json"))
+    arithmetic = f"{about['arithmetic']['dtype']} {about['arithmetic']['device']}"
+    pixels, policy = about["preprocessing"]["crop_size"], about["views"]["policy"]
+    return [f"{about['backbone']} {about['weights'][:8]}", str(pixels), str(policy), arithmetic]
 
 
 def _verify(keys: Sequence[Path]) -> dict[str, Any]:
@@ -66,8 +69,10 @@ def _verify(keys: Sequence[Path]) -> dict[str, Any]:
         for path in shards:
             try:
                 verify(path)
+            except PermissionError:  # of a file that may be whole
+                raise
             except (OSError, ValueError):
-                path.unlink()
+                path.unlink(missing_ok=True)
                 damaged += 1
             advance(1)
     say(f"cache: {len(shards)} pieces read, {damaged} damaged and deleted; the next run computes those again")
@@ -76,9 +81,11 @@ def _verify(keys: Sequence[Path]) -> dict[str, Any]:
 
 def _prune(keys: Sequence[Path], days: float) -> dict[str, Any]:
     old = [key for key in keys if (key / "key.json").stat().st_mtime <= time.time() - days * 86_400]
-    freed = sum(_size(key) for key in old)
+    size = sum(_size(key) for key in old)
     for key in old:
         shutil.rmtree(key, ignore_errors=True)  # a run may be writing into it
+    freed = size - sum(_size(key) for key in old)
+    say_all([f"{key}: not all of it could be deleted" for key in old if key.exists()])
     for leftover in (path for key in keys for path in key.glob(".*.tmp")):  # of writers that were killed
         if leftover.stat().st_mtime <= time.time() - 86_400:
             leftover.unlink()

@@ -21,7 +21,7 @@ from headstart.model.backbone import FrozenBackbone
 from headstart.model.classifier import TransferClassifier
 from headstart.parser import OptionParser, add_options, add_run, parser_of
 from headstart.runs.folder import new_run_folder
-from headstart.terminal import quiet_libraries, say
+from headstart.terminal import one_line, quiet_libraries, say
 
 SHOWN = 10
 GROUPED = ("duplicate", "near-duplicate")
@@ -86,4 +86,4 @@ def _say_findings(findings: Sequence[Finding], counts: Counter[str], images: int
 
 def _line(together: Sequence[Finding]) -> str:
     note = together[0].note
-    return f"{', '.join(found.path for found in together)}{f' ({note})' if note else ''}"
+    return one_line(f"{', '.join(found.path for found in together)}{f' ({note})' if note else ''}")

@@ -1,18 +1,24 @@
 """The verb `evaluate`: a trained head on its own test split, or on other images of the same classes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.nn import functional
+
 from headstart.data.module import ImageData, ImageFolderData
 from headstart.data.sources import open_source
+from headstart.data.splits import Split, places_of, repeated
 from headstart.device import quiet_trainer
 from headstart.errors import UserError
 from headstart.files import write_atomically
 from headstart.model.checkpoints import read_checkpoint
 from headstart.model.classifier import TransferClassifier
+from headstart.model.metrics import defined
 from headstart.parser import add_checkpoint, add_options, add_run, parser_of, required
-from headstart.report.evaluation import EvaluationCollector
+from headstart.report.evaluation import Evaluation, EvaluationCollector
 from headstart.report.page import predictions_csv, write_report
 from headstart.runs.folder import new_run_folder, result_of, write_result
 from headstart.runs.history import Run
@@ -20,7 +26,7 @@ from headstart.runs.logger import RunLogger
 from headstart.terminal import Seconds, quiet_libraries, say, say_scores, told
 
 WHERE = ("root", "csv", "source")
-DATA_OPTIONS = ("num_workers", "cache", "cache_dir", "feature_precision", "max_pixels", "batch_size")
+DATA_OPTIONS = ("num_workers", "cache", "cache_dir", "feature_precision", "max_pixels", "batch_size", "strict")
 
 
 def evaluate(options: Sequence[str]) -> dict[str, Any]:
@@ -38,15 +44,23 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     given = parser.parse_args(list(options))
     required(given, "--ckpt_path")
     checkpoint = Path(given.ckpt_path).expanduser()
-    module = TransferClassifier.from_content(read_checkpoint(checkpoint, Path(given.logs))).eval()
+    content = read_checkpoint(checkpoint, Path(given.logs))
+    module = TransferClassifier.from_content(content).eval()
     data = _data(given, checkpoint, module.class_names)
     collector, logger = EvaluationCollector(), RunLogger()
     trainer = quiet_trainer(given.accelerator, callbacks=[collector], logger=logger)
     data.load(module.backbone, trainer.strategy.root_device)  # before the folder is claimed: it may find mistakes
+    seen = _seen_before(checkpoint, content, data) if given.data.root or given.data.csv else {}
+    if seen and given.data.strict:
+        raise UserError(f"--data.strict: {len(seen)} of these images trained this head or chose its epoch; remove them")
     folder = logger.folder = new_run_folder(Path(given.logs), given.name or f"{data.source.path.stem}-evaluate")
-    scores = {name: float(value) for name, value in trainer.test(module, data, verbose=False)[0].items()}
+    scores = defined(trainer.test(module, data, verbose=False)[0])
     evaluation = collector.evaluation
     assert evaluation
+    scores |= _scores_of_new(module, evaluation, seen) if seen else {}
+    # First, since it is the loss of the probabilities that every verb gives; test/loss is that of the raw logits.
+    loss = functional.cross_entropy(evaluation.logits / evaluation.temperature, evaluation.labels)
+    scores = {"test/loss_scaled": float(loss)} | scores
     write_atomically(folder / "predictions.csv", predictions_csv(evaluation))
     with seconds.of("report"):
         report = write_report(folder, evaluation, data, module, scores, logger) if given.report else None
@@ -63,7 +77,7 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
 
 def _data(given: Any, checkpoint: Path, class_names: Sequence[str]) -> ImageData:
     """All of the given images, or the test split of the run that the checkpoint belongs to."""
-    options = {name: given.data[name] for name in DATA_OPTIONS}
+    options, own_test = {name: given.data[name] for name in DATA_OPTIONS}, None
     if given.data.root or given.data.csv:
         source = open_source(*(given.data[name] for name in WHERE))
         source.all_in = "test"
@@ -72,10 +86,41 @@ def _data(given: Any, checkpoint: Path, class_names: Sequence[str]) -> ImageData
         if not run.data:
             raise UserError(f"--data.root is missing: {checkpoint} lies in no run's folder that tells its test split")
         source = open_source(*(run.data.get(name) for name in WHERE))
-        options["splits"] = str(run.splits_file)
+        own_test = partial(repeated, file=run.splits_file, only=("test",))
     if source.class_names != list(class_names):
         raise UserError(f"{source.path}: {difference(class_names, source.class_names)}")
-    return ImageData(source, **options)
+    data = ImageData(source, **options)
+    data.repeat = own_test
+    return data
+
+
+def _seen_before(checkpoint: Path, content: Mapping[str, Any], data: ImageData) -> dict[str, Split]:
+    """The split of the given images that trained this head or chose its epoch, by path."""
+    file, known = Run.of(checkpoint).splits_file, content["headstart"].get("trained_on", [])
+    if file.is_file():
+        places = places_of("--ckpt_path", file)
+    elif known:
+        places = dict.fromkeys(known, "train")
+    else:
+        say(f"evaluate: {file} is missing, so nobody knows whether some of these images trained this head")
+        return {}
+    found = {item.path: places[item.digest.hex()] for item in data.items if item.digest.hex() in places}
+    return {path: split for path, split in found.items() if split != "test"}
+
+
+def _scores_of_new(module: TransferClassifier, evaluation: Evaluation, seen: Mapping[str, Split]) -> dict[str, float]:
+    """The scores of the images that had no part in the training, which are the ones to believe."""
+    new = torch.tensor([item.path not in seen for item in evaluation.items])
+    trained, total = sum(split == "train" for split in seen.values()), len(evaluation.items)
+    said = f"evaluate: {trained} of {total} images trained this head, and {len(seen) - trained} chose its epoch"
+    if not new.any():
+        say(f"{said}; none is new, so these scores tell little")
+        return {}
+    metrics = module.configure_metrics("new/")
+    metrics.update(evaluation.logits[new].softmax(dim=1), evaluation.labels[new])
+    scores = defined(metrics.compute())
+    say(f"{said}; on the {int(new.sum())} new ones: {', '.join(f'{k[4:]} {v:.3f}' for k, v in scores.items())}")
+    return scores
 
 
 def difference(trained: Sequence[str], found: Sequence[str]) -> str:

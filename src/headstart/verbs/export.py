@@ -61,7 +61,7 @@ def export(options: Sequence[str]) -> dict[str, Any]:
     write_new("--output", output, data)
     say(f"export:  {output}, {len(data) / 1e6:.1f} MB; on {len(images)} images within {difference:.1e} of the head")
     say(f"check:   {pictures}, five pictures with the probabilities that they have to get")
-    say("next:    the README runs it in ten lines, without headstart")
+    say("next:    docs/deploy.md runs it, and compares them, without headstart")
     return {"output": str(output), "images": len(images), "difference": difference}
 
 
@@ -79,5 +79,6 @@ def _real_images(module: TransferClassifier, root: str | None, checkpoint: Path)
         except (UnreadableImage, OSError):
             continue
     if not images:
-        raise UserError(f"--data.root={root}: no readable image to compare the export on; give a folder of some")
+        where = f"--data.root={root}: no" if root else "--data.root is missing: the head's own run has no"
+        raise UserError(f"{where} readable image to compare the export on; give a folder of some")
     return torch.stack(images)

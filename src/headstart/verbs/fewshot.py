@@ -1,6 +1,7 @@
 """The verb `fewshot`: few-shot tasks on the frozen backbone, meta-training, comparison, a head from few pictures."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ from pytorch_lightning import seed_everything
 from rich.table import Table
 from torch import nn
 
+from headstart.data.splits import repeated
 from headstart.device import device_of
 from headstart.errors import UserError
 from headstart.fewshot.compare import BASELINE, Compared, accuracies, compare, shots_figure, to_csv
@@ -17,13 +19,13 @@ from headstart.fewshot.episodes import TaskSize
 from headstart.fewshot.heads import HEADS, HeadName, make_head
 from headstart.fewshot.module import MetaLearner
 from headstart.fewshot.save import save
-from headstart.fewshot.sources import SourceName
+from headstart.fewshot.sources import SourceName, source_of
 from headstart.fewshot.training import make_trainer, meta_train
 from headstart.files import write_atomically
 from headstart.model.backbone import FrozenBackbone, check_frozen, tensor_digests
 from headstart.model.classifier import TransferClassifier
 from headstart.parser import OptionParser, add_options, add_run, parser_of
-from headstart.ranges import Count, Positive
+from headstart.ranges import Positive, Seed
 from headstart.report.figures import pixels, png
 from headstart.runs.folder import RunFolder, new_run_folder, result_of, write_result
 from headstart.runs.history import CONFIG, Run, newest_unfinished
@@ -53,9 +55,13 @@ def fewshot(options: Sequence[str]) -> dict[str, Any]:
     resumed: Run | None = None
     checkpoint = Path(given.ckpt_path) if given.ckpt_path else None
     if given.ckpt_path == "last":
-        resumed = newest_unfinished(Path(given.logs), _name(given))
+        root = Path(given.data.root).expanduser() if given.data.root else None
+        resumed = newest_unfinished(Path(given.logs), "fewshot", given.name, root)
         checkpoint = resumed.last
         given = parser.parse_args([f"--config={resumed.folder / CONFIG}", *options])
+    given.data.source = given.data.source or source_of(given.data.root)
+    if given.test_root:
+        given.test_source = given.test_source or source_of(given.test_root)
     return _Verb(parser, given, resumed, checkpoint).run()
 
 
@@ -84,6 +90,8 @@ class _Verb:
     def _data(self, source: SourceName, root: str | None, **changed: Any) -> EpisodeData:
         given = vars(self.given.data) | {name: self.given[name] for name in SIZE_OPTIONS}
         data = EpisodeData(**given | {"source": source, "root": root} | changed)
+        if self.checkpoint and not changed and (file := Run.of(self.checkpoint).splits_file).is_file():
+            data.repeat = partial(repeated, file=file)
         data.load(self.backbone, self.device)
         return data
 
@@ -171,6 +179,7 @@ class _Verb:
         data = self._data("folder", self.given.data.root, test_fraction=1.0)
         given = self.given.model
         module = TransferClassifier(data.class_names, given.backbone, given.weights, given.image_size)
+        module.trained_on = sorted({item.digest.hex() for item in data.items})
         module.backbone.preprocessing.bits = self.backbone.preprocessing.bits
         path = Path(self.given.save).expanduser()
         acc = save(path, module, self._module(head, data).head, data.all_support())
@@ -211,7 +220,7 @@ def _parser() -> OptionParser:
     add_options(parser, MetaLearner, "model", HEAD_OPTIONS)
     parser.add_argument("--max_epochs", type=Positive, default=20, help="maximum epochs of the meta-training")
     parser.add_argument("--patience", type=Positive, default=5, help="epochs without a better validation")
-    parser.add_argument("--seed_everything", type=Count, default=0, help="seed of the initial values")
+    parser.add_argument("--seed_everything", type=Seed, default=0, help="seed of the initial values")
     parser.add_argument("--ckpt_path", type=str | None, help="a checkpoint to resume, or `last`")
     add_run(parser, "by source and head")
     return parser

@@ -12,6 +12,7 @@ from headstart.finetune.module import FineTunedClassifier
 from headstart.fit.cli import TrainCLI
 from headstart.fit.run import finish, fit, report, test
 from headstart.model.checkpoints import read_checkpoint
+from headstart.model.metrics import defined
 from headstart.runs.history import CONFIG, Run, newest_unfinished
 from headstart.terminal import Seconds, quiet_libraries, say
 
@@ -49,16 +50,17 @@ class FinetuneCLI(TrainCLI):
         if self.config.ckpt_path is None:
             raise UserError("--ckpt_path is missing: give a trained head, such as logs/…/checkpoints/best.ckpt")
         if self.config.ckpt_path == "last":
-            self.resumed = newest_unfinished(self.logs, self.config.name or "*-finetune")
+            self.resumed = newest_unfinished(self.logs, "finetune", self.config.name, self._given_data())
             self.resume_from, self.init_from = self.resumed.last, self.resumed.folder / HEAD
             self.checkpoint = read_checkpoint(self.resume_from)
-            own = f"--config={self.resumed.folder / CONFIG}", f"--data.splits={self.resumed.splits_file}"
-            args = [*own, *args]
+            args = [f"--config={self.resumed.folder / CONFIG}", *args]
         else:
             self.init_from = Path(self.config.ckpt_path).expanduser().resolve()
         self.head = read_checkpoint(self.init_from, self.logs)
         parser.set_defaults(self._inherited(parser, self.init_from))
         self.config = parser.parse_args(args)
+        if self.resumed:
+            self._keep_the_split(self.resumed.splits_file)
 
     def _inherited(self, parser: LightningArgumentParser, head: Path) -> dict[str, Any]:
         made, run = self.head["hyper_parameters"], Run.of(head)
@@ -119,9 +121,9 @@ def _score_the_head(cli: FinetuneCLI) -> dict[str, float]:
     # Without inference mode, since the metrics' tensors are used again in the fit.
     trainer = quiet_trainer(given.accelerator, precision=given.precision, inference_mode=False)
     trainer.validate(cli.model, cli.datamodule, verbose=False)
-    scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    scores = defined(trainer.callback_metrics)
     if cli.datamodule.items_in("test"):
-        scores |= trainer.test(cli.model, cli.datamodule, verbose=False)[0]
+        scores |= defined(trainer.test(cli.model, cli.datamodule, verbose=False)[0])
     return scores
 
 

@@ -2,15 +2,18 @@
 
 import contextlib
 import csv
+import io
+import itertools
 import json
 import os
 import re
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import torch
 from torch import Tensor
@@ -49,10 +52,14 @@ def predict(options: Sequence[str]) -> dict[str, int]:
     quiet_libraries()
     given = _parser().parse_args(list(options))
     required(given, "--ckpt_path")
+    if given.output is None and sys.__stdout__ is None:
+        raise UserError("--output is missing: the standard output is closed")
     rows, counts = sys.stdout, {"predicted": 0, "errors": 0}
     with contextlib.ExitStack() as stack:
         if given.output is None:  # with the rows on the standard output, everything else goes beside it
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            if isinstance(rows, io.TextIOWrapper):  # a path keeps its bytes, as in a file
+                rows.reconfigure(encoding="utf-8", errors="surrogateescape")
         module = TransferClassifier.load_from_checkpoint(Path(given.ckpt_path).expanduser()).eval()
         device = device_of(given.accelerator)
         paths, total = _inputs(given.paths)
@@ -121,7 +128,8 @@ def _parser() -> OptionParser:
     parser.add_argument("paths", nargs="*", type=str, help="files and folders")
     add_checkpoint(parser)
     parser.add_argument("--output", type=str | None, help="a new .csv or .jsonl file; None: the standard output")
-    parser.add_argument("--format", type=str | None, help="csv or jsonl; None: as the output is named, else csv")
+    formats = Literal["csv", "jsonl"] | None
+    parser.add_argument("--format", type=formats, help="csv or jsonl; None: as the output is named, else csv")
     parser.add_argument("--top_k", type=Positive, default=5, help="how many classes a row names")
     parser.add_argument("--explain", type=str | None, help="a new folder for class activation maps, a picture per file")
     parser.add_argument("--num_workers", type=Count | None, help="threads that decode; None: one per core, at most 8")
@@ -136,11 +144,15 @@ def _inputs(given: Sequence[str]) -> tuple[Iterable[str], int | None]:
     if not given:
         if sys.stdin.isatty():
             raise UserError("no PATH; give files or folders, or paths on the standard input")
-        return (line.rstrip("\n") for line in sys.stdin if line.strip()), None
+        lines = (line.rstrip("\n") for line in sys.stdin if line.strip())
+        if (first := next(lines, None)) is None:
+            raise UserError("no path on the standard input; give one per line, or files and folders as PATH")
+        return itertools.chain([first], lines), None
     paths, others = list[str](), Counter[str]()
     for path in given:
         folder = in_either_form(Path(path))
-        paths += [str(found) for found in folders.images(folder, others)] if folder.is_dir() else [path]
+        is_folder = os.path.isdir(folder)  # noqa: PTH112  # pathlib's raises where it may not look
+        paths += [str(found) for found in folders.images(folder, others)] if is_folder else [path]
     folders.say_left_out(others)
     if not paths:
         raise UserError(f"{', '.join(given)}: no images in there; give a folder that holds some")
@@ -151,7 +163,12 @@ def _empty_folder(path: str) -> Path:
     folder = Path(path).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--explain={path}: is there and not empty; give a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--explain={path}: cannot be written ({error.strerror})") from error
     return folder
 
 
@@ -164,14 +181,17 @@ def _open(output: str) -> Iterator[TextIO]:
         file = new_path("--output", output).open("x", newline="", encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         raise UserError(f"--output={output}: cannot be written ({error.strerror})") from error
-    with file:
-        yield file
+    try:
+        with file:
+            yield file
+    except OSError as error:
+        if error.filename is None:  # a full disk names none
+            error.filename = output
+        raise
 
 
 def _writer(file: TextIO, output: str | None, form: str | None, top_k: int) -> Callable[[Prediction], None]:
     form = form or (Path(output).suffix.removeprefix(".") if output else "csv")
-    if f".{form}" not in FORMATS:
-        raise UserError(f"--format={form}: give csv or jsonl")
 
     def write_json(prediction: Prediction) -> None:
         row: dict[str, Any] = {"path": prediction.path, "error": prediction.error}

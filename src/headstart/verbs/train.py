@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from headstart.fit.cli import TrainCLI
-from headstart.fit.run import finish, fit, program, report, test
-from headstart.terminal import Seconds, quiet_libraries, say
+from headstart.fit.run import finish, fit, report, test
+from headstart.terminal import Seconds, program, quiet_libraries, say
 
 OWN_IMAGES = "--data.root=path/to/your/photos    (one folder of images per class)"
 STRONGER = "--data.{}={} --model.weights=imagenet    (better features for photographs, 45 MB once)"
@@ -28,5 +28,5 @@ def train(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
     report(cli, scores, seconds)
     result = finish(cli, scores, seconds)
     path, option = cli.datamodule.source.path, "csv" if cli.config.data.csv else "root"
-    say(f"next:     {program()} {OWN_IMAGES if path == root else STRONGER.format(option, path)}")
+    say(f"next:     {program('train')} {OWN_IMAGES if path == root else STRONGER.format(option, path)}")
     return result

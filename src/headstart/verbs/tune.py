@@ -1,7 +1,9 @@
 """The verb `tune`: a grid of heads trained at once, the exact optimum, then one run with the winner."""
 
 import itertools
+import json
 import math
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,13 +20,13 @@ from headstart.errors import UserError
 from headstart.features.matrix import Labelled
 from headstart.files import csv_bytes, write_atomically
 from headstart.fit.cli import TrainCLI
-from headstart.fit.run import finish, fit, program, report, test
+from headstart.fit.run import finish, fit, report, test
 from headstart.ranges import Fraction, NonNegative, Positive, Rate
 from headstart.runs.folder import new_run_folder
 from headstart.search.bank import HeadSettings, Schedule, TrainedHead, train_bank
 from headstart.search.exact import accuracy_and_loss, fit_exact
 from headstart.search.intervals import mean_and_half_width
-from headstart.terminal import Seconds, images_bar, quiet_libraries, say
+from headstart.terminal import Seconds, images_bar, program, quiet_libraries, rank, say
 
 LRS = [0.0003, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03]
 WEIGHT_DECAYS = [0.0, 0.01, 0.1, 1.0]
@@ -32,6 +34,7 @@ LABEL_SMOOTHINGS = [0.0, 0.1]
 # Penalties of the exact optimum, from strong to weak: each fit starts where the one before ended.
 PENALTIES = [10.0**-power for power in range(7)]
 SHOWN = 10
+TUNED = "HEADSTART_TUNED"  # the environment variable that tells the final run's other processes its options
 
 
 class TuneCLI(TrainCLI):
@@ -55,6 +58,15 @@ class TuneCLI(TrainCLI):
         )
         parser.add_argument("--folds", type=Positive | None, help="cross-validate the winner on so many folds")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """A search takes seconds and is repeated; its last run is one of ``train``."""
+        super().parse_arguments(parser, args)
+        if self.checkpoint:
+            raise UserError(
+                "--ckpt_path: a search is not resumed but repeated; its final run is resumed by "
+                f"{program('train')} --ckpt_path=last"
+            )
+
     @property
     def schedule(self) -> Schedule:
         """How every head is trained."""
@@ -68,24 +80,36 @@ def tune(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
     Returns `settings` (one per head, best first), `exact`, `folds`, the winner's `recipe`, and its `result`.
     """
     quiet_libraries()
+    if rank() > 0:  # another device's process of the final run, which Lightning starts by this same command
+        if TUNED not in os.environ:
+            raise UserError("tune: the search is one process's; leave torchrun out, and give --trainer.devices instead")
+        return {"result": _train_winner(json.loads(os.environ[TUNED]), root)}
     cli = TuneCLI(options, root)
     data, config = cli.datamodule, cli.config
     if not data.store.cache:
         raise UserError("--data.cache=false: the search is on cached features; leave the cache on")
     if config.model.head != "linear":
         raise UserError(f"--model.head={config.model.head}: the search is of linear heads; leave it out")
+    if empty := [name for name in ("lr", "weight_decay", "label_smoothing") if not config.tune[name]]:
+        raise UserError(f"--tune.{empty[0]}=[]: give at least one value, or leave it out")
     if config.folds == 1:
         raise UserError("--folds=1: give 2 or more")
     data.load(cli.model.backbone, cli.trainer.strategy.root_device)
     check_training(data.items, data.class_names)
+    if not data.items_in("val"):
+        raise UserError(
+            "tune: there is no validation image, and the search chooses by validation; give some that split"
+        )
     ranked = _train_grid(cli, _settings(config.tune, int(config.seed_everything)))
     exact = _fit_exact(cli)
     folds = _cross_validate(cli, ranked[0][0], config.folds) if config.folds else []
     folder = new_run_folder(cli.logs, f"{cli.name}-tune")
     common, recipe = _write(folder, cli, ranked)
     _say_table(ranked, exact, folds, folder)
-    result = _train_winner([f"--config={common}", f"--config={recipe}"], root)
-    say(f"recipe:   {recipe}    ({program()} --config={recipe})")
+    winner = [f"--config={common}", f"--config={recipe}"]
+    os.environ[TUNED] = json.dumps(winner)
+    result = _train_winner(winner, root)
+    say(f"recipe:   {recipe}    ({program('train')} --config={recipe})")
     return {
         "settings": [vars(settings) | {"val/acc": found.acc, "val/loss": found.loss} for settings, found in ranked],
         "exact": exact,

@@ -1,40 +1,103 @@
-"""Every command and every piece of Python in the README runs.
+"""Every command and every piece of Python in the README and in docs/ runs.
 
-A block is tagged with how: `fast` runs here, `slow` under `-m slow`, `install` is what `.ci/run` and the packaging test
-do, `benchmark` is a script whose figures the README holds: its parts run in a small form.
+A page is one script: its blocks run from top to bottom in a fresh copy of the repository, as a reader would type them,
+so a page trains once and its later blocks use that run. A block is tagged with how: `fast` runs here, `slow` under
+`-m slow`, `install` is what `.ci/run` and the packaging test do, `benchmark` is a script whose figures the page holds:
+it runs in a small form. `export`, `torchvision` and `example` have tests of their own below. `output` is not run.
+`make-it-yours.md` changes the code, and has its own file of tests.
 """
 
-import re
+import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from torchvision import models
 
-from support import REPOSITORY, draw
+from support import PAGES, REPOSITORY, blocks, draw
 
-BLOCKS = re.findall(r"^```(\w+) ?(\w*)\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-
-
-def tagged(language: str, tag: str) -> list[str]:
-    return [text for found, given, text in BLOCKS if found == language and given == tag]
+(HOOKS,) = (group["hooks"] for group in yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"])
 
 
-@pytest.mark.parametrize("block", tagged("bash", "fast"))
-def test_commands(block, run):
-    done = run("bash", "-euo", "pipefail", "-c", block)
+def script(page: str, tag: str) -> str:
+    """The page's blocks as one script for bash, which shows what it does."""
+    steps = []
+    for number, block in enumerate(blocks(page, tag=tag)):
+        step = block.text
+        if block.language == "python":
+            step = f"cat > block{number}.py <<'END'\n{block.text}END\npython block{number}.py\n"
+        steps.append(f": {page}, block {number}\n{step}")
+    return "".join(steps)
+
+
+def run_page(page: str, tag: str, run) -> str:
+    done = run("bash", "-euxo", "pipefail", "-c", script(page, tag))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, tag="fast")])
+def test_a_page(page, run):
+    run_page(page, "fast", run)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", tagged("bash", "slow"))
-def test_slow_commands(block, run):
-    assert run("bash", "-euo", "pipefail", "-c", block).returncode == 0
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, tag="slow")])
+def test_a_page_that_takes_its_time(page, run):
+    run_page(page, "slow", run)
 
 
-@pytest.mark.parametrize("block", tagged("python", "fast"))
-def test_python(block, run):
-    done = run("python", "-c", block)
+def test_the_article_runs_as_it_is_printed(copy, run, tmp_path):
+    """With random weights where torchvision's download would lie; torchvision takes them without a look."""
+    place = tmp_path / "torch/hub/checkpoints"
+    place.mkdir(parents=True)
+    torch.save(models.resnet18().state_dict(), place / Path(models.ResNet18_Weights.IMAGENET1K_V1.url).name)
+    for path in copy.glob("path/to/photos/*/*"):
+        if int(path.stem) > 3:
+            path.unlink()
+    (block,) = blocks("article", tag="example")
+    done = run("env", f"TORCH_HOME={tmp_path / 'torch'}", "bash", "-euc", block.text)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "epoch 4: " in done.stdout
+    assert (copy / "model.pth").stat().st_size > 40_000_000
+
+
+def test_the_notebook_runs_and_keeps_its_outputs(copy, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(copy / "src"))
+    path = copy / "examples/quickstart.ipynb"
+    kept = json.loads(path.read_text())
+    command = [str(Path(sys.executable).parent / "jupyter-execute"), "--inplace", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for before, now in zip(kept["cells"], json.loads(path.read_text())["cells"], strict=True):
+        assert before["source"] == now["source"]
+        kinds = [[output["output_type"] for output in cell.get("outputs", [])] for cell in (before, now)]
+        assert kinds[0] == kinds[1]
+
+
+@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook["id"])
+def test_a_hook_passes(hook, tmp_path):
+    """Its command, as pre-commit runs it."""
+    files = ["src", "tests"] if hook.get("pass_filenames", True) else []
+    program, *options = hook["entry"].split()
+    command = [str(Path(sys.executable).parent / program), *options, *files]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert hook["language"] == "system"
+
+
+@pytest.mark.slow
+def test_the_pictures_are_made(copy, run, tmp_path):
+    done = run("python", "docs/pictures.py", str(tmp_path / "made"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for kept in sorted((REPOSITORY / "docs/pictures").iterdir()):
+        assert (tmp_path / "made/docs/pictures" / kept.name).stat().st_size > kept.stat().st_size / 2
+    assert str(tmp_path) not in (tmp_path / "made/examples/quickstart.ipynb").read_text()
 
 
 @pytest.mark.wing("deploy")
@@ -43,7 +106,6 @@ def test_exported_models_give_the_labels_of_the_head(run, copy):
     import csv
 
     import numpy as np
-    import torch
 
     from headstart import TransferClassifier
     from headstart.images import decode, preprocess
@@ -64,8 +126,8 @@ def test_exported_models_give_the_labels_of_the_head(run, copy):
     clear = best[:, 0] - best[:, 1] > 1e-3
     assert len(paths) == 94
 
-    (script,) = tagged("python", "export")
-    done = run("python", "-c", script, *map(str, paths))
+    (block,) = blocks("deploy", "python", "export")
+    done = run("python", "-c", block.text, *map(str, paths))
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line.split(" ", 2) for line in done.stdout.splitlines()]
     labels = torch.tensor([module.class_names.index(name) for name, _, _ in rows])
@@ -74,11 +136,11 @@ def test_exported_models_give_the_labels_of_the_head(run, copy):
     assert (labels == wanted.argmax(dim=1))[clear].all()
     assert np.allclose([float(row[1]) for row in rows], best[:, 0], atol=1e-4)
 
-    (script,) = tagged("python", "torchvision")
+    (block,) = blocks("deploy", "python", "torchvision")
     values = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
     torch.save((images / 255 - values[0]) / values[1], copy / "images.pt")
-    script += "torch.save(model.eval()(torch.load('images.pt')).argmax(dim=1), 'labels.pt')"
-    done = run("python", "-c", script)
+    label = "torch.save(model.eval()(torch.load('images.pt')).argmax(dim=1), 'labels.pt')"
+    done = run("python", "-c", block.text + label)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (torch.load(copy / "labels.pt") == wanted.argmax(dim=1))[clear].all()
 

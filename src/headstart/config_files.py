@@ -1,0 +1,61 @@
+"""Configuration files, with what is wrong in them by file and line."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from headstart.errors import UserError
+from headstart.files import read_regular
+
+
+def read_config(file: Path) -> yaml.MappingNode:
+    """The content of a YAML file as nodes, which know their lines; a key that is there twice is refused."""
+    try:
+        content = read_regular(file)
+        found = yaml.compose(content.decode(), yaml.SafeLoader)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{file}, line {number}: not UTF-8; save the file as UTF-8") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        why = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise UserError(f"{file}{line}: not YAML ({why})") from error
+    if found is None:
+        raise UserError(f"{file}: empty; write options into it, such as `model: {{lr: 0.01}}`")
+    if not isinstance(found, yaml.MappingNode):
+        raise UserError(f"{file}: no options in it; write them as `name: value`")
+    for node in _below(found):
+        _check_unique(node, file)
+    return found
+
+
+def _below(root: yaml.Node) -> Iterator[yaml.Node]:
+    """The node and all in it, each once: an alias may stand for what it lies in."""
+    waiting, seen = [root], set[int]()
+    while waiting:
+        if id(node := waiting.pop()) in seen:
+            continue
+        seen.add(id(node))
+        yield node
+        if isinstance(node, yaml.MappingNode):
+            waiting += [child for pair in node.value for child in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+
+
+def _check_unique(node: yaml.Node, file: Path) -> None:
+    lines: dict[str, int] = {}
+    for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        name, line = str(key.value), line_of(key)
+        if name in lines:
+            raise UserError(f"{file}, line {line}: {name} is in line {lines[name]} already; keep one")
+        lines[name] = line
+
+
+def line_of(node: yaml.Node) -> int:
+    """The line in which it begins, from 1."""
+    return int(node.start_mark.line) + 1
