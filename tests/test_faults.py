@@ -1,6 +1,7 @@
 """What happens when things go wrong, with real faults: torn and forged files, full disks, signals, moved folders."""
 
 import ast
+import errno
 import hashlib
 import io
 import json
@@ -24,6 +25,7 @@ from headstart.cli import main
 from headstart.data import folders
 from headstart.data.loaders import ImageDataset
 from headstart.errors import UserError
+from headstart.features import hashes
 from headstart.features.cache import FeatureCache
 from headstart.features.matrix import Shard
 from headstart.images import Preprocessing, UnreadableImage, decode
@@ -410,7 +412,33 @@ def test_only_regular_files_are_opened(colours, checkpoint, train, refused, monk
         # /wing
 
 
-@pytest.mark.fault("network disk that fails for a moment", "file that vanishes or changes during the run")
+@pytest.mark.fault("network disk or memory that fails for a while")
+@pytest.mark.parametrize(
+    "failure", [OSError(errno.EIO, "Input/output error"), MemoryError(), OSError(errno.EMFILE, "")]
+)
+@pytest.mark.parametrize("where", ["hashing", "decoding"])
+def test_what_may_pass_is_tried_again_and_never_remembered(where, failure, colours, train, refused, monkeypatch):
+    """A disk that fails twice costs nothing; one that goes on failing stops the run, and is no fault of the image."""
+    monkeypatch.setattr(files, "PAUSES", (0, 0))
+    module, name = {"hashing": (hashes, "read_regular"), "decoding": (folders, "decode")}[where]
+    works, failures = getattr(module, name), {"left": 0}
+
+    def fails(*given):
+        if failures["left"]:
+            failures["left"] -= 1
+            raise failure
+        return works(*given)
+
+    monkeypatch.setattr(module, name, fails)
+    failures["left"] = 10**9
+    line = refused("train", f"--data.root={colours}", *SMALL)
+    assert re.search(r"/colours/\w+/\d+.png: cannot be read now", line)
+    assert "start again" in line
+    failures["left"] = 2
+    assert train(colours, "--trainer.max_epochs=1", "--data.num_workers=1")["skipped"] == 0
+
+
+@pytest.mark.fault("network disk or memory that fails for a while", "file that vanishes or changes during the run")
 def test_what_stops_a_worker_process_is_one_line(colours, refused, monkeypatch):
     works, main_process = folders.decode, os.getpid()
 
@@ -424,6 +452,15 @@ def test_what_stops_a_worker_process_is_one_line(colours, refused, monkeypatch):
     with at_most(60):
         line = refused("train", f"--data.root={colours}", "--data.cache=false", "--data.num_workers=1", *SMALL)
     assert re.fullmatch(r"error: \S+\.png: cannot be read now \(out of memory\), which may pass; start again", line)
+
+
+def test_a_decoder_without_memory_does_not_call_the_image_damaged(colours, monkeypatch):
+    def fails(*given):
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", fails)
+    with pytest.raises(MemoryError):
+        decode((colours / "red/000.png").read_bytes(), Preprocessing())
 
 
 @pytest.mark.fault("folder without permission")

@@ -11,6 +11,7 @@ from PIL import Image
 from headstart.images import (
     Preprocessing,
     UnreadableImage,
+    Views,
     augment,
     bits_of,
     content_digest,
@@ -49,7 +50,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped():
     assert pixels[0, :, 0].tolist() == (ramp[0] // 257).tolist()
 
 
-@pytest.mark.fault("16 bits a channel")
+@pytest.mark.fault("10 to 14 bits in 16, and 32 bits")
 @pytest.mark.parametrize(("largest", "bits"), [(1000, 10), (4095, 12), (4096, 14), (65535, 16), (2**20 - 1, 20)])
 def test_the_scale_is_that_of_the_largest_value(largest, bits):
     ramp = np.linspace(0, largest, 64).astype(np.int32)[None].repeat(48, 0)
@@ -74,14 +75,14 @@ def test_values_above_the_training_datas_become_white(capsys):
     assert "values above 4095" in capsys.readouterr().out
 
 
-@pytest.mark.fault("floating-point image")
+@pytest.mark.fault("float TIFF")
 def test_floats_from_0_to_1_are_scaled():
     ramp = np.linspace(0, 1, 64, dtype=np.float32)[None].repeat(48, 0)
     pixels = np.asarray(decode(encode(Image.fromarray(ramp), "TIFF"), SMALL))
     assert pixels[0, :, 0].tolist() == (ramp[0] * 255).round().tolist()
 
 
-@pytest.mark.fault("floating-point image")
+@pytest.mark.fault("float TIFF with NaN, infinity or another range")
 @pytest.mark.parametrize(
     ("value", "reason"), [(np.nan, "not finite"), (-np.inf, "not finite"), (255, "from 0 to 255"), (-1, "from -1 to 0")]
 )
@@ -208,3 +209,18 @@ def test_a_view_is_a_function_of_its_seed():
     assert not torch.equal(views[0], views[1])
     assert all(view.shape == (3, 32, 32) and view.dtype == torch.uint8 for view in views)
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.fault("classes that are each other's mirror image")
+@pytest.mark.parametrize("policy", ["light", "strong"])
+def test_without_flips_left_stays_left(policy):
+    """Red is left of green in each view, whatever is cropped; with flips in half of them."""
+    image = gradient()  # its red rises to the right, and its green falls
+
+    def flipped(flip: bool) -> int:
+        views = [augment(image, policy, SMALL, seed, flip).float() for seed in range(40)]
+        return sum(float(view[0, :, 20:].mean() - view[0, :, :12].mean()) < 0 for view in views)
+
+    assert flipped(False) < 8 < flipped(True) < 32  # strong rotates too, and inverts colours
+    mirrored = Views("mirrored").view(image, b"", 1, SMALL)
+    assert torch.equal(mirrored, preprocess(image, SMALL).flip(-1))

@@ -226,7 +226,8 @@ def test_an_index_of_another_form_is_made_anew(work, train):
     (index,) = Path("cache/index").iterdir()
     known = json.loads(index.read_bytes().split(b"\n", 1)[1])
     forms: list[object] = [[], 3, {"red/000.png": 3}, {"red/000.png": [[1], 3]}]
-    forms += [{path: [stamp, digest] for path, (stamp, _) in known.items()} for digest in ("zz", "00", 3, None)]
+    forms += [{path: [entry[0], digest, 0] for path, entry in known.items()} for digest in ("zz", "00", 3, None)]
+    forms += [{path: [*entry[:2], "large"] for path, entry in known.items()}]
     for form in forms:
         body = json.dumps(form).encode()
         index.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)

@@ -333,7 +333,7 @@ def deep_squares(folder: Path, largest: int) -> Path:
     return folder
 
 
-@pytest.mark.fault("16 bits a channel")
+@pytest.mark.fault("10 to 14 bits in 16, and 32 bits")
 def test_a_data_set_of_12_bits_has_one_scale_which_the_checkpoint_keeps(tmp_path, train, capsys):
     folder = deep_squares(tmp_path / "camera", 4095)
     assert train(folder, "--trainer.max_epochs=8")["test/acc"] == 1.0

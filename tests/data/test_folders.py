@@ -38,7 +38,17 @@ def test_the_usual_names_of_splits(name, split):
     assert split_named(name) == split
 
 
-@pytest.mark.fault("splits by other names, such as Training and Testing")
+@pytest.mark.fault("Training/ and Testing/ as splits")
+def test_the_usual_names_of_splits_are_understood(tmp_path):
+    draw(tmp_path / "photos/Training", images=8)
+    draw(tmp_path / "photos/Testing", images=3, seed=1)
+    data = loaded(tmp_path / "photos")
+    assert data.class_names == ["blue", "green", "red"]
+    assert {split: len(data.items_in(split)) for split in ("train", "val", "test")}["test"] == 9
+    assert all(item.path.startswith("Testing/") == (item.split == "test") for item in data.items)
+
+
+@pytest.mark.fault("train/ beside other folders")
 @pytest.mark.parametrize("beside", ["unlabeled", "extra/red"])
 def test_a_train_folder_beside_what_is_no_split_is_refused(beside, tmp_path, refused):
     draw(tmp_path / "photos/train", images=4)
@@ -57,7 +67,7 @@ def test_what_is_beside_clear_splits_is_said(tmp_path, capsys):
     assert "beside the splits there are unlabeled, which are left out" in capsys.readouterr().out
 
 
-@pytest.mark.fault("splits by other names, such as Training and Testing")
+@pytest.mark.fault("class folders that hold the same folders each")
 @pytest.mark.parametrize("outer", [("2023", "2024"), ("test", "val")])
 def test_two_readings_are_refused_with_both(outer, tmp_path, refused):
     for name in outer:
@@ -72,19 +82,45 @@ def test_two_readings_are_refused_with_both(outer, tmp_path, refused):
     assert ImageFolderData(str(tmp_path / "photos")).class_names == sorted(outer)
 
 
+@pytest.mark.fault("class that is called train")
 def test_a_class_may_be_called_train(tmp_path):
     draw(tmp_path / "photos", images=4, colours={"train": (1, 2, 3), "test": (90, 9, 9), "bus": (9, 90, 9)})
     (tmp_path / "photos/train/steam").mkdir()
     assert ImageFolderData(str(tmp_path / "photos")).class_names == ["bus", "test", "train"]
 
 
-@pytest.mark.fault("root that is missing")
+@pytest.mark.fault("folders of network disks and systems")
+def test_thumbnails_of_network_disks_are_left_out_and_said(colours, capsys):
+    for name in ("@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN", "System Volume Information", ".thumbnails"):
+        draw(colours / "red" / name, images=1, seed=1)
+        draw(colours / name, images=1, seed=1)
+    data = loaded(colours)
+    assert data.class_names == list(COLOURS)
+    assert len(data.items) == 60
+    out = capsys.readouterr().out
+    assert "2 @eaDir/" in out
+    assert "2 System Volume Information/" in out
+
+
+@pytest.mark.fault("folder of runs within the data")
+def test_the_folder_of_runs_is_no_class(colours, train, refused, monkeypatch, capsys):
+    monkeypatch.chdir(colours)
+    for _ in range(2):
+        result = train(Path(), "--trainer.max_epochs=1")
+        assert result["classes"] == 3
+    assert "1 logs/" in capsys.readouterr().out
+    # What holds an image is never left out.
+    shutil.copy("red/000.png", "logs/colours/mine.png")
+    assert "class 'logs'" in refused("train", "--data.root=.", *SMALL)
+
+
+@pytest.mark.fault("root that is empty")
 def test_an_empty_root_is_refused(refused):
     assert "--data.root is empty" in refused("train", "--data.root=")
     assert "--data.csv=" in refused("train", "--data.csv=")
 
 
-@pytest.mark.fault("names that differ by case or Unicode form alone")
+@pytest.mark.fault("class names that differ by case or Unicode form alone")
 @pytest.mark.parametrize("source", ["folder", "csv"])
 @pytest.mark.parametrize("names", [("Bee", "bee"), (COMPOSED, DECOMPOSED)])
 def test_class_names_that_look_alike_are_said(names, source, tmp_path, capsys):
@@ -100,7 +136,7 @@ def test_class_names_that_look_alike_are_said(names, source, tmp_path, capsys):
     assert ("'cafe\\u0301'" in out) == ("'caf\\xe9'" in out) == (names[0] == COMPOSED)
 
 
-@pytest.mark.fault("names that differ by case or Unicode form alone")
+@pytest.mark.fault("one name in two Unicode forms, in train and val")
 def test_a_refusal_of_names_that_look_alike_tells_the_code_points(tmp_path, refused):
     for split, name in (("train", COMPOSED), ("val", DECOMPOSED)):
         draw(tmp_path / "photos" / split, images=2, colours={name: (1, 2, 3), "bus": (90, 9, 9)})
@@ -109,7 +145,7 @@ def test_a_refusal_of_names_that_look_alike_tells_the_code_points(tmp_path, refu
     assert f"{DECOMPOSED} ('cafe\\u0301')" in line
 
 
-@pytest.mark.fault("names that differ by case or Unicode form alone")
+@pytest.mark.fault("path in the other Unicode form")
 def test_a_path_is_found_in_either_form(tmp_path, capsys, train):
     """A list that was written on a Mac, of files on Linux; and mixed forms in one path."""
     draw(tmp_path / COMPOSED, images=12)

@@ -116,9 +116,9 @@ def _ignored(name: str) -> bool:
 
 
 def _is_foreign(folder: Path) -> bool:
-    """Whether it is a system's folder, or one of runs, such as ``logs``."""
+    """Whether it is a system's folder, or one of runs, such as ``logs``, which holds no image."""
     runs = os.path.isfile(folder / RUNS_MARK)  # noqa: PTH113  # pathlib's raises where it may not look
-    return runs or folder.name.lower() in IGNORED_FOLDERS
+    return folder.name.lower() in IGNORED_FOLDERS or (runs and not images(folder))
 
 
 def subfolders(folder: Path) -> list[str]:

@@ -86,7 +86,7 @@ class ContentIndex:
                 return {}
             known = {path: (stamp, digest, int(peak)) for path, (stamp, digest, peak) in json.loads(body).items()}
             return {path: entry for path, entry in known.items() if len(bytes.fromhex(entry[1])) == 32}
-        except (OSError, ValueError, TypeError, AttributeError):  # or of another form
+        except (OSError, MemoryError, ValueError, TypeError, AttributeError):  # or of another form
             return {}
 
     def _save(self, found: dict[str, Entry]) -> None:
