@@ -123,7 +123,7 @@ class TrainCLI(LightningCLI):
                 plugins=[SealedCheckpointIO(), *(given.plugins or [])],
                 default_root_dir=str(self.logs),
             )
-        except (MisconfigurationException, TypeError, ValueError) as error:
+        except (MisconfigurationException, TypeError, ValueError, ImportError) as error:
             raise UserError(f"--trainer: {error}; --trainer.accelerator=auto takes what this machine has") from error
 
     def after_instantiate_classes(self) -> None:
