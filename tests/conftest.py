@@ -25,6 +25,7 @@ settings.load_profile("fixed")
 # Rows of docs/faults.md that were tried -> whether all of their tests passed.
 tried: dict[str, bool] = {}
 tracebacks: list[str] = []
+counts: list[str] = []  # what tests counted
 
 
 @pytest.hookimpl(wrapper=True)
@@ -44,12 +45,16 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         if name == "fault":
             tried.update({row: tried.get(row, True) and report.passed for row in found["rows"]})
             tracebacks.extend([report.nodeid] * found["traceback"])
+        elif name == "counts":
+            counts.append(found)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if tried:
         told = f"{len(tried)} rows tried, {sum(tried.values())} as wanted, {len(tracebacks)} tracebacks"
         terminalreporter.write_line(f"docs/faults.md: {told}")
+    for line in counts:
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

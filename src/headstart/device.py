@@ -23,7 +23,7 @@ def quiet_trainer(accelerator: str = "auto", **options: Any) -> Trainer:
     """A Trainer on one device, without files, progress or messages; further ``options`` of the Trainer's win."""
     try:
         return Trainer(accelerator=accelerator, **QUIET | options)
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, ValueError, ImportError) as error:
         raise UserError(f"--accelerator={accelerator}: not on this machine; auto takes what it has") from error
 
 

@@ -48,7 +48,11 @@ class OptionParser(ArgumentParser):
                 self._places.pop(name, None)
             elif os.path.exists(file):  # noqa: PTH110  # pathlib's raises for text that can be no path
                 self._check_config(Path(file), read_config(Path(file)), "" if whole else f"{name[2:]}.")
-        return super().parse_args(args, *others, **options)
+        try:
+            return super().parse_args(args, *others, **options)
+        except UnicodeError as error:
+            odd = next((given for given in args if not _is_unicode(given)), "an option")
+            raise UserError(f"{odd}: not UTF-8; the values of options are text") from error
 
     def _with_dashes(self, args: Sequence[str]) -> list[str]:
         """`model.lr=0.01`, the habit of other templates, as `--model.lr=0.01`; unless bare words are paths."""
@@ -96,7 +100,7 @@ class OptionParser(ArgumentParser):
     def dump(self, cfg: Any, *others: Any, **options: Any) -> str:
         """As jsonargparse's; YAML cannot hold a path that is not Unicode."""
         for name, value in flat(cfg.as_dict()).items():
-            if isinstance(value, str) and value != value.encode(errors="replace").decode():
+            if isinstance(value, str) and not _is_unicode(value):
                 raise UserError(f"--{name}={value}: not UTF-8, so the run's config.yaml could not hold it; rename it")
         return str(super().dump(cfg, *others, **options))
 
@@ -143,6 +147,11 @@ class OptionParser(ArgumentParser):
         names |= {option: option for option in self._options()}
         near = difflib.get_close_matches(given, names, n=1)
         return f"{given}: no such option; {f'did you mean {names[near[0]]}?' if near else '--help lists them'}"
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it came from bytes that are UTF-8."""
+    return text == text.encode(errors="replace").decode()
 
 
 def parser_of(verb: str, arguments: str = "") -> OptionParser:
