@@ -131,7 +131,8 @@ def test_options_that_may_not_be_read_or_written_are_named(work, refused):
     Path("w.pth").chmod(0)
     Path("closed").chmod(0)
     Path("full").chmod(0o500)
-    best, data = work / "checkpoints/best.ckpt", "--data.root=colours"
+    best = work / "checkpoints/best.ckpt"  # wing: deploy
+    data = "--data.root=colours"
     with without_roots_rights():
         for weights in ("w.pth", "closed/w.pth"):
             line = refused("train", data, *SMALL, f"--model.weights={weights}")

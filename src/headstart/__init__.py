@@ -23,5 +23,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is used, so that `headstart --help` need not wait for torch."""
     if name in _HOMES:
-        return getattr(import_module(f"headstart.{_HOMES[name]}"), name)
+        found = getattr(import_module(f"headstart.{_HOMES[name]}"), name)
+        import_module("headstart.terminal").quiet_libraries()  # as on the command line
+        return found
     raise AttributeError(f"module 'headstart' has no attribute {name!r}")

@@ -114,6 +114,19 @@ def test_two_processes_end_with_the_head_of_one(colours, train):
     assert sum(int(cell) for line in text.splitlines()[2:] for cell in line.split("|")[2:-1]) == one["images"]["test"]
 
 
+def test_python_is_as_calm_as_the_command_line(colours):
+    program = (
+        "from pytorch_lightning import Trainer\nfrom headstart import ImageFolderData, TransferClassifier\n"
+        f"data = ImageFolderData({str(colours)!r})\nmodel = TransferClassifier(data.class_names, image_size=32)\n"
+        "trainer = Trainer(max_epochs=1, accelerator='cpu', logger=False, enable_progress_bar=False)\n"
+        "trainer.fit(model, datamodule=data)\ntrainer.save_checkpoint('head.ckpt')\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not [word for word in ("Tip", "eval mode", "sync_dist", "GPU available") if word in done.stdout]
+
+
 @pytest.mark.fault("search on several devices")
 def test_a_search_is_done_once_and_its_final_run_takes_all_devices(colours):
     options = [f"--data.root={colours}", *SMALL, "--trainer.max_epochs=2", "--name=run", "--tune.lr=[0.01,0.001]"]

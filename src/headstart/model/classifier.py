@@ -147,7 +147,7 @@ class TransferClassifier(HeadModule):
         norm = nn.utils.get_total_norm(gradients)
         if not norm.isfinite() and self.trainer.precision != "16-mixed":  # whose scaler leaves such a step out
             raise UserError(f"the gradients are not finite in epoch {self.current_epoch}: lower --model.lr")
-        self.log("train/grad_norm", norm, on_step=False, on_epoch=True)
+        self.log("train/grad_norm", norm, on_step=False, on_epoch=True, sync_dist=True)
 
     def validation_step(self, batch: Batch) -> dict[str, Tensor]:
         outputs = self._evaluate(batch, "val", self.val_metrics, self.val_loss)
