@@ -124,7 +124,7 @@ def test_python_is_as_calm_as_the_command_line(colours):
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
-    assert not [word for word in ("Tip", "eval mode", "sync_dist", "GPU available") if word in done.stdout]
+    assert not [word for word in ("Tip", "eval mode at", "sync_dist", "GPU available") if word in done.stdout]
 
 
 @pytest.mark.fault("search on several devices")
