@@ -131,7 +131,7 @@ def test_options_that_may_not_be_read_or_written_are_named(work, refused):
     Path("w.pth").chmod(0)
     Path("closed").chmod(0)
     Path("full").chmod(0o500)
-    best, data = work / "checkpoints/best.ckpt", "--data.root=colours"
+    data = "--data.root=colours"
     with without_roots_rights():
         for weights in ("w.pth", "closed/w.pth"):
             line = refused("train", data, *SMALL, f"--model.weights={weights}")
@@ -141,7 +141,7 @@ def test_options_that_may_not_be_read_or_written_are_named(work, refused):
             assert "closed/a" in refused("train", data, *SMALL, option)
         assert "closed/a.ckpt: Permission denied" in refused("evaluate", "--ckpt_path=closed/a.ckpt")
         # wing: deploy
-        image = "colours/red/000.png"
+        image, best = "colours/red/000.png", work / "checkpoints/best.ckpt"
         for folder in ("full", "full/maps"):
             line = refused("predict", f"--ckpt_path={best}", image, "--output=rows.csv", f"--explain={folder}")
             assert f"--explain={folder}: cannot be written (Permission denied)" in line
