@@ -80,6 +80,7 @@ def row(number: int) -> bytes:
 
 def cache_of(data: ImageData, backbone: FrozenBackbone) -> FeatureCache:
     cpu, store = torch.device("cpu"), data.store
+    backbone.preprocessing.bits = 16  # as in data without deeper images
     key = cache_key(backbone, cpu, feature_dtype(store.feature_precision, cpu), store.max_pixels, {"policy": "none"})
     return FeatureCache(store.cache_dir, key)
 

@@ -4,6 +4,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -81,7 +82,8 @@ def _prepare_streams() -> None:
         if getattr(sys, name) is None:  # the next file that is opened would take its number
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
         if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
-            stream.reconfigure(errors="surrogateescape" if name == "stdin" else "backslashreplace")
+            with suppress(OSError):  # a pipe that was read from already cannot be sought
+                stream.reconfigure(errors="surrogateescape" if name == "stdin" else "backslashreplace")
 
 
 def _stdout_is_broken() -> bool:
