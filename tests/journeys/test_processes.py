@@ -58,7 +58,13 @@ def test_signals_end_with_their_status_and_the_run_goes_on(colours, train, sent,
 
 
 def start(headstart: Path, root: Path, cache: Path, name: str) -> subprocess.Popen[bytes]:
-    options = [f"--data.root={root}", "--model.image_size=32", "--trainer.max_epochs=1", f"--name={name}"]
+    options = [
+        f"--data.root={root}",
+        "--model.image_size=32",
+        "--trainer.max_epochs=1",
+        f"--name={name}",
+        "--report=false",
+    ]
     environment = os.environ | {"HEADSTART_CACHE": str(cache), "PYTHONPATH": str(REPOSITORY / "src")}
     return subprocess.Popen(
         [headstart, "train", *options], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
