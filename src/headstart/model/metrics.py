@@ -12,8 +12,8 @@ from torchmetrics.utilities import dim_zero_cat
 from headstart.terminal import say_once
 
 
-class MeanRecall(MulticlassRecall):
-    """Mean recall over the classes present, scikit-learn's ``balanced_accuracy_score``.
+class _MeanOverPresent(MulticlassStatScores):
+    """The mean of a score over the classes present, as a base before that score's own class.
 
     torchmetrics' own average counts a class without an image as 0 where it is predicted once.
     """
@@ -23,20 +23,18 @@ class MeanRecall(MulticlassRecall):
 
     def compute(self) -> Tensor:
         """The mean -> []."""
-        recall: Tensor = super().compute()
-        return recall[_present(self)].mean()
+        assert isinstance(self.tp, Tensor)
+        assert isinstance(self.fn, Tensor)
+        scores: Tensor = super().compute()
+        return scores[self.tp + self.fn > 0].mean()
 
 
-class MeanF1(MulticlassF1Score):
+class MeanRecall(_MeanOverPresent, MulticlassRecall):
+    """Mean recall over the classes present, scikit-learn's ``balanced_accuracy_score``."""
+
+
+class MeanF1(_MeanOverPresent, MulticlassF1Score):
     """Mean F1 over the classes present, scikit-learn's ``f1_score(labels=present, average="macro")``."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__(num_classes, average="none")
-
-    def compute(self) -> Tensor:
-        """The mean -> []."""
-        f1: Tensor = super().compute()
-        return f1[_present(self)].mean()
 
 
 class MeanAUROC(MulticlassAUROC):
@@ -55,13 +53,6 @@ class MeanAUROC(MulticlassAUROC):
             return torch.tensor(math.nan, device=self.device)
         auroc: Tensor = super().compute()
         return auroc[present].mean()
-
-
-def _present(scores: MulticlassStatScores) -> Tensor:
-    """Which classes have an image, [C] bool."""
-    assert isinstance(scores.tp, Tensor)
-    assert isinstance(scores.fn, Tensor)
-    return scores.tp + scores.fn > 0
 
 
 def defined(scores: Mapping[str, Any]) -> dict[str, float]:
