@@ -19,7 +19,7 @@ from headstart.errors import UserError
 from headstart.features.hashes import ContentIndex
 from headstart.files import patiently
 from headstart.images import Preprocessing, UnreadableImage, content_digest, decode_opened, peak, peak_of
-from headstart.terminal import images_bar, say_look_alikes
+from headstart.terminal import images_bar, say_look_alikes, told
 
 
 class Source(ABC):
@@ -128,9 +128,10 @@ class DatasetSource(Source):
         for name, (dataset, _) in datasets.items():
             own = list(getattr(dataset, "classes", self.class_names))
             if class_names is None and own != self.class_names:
+                differ = f"{len(own)}: {told(own)}", f"{len(self.class_names)}: {told(self.class_names)}"
                 raise UserError(
-                    f"DatasetData: {name} numbers its classes otherwise ({_short(own)}) than train "
-                    f"({_short(self.class_names)}), so its labels mean others; give both the same"
+                    f"DatasetData: {name} numbers its classes otherwise ({differ[0]}) than train ({differ[1]}), "
+                    "so its labels mean others; give both the same"
                 )
         self.has_val, self.has_test = "val" in datasets, "test" in datasets
 
@@ -170,10 +171,6 @@ class DatasetSource(Source):
                 f"{where} has the label {label}; labels are 0 to {len(self.class_names) - 1}, by class_names"
             )
         return image, int(label)
-
-
-def _short(names: Sequence[str]) -> str:
-    return f"{len(names)}: {', '.join(map(str, names[:5]))}{' …' if len(names) > 5 else ''}"
 
 
 # By the name that --data.source gives; what is called with --data.root.
