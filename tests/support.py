@@ -8,7 +8,7 @@ import signal
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -80,6 +80,20 @@ def features(cache: Path) -> dict[bytes, bytes]:
 
     shards = [Shard.open(path) for path in cache.glob("features/*/*.safetensors")]
     return {row: line.numpy().tobytes() for each in shards for row, line in zip(each.rows, each.features, strict=True)}
+
+
+@contextlib.contextmanager
+def killed_at(epoch: int, module: type, hook: str = "on_train_epoch_start") -> Iterator[None]:
+    """What is trained within ends, as if killed, at the hook of that epoch."""
+
+    def kill(self: Any) -> None:
+        if self.current_epoch == epoch:
+            raise RuntimeError("killed")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, hook, kill)
+        with pytest.raises(RuntimeError, match="killed"):
+            yield
 
 
 @contextlib.contextmanager

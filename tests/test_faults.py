@@ -32,7 +32,7 @@ from headstart.images import Preprocessing, UnreadableImage, decode
 from headstart.model import weights
 from headstart.model.classifier import TransferClassifier
 from headstart.model.sealed import SEAL, SealedCheckpointIO, content_digest
-from support import REPOSITORY, at_most, draw, newest_run, without_roots_rights
+from support import REPOSITORY, at_most, draw, killed_at, newest_run, without_roots_rights
 
 SMALL = ["--model.image_size=32", "--report=false"]
 
@@ -99,18 +99,14 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path):
     assert [found.name for found in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-def test_a_killed_run_goes_on_in_a_moved_folder_with_its_best_score_and_no_double_point(colours, train, monkeypatch):
+def test_a_killed_run_goes_on_in_a_moved_folder_with_its_best_score_and_no_double_point(colours, train):
     train(colours, "--name=whole", "--trainer.max_epochs=6", "--model.lr=0.5")
     whole = torch.load(newest_run() / "checkpoints/last.ckpt", weights_only=True)
 
-    def stop(self: TransferClassifier) -> None:
-        if self.current_epoch == 3:
-            raise RuntimeError("killed")
-
-    with monkeypatch.context() as patched:  # after the validation of epoch 3 was logged, before its checkpoint
-        patched.setattr(TransferClassifier, "on_train_epoch_end", stop)
-        with pytest.raises(RuntimeError, match="killed"):
-            train(colours, "--name=run", "--trainer.max_epochs=6", "--model.lr=0.5")
+    with killed_at(
+        3, TransferClassifier, "on_train_epoch_end"
+    ):  # after the validation of epoch 3 was logged, before its checkpoint
+        train(colours, "--name=run", "--trainer.max_epochs=6", "--model.lr=0.5")
     shutil.move("logs", "moved")
     train(colours, "--name=run", "--trainer.max_epochs=6", "--ckpt_path=last", "--logs=moved")
     run = newest_run(Path("moved"))

@@ -35,7 +35,7 @@ from headstart.fewshot.sources import Classes, classes_of, split_classes
 from headstart.fewshot.training import make_trainer
 from headstart.search.exact import fit_exact
 from headstart.search.intervals import mean_and_half_width
-from support import REPOSITORY, newest_run, rows_of
+from support import REPOSITORY, killed_at, newest_run, rows_of
 
 WIDTH = 16
 SMALL = TaskSize(5, 2, 3)
@@ -256,6 +256,7 @@ def test_the_interval_covers_the_mean_95_times_in_100():
 def test_the_interval_is_students():
     values = [0.5, 0.6, 0.55, 0.65, 0.58]
     mean, half_width = mean_and_half_width(values)
+    assert mean == pytest.approx(statistics.mean(values), rel=1e-14)  # in float64 throughout
     assert mean == pytest.approx(statistics.mean(values))
     assert half_width == pytest.approx(2.7764 * statistics.stdev(values) / math.sqrt(5), rel=1e-4)
     assert mean_and_half_width([0.5, 0.7])[1] == pytest.approx(12.7062 * 0.1, rel=1e-4)
@@ -412,19 +413,13 @@ def test_meta_training_is_an_ordinary_run(fewshot):
 
 
 @pytest.mark.parametrize("head", ["projection", "anil"])
-def test_an_interrupted_meta_training_ends_with_the_same_bits(fewshot, head, monkeypatch):
+def test_an_interrupted_meta_training_ends_with_the_same_bits(fewshot, head):
     options = (f"--head={head}", "--train", "--max_epochs=4", "--patience=9")
     fewshot(*options, "--name=whole")
     whole = torch.load(newest_run() / "checkpoints/last.ckpt", weights_only=True)
 
-    def stop(self: MetaLearner) -> None:
-        if self.current_epoch == 2:
-            raise RuntimeError("killed")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(MetaLearner, "on_train_epoch_start", stop)
-        with pytest.raises(RuntimeError, match="killed"):
-            fewshot(*options, "--name=parts")
+    with killed_at(2, MetaLearner):
+        fewshot(*options, "--name=parts")
     run = newest_run()
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
     fewshot(*options, "--name=parts", "--ckpt_path=last")
@@ -439,15 +434,9 @@ def test_an_interrupted_meta_training_ends_with_the_same_bits(fewshot, head, mon
 
 
 @pytest.mark.fault("images added, deleted or changed before a run is resumed")
-def test_a_resumed_meta_training_keeps_its_images(fewshot, shapes, monkeypatch, capsys, refused):
-    def stop(self: MetaLearner) -> None:
-        if self.current_epoch == 1:
-            raise RuntimeError("killed")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(MetaLearner, "on_train_epoch_start", stop)
-        with pytest.raises(RuntimeError, match="killed"):
-            fewshot("--head=projection", "--train", "--max_epochs=2")
+def test_a_resumed_meta_training_keeps_its_images(fewshot, shapes, capsys, refused):
+    with killed_at(1, MetaLearner):
+        fewshot("--head=projection", "--train", "--max_epochs=2")
     run = newest_run()
     added = shapes / "class00/added.png"
     Image.new("RGB", (32, 32), "red").save(added)

@@ -18,7 +18,7 @@ from headstart.features.cache import FeatureCache
 from headstart.finetune.module import FineTunedClassifier, layer_of, learning_names
 from headstart.model.backbone import FrozenBackbone, tensor_digests
 from headstart.model.checkpoints import finetuned_in
-from support import draw, newest_run
+from support import draw, killed_at, newest_run
 
 SMALL = ["--report=false", "--trainer.max_epochs=2"]
 
@@ -200,7 +200,7 @@ def test_fine_tuning_goes_on_from_fine_tuned_layers(head):
 
 
 @pytest.mark.parametrize("kind", ["cached", "images", "norms"])
-def test_interrupted_fine_tuning_ends_with_the_same_bits(kind, head, monkeypatch):
+def test_interrupted_fine_tuning_ends_with_the_same_bits(kind, head):
     ways = {
         "cached": ["--data.views=2", "--data.augment=light"],
         "images": ["--data.cache=false", "--data.augment=strong", "--data.num_workers=0"],
@@ -210,14 +210,8 @@ def test_interrupted_fine_tuning_ends_with_the_same_bits(kind, head, monkeypatch
     finetune(head, "--name=whole", *options)
     whole = torch.load(newest_run() / "checkpoints/last.ckpt", weights_only=True)
 
-    def stop(self: TransferClassifier) -> None:
-        if self.current_epoch == 2:
-            raise RuntimeError("killed")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(FineTunedClassifier, "on_train_epoch_end", stop)
-        with pytest.raises(RuntimeError, match="killed"):
-            finetune(head, "--name=parts-finetune", *options)
+    with killed_at(2, FineTunedClassifier, "on_train_epoch_end"):
+        finetune(head, "--name=parts-finetune", *options)
     shutil.move(head.parent.parent, "elsewhere")  # the run has its own copy of the head
     result = finetune("last", "--trainer.max_epochs=3")
     (run,) = Path("logs/parts-finetune").iterdir()

@@ -9,24 +9,18 @@ from filelock import FileLock
 
 from headstart.cli import main
 from headstart.model.classifier import TransferClassifier
-from support import draw, newest_run, rows_of
+from support import draw, killed_at, newest_run, rows_of
 
 CKPT = "checkpoints/last.ckpt"
 
 
 @pytest.fixture
-def stopped(train, monkeypatch):
-    """Starts a run that stops, as if killed, before its third epoch; gives its folder."""
+def stopped(train):
+    """Starts a run that is killed before its third epoch; gives its folder."""
 
-    def start(root: Path, *options: str, error: BaseException | None = None) -> Path:
-        def stop(self: TransferClassifier) -> None:
-            if self.current_epoch == 2:
-                raise error or RuntimeError("killed")
-
-        with monkeypatch.context() as patched:
-            patched.setattr(TransferClassifier, "on_train_epoch_start", stop)
-            with pytest.raises((RuntimeError, SystemExit)):
-                train(root, "--trainer.max_epochs=4", *options)
+    def start(root: Path, *options: str) -> Path:
+        with killed_at(2, TransferClassifier):
+            train(root, "--trainer.max_epochs=4", *options)
         return newest_run()
 
     return start
@@ -149,8 +143,15 @@ def test_two_processes_do_not_resume_one_run(own, stopped, refused):
     assert "epochs" not in main(["train", "--ckpt_path=last", "--report=false"])
 
 
-def test_an_interrupted_run_says_the_command_that_resumes_it(own, stopped, capsys):
-    stopped(own, "--name=my run", error=KeyboardInterrupt())
+def test_an_interrupted_run_says_the_command_that_resumes_it(own, train, monkeypatch, capsys):
+    def interrupt(self: TransferClassifier) -> None:
+        if self.current_epoch == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TransferClassifier, "on_train_epoch_start", interrupt)
+        with pytest.raises(SystemExit):
+            train(own, "--trainer.max_epochs=4", "--name=my run")
     assert "resume:   headstart train --ckpt_path=last '--name=my run'" in capsys.readouterr().out
     main(["train", "--ckpt_path=last", "--name=my run", "--report=false"])
 

@@ -12,7 +12,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from headstart import TransferClassifier
-from support import COLOURS, REPOSITORY, draw, newest_run
+from support import COLOURS, REPOSITORY, draw, killed_at, newest_run
 
 
 def test_a_separable_problem_is_learnt(colours, train):
@@ -181,20 +181,14 @@ def test_help_does_not_wait_for_torch():
 
 
 @pytest.mark.parametrize("cached", ["true", "false"])
-def test_an_interrupted_run_goes_on_to_the_same_end(cached, colours, train, monkeypatch):
+def test_an_interrupted_run_goes_on_to_the_same_end(cached, colours, train):
     options = [f"--data.cache={cached}", "--data.num_workers=1", "--trainer.max_epochs=4", "--name=run"]
     if cached == "false":
         options.append("--data.augment=light")
     train(colours, *options, "--logs=whole")
 
-    def stop(self: TransferClassifier) -> None:
-        if self.current_epoch == 2:
-            raise RuntimeError("killed")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(TransferClassifier, "on_train_epoch_start", stop)
-        with pytest.raises(RuntimeError, match="killed"):
-            train(colours, *options, "--logs=parts")
+    with killed_at(2, TransferClassifier):
+        train(colours, *options, "--logs=parts")
     assert not list(Path("parts/run").glob("*/result.json"))
     train(colours, *options, "--logs=parts", "--ckpt_path=last")
     assert len(list(Path("parts/run").iterdir())) == 1

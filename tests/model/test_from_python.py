@@ -100,18 +100,6 @@ def test_a_module_of_swapped_classes_is_refused(colours):
         quiet_trainer("cpu", max_epochs=1).fit(module, ImageFolderData(str(colours)))
 
 
-def test_two_palettes_are_two_images():
-    class Palettes(Pairs):
-        def __getitem__(self, index):
-            image = Image.new("P", (40, 40), 1)
-            image.putpalette([0, 0, 0, 40 * (index // 2), 255 * (index % 2), 0])
-            return image, index % 2
-
-    data = DatasetData(Palettes([0, 1]))
-    load(data)
-    assert len({item.digest for item in data.items}) == 8
-
-
 @pytest.mark.fault("the same image given as a path, a PIL image or an array")
 def test_every_way_to_give_an_image_is_the_same(tmp_path):
     random = np.random.default_rng(0)
