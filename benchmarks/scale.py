@@ -31,10 +31,11 @@ from headstart.cli import main
 from headstart.data.module import ImageData
 from headstart.data.sources import Source
 from headstart.data.splits import Item
+from headstart.decoding import decode
 from headstart.features.cache import FeatureCache, cache_key
 from headstart.features.extract import BATCH, feature_dtype
 from headstart.features.matrix import Shard
-from headstart.images import decode, preprocess
+from headstart.images import preprocess
 from headstart.search.bank import HeadSettings, Schedule, train_bank
 from headstart.search.exact import accuracy_and_loss, fit_exact
 from headstart.verbs.tune import LABEL_SMOOTHINGS, LRS, WEIGHT_DECAYS

@@ -100,7 +100,8 @@ def limit(data: Path, epochs: int) -> dict[str, Any]:
     import torch.fx.experimental.optimization
 
     from headstart.features.extract import feature_dtype
-    from headstart.images import decode, preprocess
+    from headstart.decoding import decode
+    from headstart.images import preprocess
     from headstart.model.backbone import FrozenBackbone
 
     cpu = torch.device("cpu")

@@ -24,11 +24,12 @@ from headstart import files
 from headstart.cli import main
 from headstart.data import folders
 from headstart.data.loaders import ImageDataset
+from headstart.decoding import UnreadableImage, decode
 from headstart.errors import UserError
 from headstart.features import hashes
 from headstart.features.cache import FeatureCache
 from headstart.features.matrix import Shard
-from headstart.images import Preprocessing, UnreadableImage, decode
+from headstart.images import Preprocessing
 from headstart.model import weights
 from headstart.model.classifier import TransferClassifier
 from headstart.model.sealed import SEAL, SealedCheckpointIO, content_digest

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from headstart.cli import VERBS, main
-from headstart.images import MAX_PIXELS
+from headstart.decoding import MAX_PIXELS
 from headstart.parser import SHORT_HELP, OptionParser
 from support import COLOURS, at_most
 

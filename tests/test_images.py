@@ -8,18 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from headstart.images import (
-    Preprocessing,
-    UnreadableImage,
-    Views,
-    augment,
-    bits_of,
-    content_digest,
-    decode,
-    decode_opened,
-    peak,
-    preprocess,
-)
+from headstart.decoding import UnreadableImage, bits_of, content_digest, decode, decode_opened, peak
+from headstart.images import Preprocessing, Views, augment, preprocess
 
 SMALL = Preprocessing(resize_size=36, crop_size=32)
 

@@ -13,8 +13,9 @@ from PIL import Image
 
 from headstart.cli import VERBS, main
 from headstart.data.splits import Item, assign
+from headstart.decoding import UnreadableImage, decode
 from headstart.features.cache import cache_key
-from headstart.images import Preprocessing, UnreadableImage, decode
+from headstart.images import Preprocessing
 from headstart.model.backbone import FrozenBackbone
 from support import at_most
 

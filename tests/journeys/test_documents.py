@@ -108,7 +108,8 @@ def test_exported_models_give_the_labels_of_the_head(run, copy):
     import numpy as np
 
     from headstart import TransferClassifier
-    from headstart.images import decode, preprocess
+    from headstart.decoding import decode
+    from headstart.images import preprocess
 
     done = run("bash", "-c", "python train.py --report=false && ls logs/clipart/*/checkpoints/best.ckpt")
     checkpoint = copy / done.stdout.splitlines()[-1]

@@ -10,9 +10,10 @@ from pathlib import Path
 from PIL import Image
 
 from headstart.data.splits import Item, Split
+from headstart.decoding import decode, image_suffixes
 from headstart.errors import UserError
 from headstart.files import RUNS_MARK, in_either_form, patiently, read_regular
-from headstart.images import Preprocessing, decode, image_suffixes
+from headstart.images import Preprocessing
 from headstart.terminal import say, told
 
 # The words that name a split's folder, alone or as in training_set, seg_train or test-images.

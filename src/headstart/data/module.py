@@ -15,10 +15,11 @@ from headstart.data.loaders import BatchOrder, FeatureLoader, ImageDataset, Imag
 from headstart.data.sources import DatasetSource, Source, open_source
 from headstart.data.splits import SPLITS, Item, Repeat, Split
 from headstart.data.store import FeatureStore
+from headstart.decoding import MAX_PIXELS
 from headstart.errors import UserError
 from headstart.features.extract import FeaturePrecision
 from headstart.features.matrix import FeatureMatrix, Labelled
-from headstart.images import MAX_PIXELS, Augment, Views
+from headstart.images import Augment, Views
 from headstart.model.backbone import FrozenBackbone
 from headstart.ranges import Count, Fraction, OpenFraction, Positive, Seed, check_arguments
 from headstart.terminal import say

@@ -15,10 +15,11 @@ from torch.utils.data import Dataset
 from headstart.data import folders
 from headstart.data.splits import Item, Split
 from headstart.data.table import read_table
+from headstart.decoding import UnreadableImage, content_digest, decode_opened, peak, peak_of
 from headstart.errors import UserError
 from headstart.features.hashes import ContentIndex
 from headstart.files import patiently
-from headstart.images import Preprocessing, UnreadableImage, content_digest, decode_opened, peak, peak_of
+from headstart.images import Preprocessing
 from headstart.terminal import images_bar, say_look_alikes, told
 
 
@@ -42,7 +43,7 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, item: Item, preprocessing: Preprocessing, max_pixels: int) -> Image.Image:
-        """Decodes an image to RGB, as ``images.decode``; raises ``UnreadableImage``, whose message is the reason."""
+        """Decodes an image to RGB, as ``decoding.decode``; raises ``UnreadableImage``, whose message is the reason."""
 
 
 class FileSource(Source):

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from headstart.data.sources import Source
 from headstart.data.splits import Item
+from headstart.decoding import MAX_PIXELS, UnreadableImage, bits_of
 from headstart.errors import UserError
 from headstart.features.cache import FeatureCache, cache_key
 from headstart.features.extract import FeaturePrecision, NonFiniteFeatures, feature_dtype
 from headstart.features.hashes import cache_folder
 from headstart.features.matrix import FeatureMatrix, Key
-from headstart.images import MAX_PIXELS, Preprocessing, UnreadableImage, Views, bits_of, preprocess
+from headstart.images import Preprocessing, Views, preprocess
 from headstart.model.backbone import FrozenBackbone
 from headstart.terminal import Seconds, images_bar, say
 

@@ -9,8 +9,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from headstart.decoding import decode
 from headstart.deploy.onnx import Exported
-from headstart.images import Preprocessing, decode, preprocess
+from headstart.images import Preprocessing, preprocess
 from headstart.model.classifier import TransferClassifier
 
 # How far a program's probabilities may be from those that are wanted.

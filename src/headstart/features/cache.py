@@ -20,12 +20,12 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
 
+from headstart.decoding import DECODER_VERSION
 from headstart.features import matrix
 from headstart.features.extract import BATCH, Extractor
 from headstart.features.hashes import verify
 from headstart.features.matrix import FeatureMatrix, Key, Shard
 from headstart.files import flat, write_atomically
-from headstart.images import DECODER_VERSION
 from headstart.model.backbone import FrozenBackbone, combined, tensor_digests
 from headstart.terminal import images_bar, say, say_all
 

@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from headstart.decoding import UnreadableImage
 from headstart.features.matrix import Key, Shard
-from headstart.images import UnreadableImage
 from headstart.model.backbone import FrozenBackbone
 
 FeaturePrecision = Literal["auto", "bf16", "fp32"]

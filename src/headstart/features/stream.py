@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from headstart.decoding import MAX_PIXELS, UnreadableImage, decode
 from headstart.features.extract import Computed, Extractor, FeaturePrecision, feature_dtype
 from headstart.files import Unavailable, patiently, read_regular
-from headstart.images import MAX_PIXELS, UnreadableImage, decode, preprocess
+from headstart.images import preprocess
 from headstart.model.backbone import FrozenBackbone
 
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from headstart.data.loaders import trained_epochs
 from headstart.data.splits import SPLITS, Item, Repeat, Split
 from headstart.data.store import FeatureStore
+from headstart.decoding import MAX_PIXELS
 from headstart.errors import UserError
 from headstart.features.extract import FeaturePrecision
 from headstart.features.hashes import cache_folder
 from headstart.fewshot.episodes import EpisodeLoader, EpisodeSampler, TaskSize
 from headstart.fewshot.sources import SourceName, classes_of, source_of, split_classes
-from headstart.images import MAX_PIXELS
 from headstart.model.backbone import FrozenBackbone
 from headstart.ranges import Count, Fraction, Positive, Share, check_arguments
 from headstart.terminal import say

@@ -13,8 +13,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import Self
 
 from headstart import __version__
+from headstart.decoding import Picture, as_rgb
 from headstart.errors import UserError
-from headstart.images import Picture, as_rgb, preprocess
+from headstart.images import preprocess
 from headstart.model.backbone import FrozenBackbone, check_frozen, combined, tensor_digests
 from headstart.model.metrics import defined
 from headstart.model.sealed import read_sealed

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from headstart.data import folders
+from headstart.decoding import UnreadableImage, decode
 from headstart.deploy.check import check_files
 from headstart.deploy.onnx import NEEDED, Exported, run_onnx, to_onnx
 from headstart.deploy.torchvision import run_torchvision, to_torchvision
 from headstart.errors import UserError
 from headstart.files import claim_by_rename, new_path, read_regular, write_new
-from headstart.images import UnreadableImage, decode, preprocess
+from headstart.images import preprocess
 from headstart.model.classifier import TransferClassifier
 from headstart.parser import add_checkpoint, parser_of, required
 from headstart.report.evaluation import evenly_spaced

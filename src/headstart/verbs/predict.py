@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from headstart.data import folders
+from headstart.decoding import MAX_PIXELS
 from headstart.deploy.explain import ClassActivation, overlay
 from headstart.device import device_of
 from headstart.errors import UserError
 from headstart.features.extract import Computed, FeaturePrecision
 from headstart.features.stream import FileStream
 from headstart.files import in_either_form, new_path
-from headstart.images import MAX_PIXELS
 from headstart.model.classifier import TransferClassifier
 from headstart.model.heads import linear_head
 from headstart.parser import OptionParser, add_accelerator, add_checkpoint, parser_of, required
