@@ -99,8 +99,8 @@ def limit(data: Path, epochs: int) -> dict[str, Any]:
     import torch
     import torch.fx.experimental.optimization
 
-    from headstart.features.extract import feature_dtype
     from headstart.decoding import decode
+    from headstart.features.extract import feature_dtype
     from headstart.images import preprocess
     from headstart.model.backbone import FrozenBackbone
 

@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the workers of pytest-xdist share the cores
 
+os.environ["HEADSTART_OFFLINE"] = "1"  # no test reaches for the network
+
 import shutil
 import signal
 import sys
@@ -146,7 +148,7 @@ def stand_in_for_imagenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     from torchvision import models
 
     from headstart.images import Preprocessing
-    from headstart.model import weights
+    from headstart.model import families, weights
 
     torch.manual_seed(1)
     made = tmp_path / "made.pth"
@@ -154,6 +156,7 @@ def stand_in_for_imagenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     digest = hashlib.sha256(made.read_bytes()).hexdigest()
     served = made.rename(tmp_path / f"resnet18-{digest[:8]}.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(weights.Torchvision, "official", lambda self, name: (served.as_uri(), Preprocessing()))
+    monkeypatch.delenv("HEADSTART_OFFLINE")
+    monkeypatch.setattr(families.Torchvision, "official", lambda self, name: (served.as_uri(), Preprocessing()))
     monkeypatch.setitem(weights.SHA256, served.name, digest)
     return served

@@ -1,6 +1,7 @@
-"""From a decoded image to the pixels that a backbone sees: preprocessing and augmentation."""
+"""From an image to the pixels that a backbone sees: preprocessing and augmentation."""
 
 import hashlib
+import math
 import threading
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -14,6 +15,7 @@ from torchvision.transforms.v2 import functional
 from headstart.terminal import say_once
 
 Augment = Literal["none", "light", "strong"]
+Fit = Literal["crop", "pad", "squash"]
 
 MAX_ASPECT = 20
 
@@ -22,34 +24,55 @@ _random = threading.Lock()
 
 @dataclass
 class Preprocessing:
-    """What happens to an image before the backbone: resize the shorter side, crop the centre, normalise.
+    """What happens to an image before the backbone: resize, crop or pad to a square, normalise.
 
-    ``bits`` is set once, when the training data or a checkpoint are seen, for all that share the object.
+    ``bits`` is set once, when the training data or a checkpoint is read, for all that share the object.
     """
 
-    resize_size: int = 256  # the shorter side after resizing, in pixels
-    crop_size: int = 224  # the side of the centre crop, in pixels
+    resize_size: int = 256  # pixels: crop: the shorter side after resizing; pad: the longer; squash: both
+    crop_size: int = 224  # pixels: the side of the square that the backbone sees, cut from the centre
     interpolation: str = "bilinear"  # a name of torchvision's ``InterpolationMode``, antialiased
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # per channel, of values in [0, 1]
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # likewise
-    bits: int | None = None  # how many white has in images of more than 8 bits; None: not seen yet, as 16
+    bits: int | None = None  # bits of white in images of more than 8 bits; None: not known yet, 16 is assumed
+    fit: Fit = "crop"
 
     @property
     def white(self) -> int:
         """The value that becomes 255 in images of more than 8 bits."""
         return int(2 ** (self.bits or 16)) - 1
 
-    def resized(self, image_size: int) -> "Preprocessing":
-        """The same with another crop size, the resize in proportion."""
-        return replace(self, crop_size=image_size, resize_size=round(image_size * self.resize_size / self.crop_size))
+    def adapted(self, image_size: int | None, fit: Fit | None) -> "Preprocessing":
+        """For another input size, the resize in proportion, and another fit; pad and squash show the whole image."""
+        size = image_size or self.crop_size
+        resize = round(size * self.resize_size / self.crop_size)
+        if fit in (None, self.fit):
+            return replace(self, crop_size=size, resize_size=resize)
+        return replace(self, crop_size=size, resize_size=resize if fit == "crop" else size, fit=fit)
 
 
 def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
-    """Resizes the shorter side and crops the centre -> [3, H, W] uint8; the backbone itself normalises."""
-    size, crop = preprocessing.resize_size, preprocessing.crop_size
-    resized = functional.resize(_bounded(image), [size], InterpolationMode(preprocessing.interpolation))
-    pixels: Tensor = functional.pil_to_tensor(functional.center_crop(resized, [crop, crop]))
+    """Resizes an image and cuts or pads it to a square -> [3, H, W] uint8; the backbone itself normalises."""
+    pixels: Tensor = functional.pil_to_tensor(_square(image, preprocessing))
     return pixels
+
+
+def _square(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    crop, size, fit = preprocessing.crop_size, preprocessing.resize_size, preprocessing.fit
+    if fit == "crop":
+        image, sides = _bounded(image), [size]  # the shorter side
+    elif fit == "pad":
+        scale = size / max(image.size)
+        sides = [max(1, round(side * scale)) for side in reversed(image.size)]
+    else:
+        sides = [size, size]
+    image = functional.resize(image, sides, InterpolationMode(preprocessing.interpolation))
+    gaps = [max(0, crop - side) for side in image.size]
+    if any(gaps):
+        edges = [*(gap // 2 for gap in gaps), *(math.ceil(gap / 2) for gap in gaps)]
+        image = functional.pad(image, edges, [round(255 * value) for value in preprocessing.mean])
+    square: Image.Image = functional.center_crop(image, [crop, crop])
+    return square
 
 
 def _bounded(image: Image.Image) -> Image.Image:
@@ -66,10 +89,12 @@ def _bounded(image: Image.Image) -> Image.Image:
 def augment(image: Image.Image, policy: Augment, preprocessing: Preprocessing, seed: int, flip: bool = True) -> Tensor:
     """A random view of the image -> [3, H, W] uint8; the same seed gives the same view."""
     transform = _policy(policy, preprocessing, flip)
+    # Crops of a part; where the whole image is to be seen, of what the backbone sees of it.
+    whole = _bounded(image) if preprocessing.fit == "crop" else _square(image, preprocessing)
     # torchvision draws from torch's global generator, which threads share.
     with _random, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        pixels: Tensor = functional.pil_to_tensor(transform(_bounded(image)))
+        pixels: Tensor = functional.pil_to_tensor(transform(whole))
         return pixels
 
 

@@ -134,7 +134,7 @@ def test_a_dry_run_leaves_nothing(colours, train):
         ("--data.batch_size=0", "--data.batch_size: 0: must be a number >0"),
         ("--model.image_size=0", "must be a number >=32 and <=2048"),
         ("--config=missing.yaml", "missing.yaml"),
-        ("--model.backbone=resnet19", "no such torchvision classification model"),
+        ("--model.backbone=resnet19", "no such backbone; the nearest names are resnet18"),
         ("--model.backbone=squeezenet1_0", "no linear classifier"),
         ("--model.backbone=resnet50", "bundled"),
         ("--model.weights=missing.pth", "missing.pth"),

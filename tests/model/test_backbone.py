@@ -12,7 +12,8 @@ from torchvision import models
 from headstart import FrozenBackbone, TransferClassifier
 from headstart.errors import UserError
 from headstart.model.backbone import check_frozen, combined, tensor_digests
-from headstart.model.weights import SHA256, Torchvision
+from headstart.model.families import Torchvision
+from headstart.model.weights import SHA256
 
 
 @pytest.fixture

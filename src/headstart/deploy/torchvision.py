@@ -5,6 +5,7 @@ import io
 import torch
 from torch import Tensor, nn
 
+from headstart.errors import UserError
 from headstart.model.classifier import TransferClassifier
 from headstart.model.heads import linear_head
 
@@ -12,6 +13,8 @@ from headstart.model.heads import linear_head
 def to_torchvision(module: TransferClassifier) -> bytes:
     """A state dict of the whole network with the new classifier, in which the temperature is contained."""
     net, path = module.backbone.net, module.backbone.classifier_path
+    if path is None:
+        raise UserError(f"--output: {module.backbone.name} has no single classifier to replace; export .onnx")
     head = linear_head(module.head).state_dict()
     classifier = {f"{path}.{name}": tensor / module.temperature for name, tensor in head.items()}
     file = io.BytesIO()
@@ -22,8 +25,9 @@ def to_torchvision(module: TransferClassifier) -> bytes:
 def run_torchvision(data: bytes, module: TransferClassifier, images: Tensor) -> Tensor:
     """The probabilities of the library's own network; normalisation is its caller's."""
     backbone = module.backbone
-    net = backbone.family.build(backbone.name)
-    net.set_submodule(backbone.classifier_path, nn.Linear(backbone.num_features, len(module.class_names)))
+    assert backbone.classifier_path
+    head = nn.Linear(backbone.num_features, len(module.class_names))
+    net = backbone.family.whole(backbone.name, backbone.preprocessing.crop_size, backbone.classifier_path, head)
     net.load_state_dict(torch.load(io.BytesIO(data), weights_only=True))
     logits: Tensor = net.eval()((images.float() - backbone.mean) / backbone.std)
     return logits.softmax(dim=1)

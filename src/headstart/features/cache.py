@@ -45,6 +45,7 @@ def cache_key(
 
     return {
         "backbone": backbone.name,
+        "layers": backbone.layers,
         "weights": backbone.digest(),
         "preprocessing": json.loads(json.dumps(asdict(backbone.preprocessing))),
         "decoder": {"version": DECODER_VERSION, "max_pixels": max_pixels},
@@ -61,7 +62,8 @@ def cache_key(
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
             "pillow": PIL.__version__,
-        },
+        }
+        | dict(backbone.versions),
     }
 
 

@@ -24,8 +24,8 @@ class Front(FrozenBackbone):
         with torch.no_grad():
             shape = layers(torch.zeros(1, 3, side, side, device=whole.mean.device)).shape[1:]
         net = nn.Sequential(layers, nn.Flatten())
-        self.adopt(f"{whole.name} before {before}", whole.weights, net, shape.numel(), whole.preprocessing)
-        self.shape = tuple(shape)
+        self.adopt(f"{whole.name} before {before}", whole.weights, net, whole.preprocessing, whole.versions)
+        self.layers, self.shape = whole.layers, tuple(shape)
 
 
 def learning_names(net: nn.Module, unfreeze: str) -> list[str]:

@@ -19,6 +19,7 @@ from headstart.errors import UserError
 from headstart.model.checkpoints import read_checkpoint
 from headstart.model.classifier import TransferClassifier
 from headstart.model.sealed import BEST, RunCheckpoint, SealedCheckpointIO, run_checkpoints
+from headstart.model.weights import for_data
 from headstart.parser import OptionParser
 from headstart.ranges import RunName, Seed
 from headstart.report.evaluation import EvaluationCollector
@@ -85,6 +86,7 @@ class TrainCLI(LightningCLI):
         parser.add_argument("--ckpt_path", type=str | None, help=self.ckpt_help)
         parser.add_argument("--report", type=bool, default=True, help="draw the figures and write report.html")
         parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
+        parser.link_arguments("data.flip", "model.mirror")
         if self.root:
             parser.set_defaults({"data.root": str(self.root)})
 
@@ -101,6 +103,10 @@ class TrainCLI(LightningCLI):
             self.resume_from = Path(self.config.ckpt_path)
             self.checkpoint = read_checkpoint(self.resume_from, self.logs)
             self._keep_the_split(Run.of(self.resume_from).splits_file)
+        if self.config.model.backbone == "resnet18":
+            self.config.model.weights = for_data(
+                self.config.model.weights, self.config.data.get("csv") or self.config.data.root
+            )
 
     def _given_data(self) -> Path | None:
         """The data that the command line names; None: it is the demo, or that of a run to resume."""

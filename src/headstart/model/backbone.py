@@ -3,13 +3,19 @@
 import copy
 import hashlib
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from headstart.images import Preprocessing
-from headstart.model.weights import load_weights, network
+from headstart.errors import UserError
+from headstart.images import Fit, Preprocessing
+from headstart.model.families import Family, Torchvision, unknown
+from headstart.model.stages import Stages
+from headstart.model.timm import Timm
+
+FAMILIES: tuple[Family, ...] = (Torchvision(), Timm())
+Layers = Literal["last", "all"]
 
 
 class FrozenBackbone(nn.Module):
@@ -19,30 +25,47 @@ class FrozenBackbone(nn.Module):
     running statistics would drift in train mode even without gradients (pytorch#86590). ``tensor_digests`` proves it.
 
     Args:
-        name: a torchvision classification model, such as ``resnet18``.
-        weights: ``bundled``, ``imagenet``, ``random``, or the path of a state dict (``.pth``, ``.safetensors``).
+        name: a classification model of torchvision, such as ``resnet18``, or ``timm/NAME``.
+        weights: ``auto``, ``bundled``, ``imagenet`` (``pretrained`` for timm), ``random``, or the path of a state dict.
         image_size: side of the square that the backbone sees, in pixels; None: what the weights were made for.
+        fit: how an image becomes that square; None: as the weights were made.
+        layers: ``last``: the features before the classifier; ``all``: the means of all stages, joined (``Stages``).
+        mirror: with ``layers=all``, average the features with those of the mirrored image.
 
     Attributes:
         num_features: the width D of the features.
 
     Raises:
-        UserError: the model is unknown or has no ``nn.Linear``; its weights are missing, damaged or another model's.
+        UserError: the network is unknown or takes no such images; its weights are missing, damaged or another's.
     """
 
-    def __init__(self, name: str = "resnet18", weights: str = "bundled", image_size: int | None = None) -> None:
-        made = network(name)
-        preprocessing = load_weights(made, name, weights)
-        if image_size is not None:
-            preprocessing = preprocessing.resized(image_size)
-        self.adopt(name, weights, made.net, made.num_features, preprocessing)
-        self.family, self.classifier_path = made.family, made.classifier
+    def __init__(
+        self,
+        name: str = "resnet18",
+        weights: str = "auto",
+        image_size: int | None = None,
+        fit: Fit | None = None,
+        layers: Layers = "last",
+        mirror: bool = True,
+    ) -> None:
+        family = family_of(name)
+        weights = family.resolved(name, weights)
+        made = family.make(name, weights, image_size)
+        preprocessing, net = made.preprocessing.adapted(image_size, fit), made.net.eval()
+        if layers == "all":
+            net = Stages(net, name, preprocessing.crop_size, mirror)
+        self.adopt(name, weights, net, preprocessing, made.versions)
+        self.family, self.layers, self.licence = family, layers, made.licence
+        self.classifier_path = made.classifier if layers == "last" else None
 
-    def adopt(self, name: str, weights: str, net: nn.Module, num_features: int, preprocessing: Preprocessing) -> None:
-        """Takes a ready network, and freezes it."""
+    def adopt(
+        self, name: str, weights: str, net: nn.Module, preprocessing: Preprocessing, versions: Mapping[str, str]
+    ) -> None:
+        """Takes a ready network, and freezes it; ``versions`` are of libraries on which its features depend."""
         super().__init__()
         self.name, self.weights, self.net = name, weights, net
-        self.num_features, self.preprocessing = num_features, preprocessing
+        self.num_features, self.preprocessing = _width(net, preprocessing.crop_size, name), preprocessing
+        self.versions = versions
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(3, 1, 1) * 255)
@@ -81,14 +104,33 @@ class FrozenBackbone(nn.Module):
 
     def for_extraction(self, dtype: torch.dtype, device: torch.device) -> "FrozenBackbone":
         """A copy for inference alone: BatchNorm folded into the convolutions, channels last, in ``dtype``."""
-        fast = copy.deepcopy(self)
+        fast = copy.deepcopy(self).eval()  # torchvision's extractor of stages is copied in train mode
         fast.net = _fold_batch_norm(fast.net).to(dtype).to(memory_format=torch.channels_last)
         return fast.to(device)
+
+
+def family_of(name: str) -> Family:
+    """The family that has a network of that name."""
+    found = next((family for family in FAMILIES if family.owns(name)), None)
+    if found is None:
+        raise unknown(name, Torchvision().names())
+    return found
 
 
 def tensor_digests(module: nn.Module) -> dict[str, str]:
     """sha256 of each parameter and buffer of any module, by name."""
     return {name: _digest(tensor) for name, tensor in _tensors(module)}
+
+
+@torch.no_grad()
+def _width(net: nn.Module, side: int, name: str) -> int:
+    """How wide its features are: what it gives for one image, since not every network says it."""
+    try:
+        _, width = net.eval()(torch.zeros(1, 3, side, side)).shape
+    except Exception as error:  # networks raise many kinds at a size that they cannot take
+        reason = " ".join(str(error).split())
+        raise UserError(f"--model.image_size={side}: {name} cannot take such images ({reason})") from error
+    return int(width)
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

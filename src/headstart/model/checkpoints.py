@@ -56,6 +56,13 @@ class HeadModule(LightningModule):
     def on_fit_start(self) -> None:
         check_frozen(self.backbone.digests(), self.digests, but=self.learning)
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if not norm.isfinite() and self.trainer.precision != "16-mixed":  # whose scaler leaves such a step out
+            raise UserError(f"the gradients are not finite in epoch {self.current_epoch}: lower --model.lr")
+        self.log("train/grad_norm", norm, on_step=False, on_epoch=True, sync_dist=True)
+
     def on_fit_end(self) -> None:
         self.check_frozen()
 

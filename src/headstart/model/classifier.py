@@ -13,13 +13,13 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics import classification as metrics
 
 from headstart.errors import UserError
-from headstart.model.backbone import FrozenBackbone
+from headstart.images import Fit
+from headstart.model.backbone import FrozenBackbone, Layers
 from headstart.model.calibration import Temperature
 from headstart.model.checkpoints import HeadModule
 from headstart.model.heads import make_head
 from headstart.model.metrics import MeanAUROC, MeanF1, MeanRecall
 from headstart.model.schedule import warmup_cosine
-from headstart.model.weights import resolved
 from headstart.ranges import Fraction, ImageSize, NonNegative, Rate, check_arguments, plain
 
 Batch = tuple[Tensor, Tensor]
@@ -32,9 +32,12 @@ class TransferClassifier(HeadModule):
 
     Args:
         class_names: by label.
-        backbone: a torchvision classification model, such as resnet18, resnet50, efficientnet_b0 or vit_b_16.
-        weights: bundled, imagenet, random, or the path of a state dict (.pth, .safetensors).
-        image_size: side of the square that the backbone sees, in pixels; None: what its weights were made for.
+        backbone: a classification model of torchvision (resnet18, efficientnet_b0, vit_b_16, …), or timm/NAME.
+        weights: auto: ImageNet's if they can be had; bundled; imagenet; pretrained (of timm); random; or a file.
+        image_size: side of the square that the backbone sees, in pixels; None, mostly best: as its weights were made.
+        fit: crop shows the centre square of an image, pad and squash show all of it; None: as its weights were made.
+        layers: last: the features before the classifier; all: the means of all stages, joined.
+        mirror: with layers=all, average the features over the mirrored image.
         head: linear, mlp or cosine.
         lr: peak learning rate of AdamW.
         weight_decay: weight decay of AdamW.
@@ -50,8 +53,11 @@ class TransferClassifier(HeadModule):
         self,
         class_names: list[str],
         backbone: str = "resnet18",
-        weights: str = "bundled",
+        weights: str = "auto",
         image_size: ImageSize | None = None,
+        fit: Fit | None = None,
+        layers: Layers = "last",
+        mirror: bool = True,
         head: str = "linear",
         lr: Rate = 0.003,
         weight_decay: NonNegative = 0.01,
@@ -62,11 +68,11 @@ class TransferClassifier(HeadModule):
         super().__init__()
         check_arguments(TransferClassifier, vars())
         self.save_hyperparameters(logger=False)
-        self.hparams.update(plain(dict(self.hparams)) | {"weights": resolved(weights)})
+        self.backbone = FrozenBackbone(backbone, weights, image_size, fit, layers, mirror)
+        self.hparams.update(plain(dict(self.hparams)) | {"weights": self.backbone.weights})
         self.class_names = list(class_names)
         if len(set(class_names)) < len(class_names):
             raise UserError(f"class_names: {len(class_names)} names, of which {len(set(class_names))} differ")
-        self.backbone = FrozenBackbone(backbone, self.hparams["weights"], self.hparams["image_size"])
         self.head = self.configure_head()
         self.val_metrics, self.test_metrics = self.configure_metrics("val/"), self.configure_metrics("test/")
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
@@ -141,13 +147,6 @@ class TransferClassifier(HeadModule):
             )
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(batch[1]), sync_dist=True)
         return loss
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if not norm.isfinite() and self.trainer.precision != "16-mixed":  # whose scaler leaves such a step out
-            raise UserError(f"the gradients are not finite in epoch {self.current_epoch}: lower --model.lr")
-        self.log("train/grad_norm", norm, on_step=False, on_epoch=True, sync_dist=True)
 
     def validation_step(self, batch: Batch) -> dict[str, Tensor]:
         outputs = self._evaluate(batch, "val", self.val_metrics, self.val_loss)

@@ -1,169 +1,163 @@
-"""Where backbones come from: families of networks, named weights, their download, and the checks of their files."""
+"""Files of weights: where they are, their download, their checks, and how they fill a network."""
 
 import hashlib
 import io
+import os
+import socket
+import time
 import urllib.error
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import safetensors.torch
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
-from torchvision import models
 
 from headstart.errors import UserError
 from headstart.files import in_either_form, read_regular
-from headstart.images import Preprocessing
+from headstart.terminal import say, say_once
 
 BUNDLED = Path(__file__).parents[1] / "weights" / "resnet18-bundled.safetensors"
-NAMED_WEIGHTS = ("bundled", "imagenet", "random")
+NAMED_WEIGHTS = ("auto", "bundled", "imagenet", "pretrained", "random")
 # File name -> sha256. torchvision's names hold the first 8 digits only; those known in full are checked in full.
 SHA256 = {
-    "resnet18-bundled.safetensors": "267a705afd498731895666d4e18a8ce895ca20954ace7223e820396e7af5d9f6",
+    "resnet18-bundled.safetensors": "ec50a98378cf78fd086c17ea03b045a2f18510884500fc6f86bb0ff5f7291a30",
     "resnet18-f37072fd.pth": "f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec",
 }
+DEMO = Path(__file__).parents[3] / "data" / "clipart"
+SECONDS_TO_CONNECT = 5  # torch's own downloader waits for ever
+SECONDS_OF_FAILURE = 3600  # for so long `auto` does not try again
 
 
-class Family(Protocol):
-    """Networks of one kind, which end in an ``nn.Linear`` that classifies; it is cut off.
-
-    The simplest family gives names and networks; its weights are random, or a file.
-    """
-
-    def names(self) -> list[str]:
-        """The names of its networks."""
-        ...
-
-    def build(self, name: str) -> nn.Module:
-        """The network of that name, at random weights."""
-        ...
-
-    def official(self, name: str) -> tuple[str, Preprocessing] | None:
-        """The address of the weights that ``imagenet`` names, and their preprocessing; None: there are none."""
-        ...
+class Unreachable(UserError):
+    """Weights that are neither here nor can be downloaded."""
 
 
-class Torchvision:
-    """The classification models of torchvision."""
+def for_data(weights: str, root: str | None) -> str:
+    """The weights for a folder of images: ``auto`` means the bundled ones for the demo, which they know best."""
+    of_demo = root is None or Path(root).expanduser().resolve() == DEMO
+    return "bundled" if weights == "auto" and of_demo else weights
 
-    def names(self) -> list[str]:
-        return list(models.list_models(module=models))
 
-    def build(self, name: str) -> nn.Module:
-        # These two scale their input anew when torchvision gives them ImageNet weights.
-        options = {"init_weights": False, "transform_input": True} if name in ("googlenet", "inception_v3") else {}
-        net: nn.Module = models.get_model(name, weights=None, **options)
-        return net
-
-    def official(self, name: str) -> tuple[str, Preprocessing]:
-        """torchvision's first ImageNet weights."""
-        entries = models.get_model_weights(name)
-        chosen: Any = getattr(entries, "IMAGENET1K_V1", entries.DEFAULT)
-        transforms = chosen.transforms()
-        return chosen.url, Preprocessing(
-            resize_size=transforms.resize_size[0],
-            crop_size=transforms.crop_size[0],
-            interpolation=transforms.interpolation.value,
-            mean=tuple(transforms.mean),
-            std=tuple(transforms.std),
+def imagenet_or_bundled(url: str) -> str:
+    """The name that ``auto`` becomes for a resnet18: ImageNet's weights if they can be had, else the bundled ones."""
+    path = downloaded_path(url)
+    try:
+        if not path.exists() and _failed_lately(path):
+            raise Unreachable("the last attempt to download them failed within the hour")
+        download(url)
+    except Unreachable as error:
+        say_once(
+            f"weights:  the bundled ones, since ImageNet's cannot be had ({error}); on photographs ImageNet's "
+            f"are better: try --model.weights=imagenet, or put the file into {path.parent}"
         )
+        return "bundled"
+    say_once(f"weights:  ImageNet's, from {path}; --model.weights=bundled takes the bundled ones")
+    return "imagenet"
 
 
-FAMILIES: tuple[Family, ...] = (Torchvision(),)
+def offline() -> bool:
+    """Whether the environment forbids the network: HEADSTART_OFFLINE=1 or HF_HUB_OFFLINE=1."""
+    return any(os.environ.get(name, "0") not in ("", "0") for name in ("HEADSTART_OFFLINE", "HF_HUB_OFFLINE"))
 
 
-@dataclass(frozen=True)
-class Network:
-    """A network that gives features."""
-
-    family: Family
-    net: nn.Module  # without its classifier
-    num_features: int  # the width of its features
-    classifier: str  # the path of the layer that was cut off
+def downloaded_path(url: str) -> Path:
+    """Where torch keeps the file of this address."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
 
 
-def network(name: str) -> Network:
-    """The network of that name, at the weights that ``random`` means; one without a linear classifier is an error."""
-    family = next((family for family in FAMILIES if name in family.names()), None)
-    if family is None:
-        known = ", ".join(known for family in FAMILIES for known in family.names())
-        raise UserError(f"--model.backbone={name}: no such torchvision classification model; known: {known}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = family.build(name)
-    linears = [(path, module) for path, module in net.named_modules() if isinstance(module, nn.Linear)]
-    if not linears:
-        raise UserError(f"--model.backbone={name}: has no linear classifier to replace; resnet18 has one")
-    path, linear = linears[-1]
-    net.set_submodule(path, nn.Identity())
-    return Network(family, net, linear.in_features, path)
+def download(url: str) -> Path:
+    """The file in torch's own folder of downloaded weights; downloaded, by torch's own code, if it is not there.
 
+    One process downloads for all that want the file.
 
-def load_weights(made: Network, name: str, weights: str) -> Preprocessing:
-    """Loads weights (bundled, imagenet, random, or a path) into a network -> the preprocessing that belongs to them."""
-    if weights == "bundled":
-        if name != "resnet18":
-            raise UserError(
-                f"--model.weights=bundled: the bundled weights are for resnet18 only, not for {name}; "
-                "use --model.weights=imagenet or a path"
-            )
-        _fill(made.net, safetensors.torch.load(_checked_bytes(BUNDLED)), BUNDLED)
-        return Preprocessing(resize_size=146, crop_size=128)
-    official = made.family.official(name)
-    if weights == "imagenet":
-        if official is None:
-            raise UserError(f"--model.weights=imagenet: there are none for {name}; use random or a path")
-        path = _download(official[0])
-        _fill(made.net, _tensors(path, _checked_bytes(path)), path)
-    elif weights != "random":
-        path = in_either_form(Path(weights).expanduser())
-        if not path.is_file() or path.suffix not in READERS:
-            raise UserError(
-                f"--model.weights={path}: not a .pth or .safetensors file; give one, or bundled, imagenet or random"
-            )
-        try:
-            data = read_regular(path)
-        except OSError as error:
-            raise UserError(f"--model.weights={path}: cannot be read ({error.strerror})") from error
-        _fill(made.net, _tensors(path, data), path)
-    return official[1] if official else Preprocessing()
-
-
-def resolved(weights: str) -> str:
-    """The name of weights, or the absolute path of a file of them."""
-    return weights if weights in NAMED_WEIGHTS else str(Path(weights).expanduser().resolve())
-
-
-def _download(url: str) -> Path:
-    """The file in torch's own folder of downloaded weights; downloaded, by torch's own code, if it is not there."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
-    if not path.exists():
+    Raises:
+        Unreachable: it is not there, and cannot be downloaded.
+    """
+    path = downloaded_path(url)
+    if path.exists():
+        return path
+    if offline():
+        raise Unreachable(f"{path.name} is not in {path.parent}, and the environment forbids the network")
+    before = socket.getdefaulttimeout()
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=_hash_prefix(path))
-        except (OSError, urllib.error.URLError, RuntimeError) as error:
-            sha256 = SHA256.get(path.name, f"{_hash_prefix(path)}…")
-            raise UserError(
-                f"--model.weights=imagenet: {path.name} could not be downloaded ({error}); put the file into "
-                f"{path.parent} yourself (sha256 {sha256}), or use --model.weights=bundled"
-            ) from error
+        with FileLock(path.with_name(f"{path.name}.lock")):
+            if not path.exists():
+                say(f"weights:  downloading {url}")
+                socket.setdefaulttimeout(SECONDS_TO_CONNECT)
+                torch.hub.download_url_to_file(url, str(path), hash_prefix=_hash_prefix(path))
+    except (OSError, urllib.error.URLError, RuntimeError) as error:
+        with suppress(OSError):
+            _failure(path).touch()
+        reason = getattr(error, "reason", None) or error
+        raise Unreachable(f"{path.name} could not be downloaded: {reason}") from error
+    finally:
+        socket.setdefaulttimeout(before)
+    _failure(path).unlink(missing_ok=True)
     return path
 
 
-def _hash_prefix(path: Path) -> str:
-    """The digits of the sha256 that torchvision writes into its file names."""
-    return path.stem.rsplit("-", 1)[-1]
+def _failure(path: Path) -> Path:
+    """An empty file, whose time is that of the last attempt to download that failed."""
+    return path.with_name(f"{path.name}.failed")
 
 
-def _checked_bytes(path: Path) -> bytes:
+def _failed_lately(path: Path) -> bool:
+    try:
+        return time.time() - _failure(path).stat().st_mtime < SECONDS_OF_FAILURE
+    except OSError:
+        return False
+
+
+def official_state(url: str) -> dict[str, Tensor]:
+    """The tensors of a published file, checked against the hash in its name."""
+    try:
+        path = download(url)
+    except Unreachable as error:
+        path = downloaded_path(url)
+        sha256 = SHA256.get(path.name, f"{_hash_prefix(path)}…")
+        raise Unreachable(
+            f"--model.weights=imagenet: {error}; put the file into {path.parent} yourself (sha256 {sha256}), or use "
+            "--model.weights=bundled (resnet18 only), random or a path"
+        ) from error
+    return tensors_of(path, checked_bytes(path))
+
+
+def bundled_state() -> dict[str, Tensor]:
+    """The tensors of the bundled resnet18."""
+    return safetensors.torch.load(checked_bytes(BUNDLED))
+
+
+def state_in(weights: str) -> dict[str, Tensor]:
+    """The tensors of a user's file."""
+    path = in_either_form(Path(weights).expanduser())
+    if not path.is_file() or path.suffix not in READERS:
+        raise UserError(
+            f"--model.weights={path}: not a .pth or .safetensors file; give one, or {', '.join(NAMED_WEIGHTS)}"
+        )
+    try:
+        data = read_regular(path)
+    except OSError as error:
+        raise UserError(f"--model.weights={path}: cannot be read ({error.strerror})") from error
+    return tensors_of(path, data)
+
+
+def checked_bytes(path: Path) -> bytes:
     """The file's content, whose sha256 was compared: what is checked is what is loaded."""
     data = read_regular(path)
     expected = SHA256.get(path.name, _hash_prefix(path))
     if not hashlib.sha256(data).hexdigest().startswith(expected):
         raise UserError(f"{path}: is damaged or not the file it should be (sha256 differs); delete it and try again")
     return data
+
+
+def _hash_prefix(path: Path) -> str:
+    """The digits of the sha256 that torchvision writes into its file names."""
+    return path.stem.rsplit("-", 1)[-1]
 
 
 def _plain(data: bytes) -> Any:
@@ -174,22 +168,29 @@ READERS: dict[str, Callable[[bytes], Any]] = {
     ".safetensors": safetensors.torch.load,
     ".pth": _plain,
     ".pt": _plain,
+    ".bin": _plain,
 }
 
 
-def _tensors(path: Path, data: bytes) -> dict[str, Tensor]:
+def tensors_of(path: Path, data: bytes) -> dict[str, Tensor]:
     """The state dict in a file's content; nothing in it is executed."""
     try:
         state = READERS[path.suffix](data)
     except Exception as error:  # whatever the file holds: zip, pickle and safetensors raise a dozen kinds
-        raise UserError(f"--model.weights={path}: cannot be read as plain tensors; save a state dict") from error
+        raise UserError(
+            f"--model.weights={path}: cannot be read as plain tensors; it is damaged, or not a state dict"
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"--model.weights={path}: is not a state dict (names to tensors); save model.state_dict()")
     return state
 
 
-def _fill(net: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Fills the whole net from a state dict, with or without the classifier's two tensors."""
+def fill(net: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Fills the whole net from a state dict, with or without the classifier's two tensors.
+
+    Raises:
+        UserError: the tensors are another architecture's; ``source`` is where they are from.
+    """
     wanted = net.state_dict()
     # Files from before torch 0.4.1 lack these counters, which eval mode never reads.
     counters = {key: value for key, value in wanted.items() if key.endswith("num_batches_tracked")}
@@ -198,7 +199,7 @@ def _fill(net: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     extra = [key for key in state if key not in wanted]
     if missing or len(extra) > 2:
         raise UserError(
-            f"{path}: holds another architecture: {len(missing)} tensors missing or of another shape "
+            f"{source}: holds another architecture: {len(missing)} tensors missing or of another shape "
             f"({', '.join(missing[:2])}), {len(extra)} unknown ({', '.join(extra[:2])}); name its --model.backbone"
         )
     net.load_state_dict({key: state[key].to(value.dtype) for key, value in wanted.items()})

@@ -185,6 +185,7 @@ def result_of(backbone: FrozenBackbone, data: Any, scores: dict[str, Any], secon
         "skipped": len(data.store.skipped),
         "backbone": backbone.name,
         "weights": backbone.weights,
+        "licence": backbone.licence,
         "digest": backbone.digest(),
         "command": command_line(),
         "versions": versions(),

@@ -19,6 +19,7 @@ from headstart.errors import UserError
 from headstart.files import csv_bytes, write_atomically
 from headstart.model.backbone import FrozenBackbone
 from headstart.model.classifier import TransferClassifier
+from headstart.model.weights import for_data
 from headstart.parser import OptionParser, add_options, add_run, parser_of
 from headstart.runs.folder import new_run_folder
 from headstart.terminal import one_line, quiet_libraries, say
@@ -26,6 +27,7 @@ from headstart.terminal import one_line, quiet_libraries, say
 SHOWN = 10
 GROUPED = ("duplicate", "near-duplicate")
 STORE_OPTIONS = ("num_workers", "cache_dir", "feature_precision", "max_pixels")
+BACKBONE_OPTIONS = ("backbone", "weights", "image_size", "fit", "layers")
 SPLIT_OPTIONS = ("val_fraction", "test_fraction", "split_seed", "splits")
 
 
@@ -38,7 +40,9 @@ def check(options: Sequence[str]) -> dict[str, int]:
     given = _parser().parse_args(list(options))
     source = open_source(given.data.root, given.data.csv, given.data.source)
     store = FeatureStore(source, **{name: given.data[name] for name in STORE_OPTIONS})
-    backbone = FrozenBackbone(given.model.backbone, given.model.weights, given.model.image_size)
+    if given.model.backbone == "resnet18":
+        given.model.weights = for_data(given.model.weights, given.data.csv or given.data.root)
+    backbone = FrozenBackbone(*(given.model[name] for name in BACKBONE_OPTIONS))
     store.load(backbone, device_of(given.accelerator))
     if not store.items:
         raise UserError(f"{source.path}: no readable image; {len(store.skipped)} files cannot be read")
@@ -67,7 +71,7 @@ def _in_splits(items: Sequence[Item], source: Source, given: Any) -> tuple[list[
 def _parser() -> OptionParser:
     parser = parser_of("check")
     add_options(parser, ImageFolderData, "data", ("root", "csv", "source", *STORE_OPTIONS, *SPLIT_OPTIONS))
-    add_options(parser, TransferClassifier, "model", ("backbone", "weights", "image_size"))
+    add_options(parser, TransferClassifier, "model", BACKBONE_OPTIONS)
     add_run(parser, "the data's folder and -check")
     return parser
 

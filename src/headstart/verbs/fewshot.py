@@ -24,6 +24,7 @@ from headstart.fewshot.training import make_trainer, meta_train
 from headstart.files import write_atomically
 from headstart.model.backbone import FrozenBackbone, check_frozen, tensor_digests
 from headstart.model.classifier import TransferClassifier
+from headstart.model.weights import for_data
 from headstart.parser import OptionParser, add_options, add_run, parser_of
 from headstart.ranges import Positive, Seed
 from headstart.report.figures import pixels, png
@@ -40,6 +41,7 @@ DATA_OPTIONS = (
     *("source", "root", "val_episodes", "train_episodes", "batch_size", "val_fraction", "test_fraction"),
     *("split_seed", "episode_seed", "num_workers", "cache_dir", "feature_precision", "max_pixels"),
 )
+BACKBONE_OPTIONS = ("backbone", "weights", "image_size", "fit", "layers")
 HEAD_OPTIONS = ("lr", "metric", "centre", "l2", "inner_lr", "inner_steps", "first_order")
 SIZE_OPTIONS = ("n_way", "k_shot", "n_query", "episodes")
 
@@ -72,7 +74,10 @@ class _Verb:
         self.parser, self.given, self.resumed, self.checkpoint = parser, given, resumed, checkpoint
         self.seconds, self.logs = Seconds(), Path(given.logs)
         self.device = device_of(given.accelerator)
-        self.backbone = FrozenBackbone(given.model.backbone, given.model.weights, given.model.image_size)
+        if given.model.backbone == "resnet18":
+            given.model.weights = for_data(given.model.weights, given.data.root)
+        self.backbone = FrozenBackbone(*(given.model[name] for name in BACKBONE_OPTIONS))
+        given.model.weights = self.backbone.weights  # what `auto` became is in the run's configuration
         self.digests = self.backbone.digests()
 
     def run(self) -> dict[str, Any]:
@@ -142,6 +147,13 @@ class _Verb:
 
     def _compare(self, data: EpisodeData, tested: EpisodeData) -> dict[str, Any]:
         """All heads at 1, 5 and 10 shots, before meta-training and after it."""
+        samplers = {
+            shots: tested.sampler("test", TaskSize(self.given.n_way, shots, COMPARED_QUERIES))
+            for shots in SHOTS
+            if tested.rows_of("test", shots + COMPARED_QUERIES)
+        }
+        if not samplers:
+            raise UserError(f"--head=all: no class of the test has {min(SHOTS) + COMPARED_QUERIES} images; give more")
         heads: dict[str, nn.Module] = {name: self._module(name, data).head for name in HEADS}
         folder = new_run_folder(self.logs, _name(self.given))
         if self.given.train:
@@ -150,11 +162,6 @@ class _Verb:
                 self._meta_train(module, data, f"{_name(self.given)}-{name}")
                 heads[f"{name} (trained)"] = module.head
         heads = {name: head.to(self.device) for name, head in heads.items()}
-        samplers = {
-            shots: tested.sampler("test", TaskSize(self.given.n_way, shots, COMPARED_QUERIES))
-            for shots in SHOTS
-            if tested.rows_of("test", shots + COMPARED_QUERIES)
-        }
         rows = compare(heads, samplers, int(self.given.episodes))
         write_atomically(folder / "heads.csv", to_csv(rows))
         picture = png(shots_figure(rows))
@@ -177,8 +184,7 @@ class _Verb:
         if self.given.data.root is None:
             raise UserError("--data.root is missing: --save learns from a folder of class folders")
         data = self._data("folder", self.given.data.root, test_fraction=1.0)
-        given = self.given.model
-        module = TransferClassifier(data.class_names, given.backbone, given.weights, given.image_size)
+        module = TransferClassifier(data.class_names, *(self.given.model[name] for name in BACKBONE_OPTIONS))
         module.trained_on = sorted({item.digest.hex() for item in data.items})
         module.backbone.preprocessing.bits = self.backbone.preprocessing.bits
         path = Path(self.given.save).expanduser()
@@ -216,7 +222,7 @@ def _parser() -> OptionParser:
     parser.add_argument("--test_root", type=str | None, help="the folder or files of that source")
     parser.add_argument("--save", type=str | None, help="a new checkpoint, of all images of --data.root")
     add_options(parser, EpisodeData, "data", DATA_OPTIONS)
-    add_options(parser, TransferClassifier, "model", ("backbone", "weights", "image_size"))
+    add_options(parser, TransferClassifier, "model", BACKBONE_OPTIONS)
     add_options(parser, MetaLearner, "model", HEAD_OPTIONS)
     parser.add_argument("--max_epochs", type=Positive, default=20, help="maximum epochs of the meta-training")
     parser.add_argument("--patience", type=Positive, default=5, help="epochs without a better validation")

@@ -18,7 +18,17 @@ from headstart.terminal import Seconds, quiet_libraries, say
 
 HEAD = "checkpoints/head.ckpt"  # what a run started from, in its folder
 # A head's settings that hold for its fine-tuning too; its learning rate is no one's for a backbone.
-INHERITED = ("backbone", "weights", "image_size", "head", "weight_decay", "label_smoothing", "class_weights")
+INHERITED = (
+    "backbone",
+    "weights",
+    "image_size",
+    "fit",
+    "layers",
+    "head",
+    "weight_decay",
+    "label_smoothing",
+    "class_weights",
+)
 # Cached output of the front takes tens of times more space than features.
 LARGEST_CACHE = 8 * 2**30
 
