@@ -1,4 +1,4 @@
-"""A trained head in the state dict of the backbone's own library, which loads it without headstart."""
+"""Exports a trained head as a state dict of the backbone's own library, which loads it without headstart."""
 
 import io
 
@@ -10,7 +10,7 @@ from headstart.model.heads import linear_head
 
 
 def to_torchvision(module: TransferClassifier) -> bytes:
-    """A state dict of the whole network with the new classifier, in which the temperature is contained."""
+    """A state dict of the whole network with the new classifier, divided by the temperature."""
     net, path = module.backbone.net, module.backbone.classifier_path
     head = linear_head(module.head).state_dict()
     classifier = {f"{path}.{name}": tensor / module.temperature for name, tensor in head.items()}
@@ -20,7 +20,7 @@ def to_torchvision(module: TransferClassifier) -> bytes:
 
 
 def run_torchvision(data: bytes, module: TransferClassifier, images: Tensor) -> Tensor:
-    """The probabilities of the library's own network; normalisation is its caller's."""
+    """The probabilities of the library's own network, whose input the caller must normalise."""
     backbone = module.backbone
     net = backbone.family.build(backbone.name)
     net.set_submodule(backbone.classifier_path, nn.Linear(backbone.num_features, len(module.class_names)))
