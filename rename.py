@@ -20,7 +20,7 @@ OWN_HIDDEN = {".ci", ".github", ".gitignore", ".editorconfig", ".pre-commit-conf
 
 
 def problem(name: str) -> str | None:
-    """Why this cannot be the name."""
+    """Why the name cannot be used; None if it can."""
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         return f"{name}: is not a valid package name; use lower-case letters, digits and _"
     if name == OLD or importlib.util.find_spec(name):
@@ -29,7 +29,7 @@ def problem(name: str) -> str | None:
 
 
 def uncommitted() -> str | None:
-    """Why the checkout is not ready to be changed by a script."""
+    """Why the checkout is not ready to be changed by a script; None if it is."""
     if not (ROOT / ".git").exists():
         return None
     changed = subprocess.check_output(["git", "-C", ROOT, "status", "--porcelain"], text=True).splitlines()
@@ -41,7 +41,7 @@ def uncommitted() -> str | None:
 
 
 def files() -> list[Path]:
-    """The project's own files: of hidden ones only ``OWN_HIDDEN``, no environments, nothing that was built."""
+    """The project's own files: no hidden ones but ``OWN_HIDDEN``, no environments, no build outputs."""
     found = []
     for path in sorted(ROOT.rglob("*")):
         parts = path.relative_to(ROOT).parts
@@ -54,7 +54,7 @@ def files() -> list[Path]:
 
 
 def rename(name: str) -> int:
-    """Replaces the name in every file of text; gives how many were changed."""
+    """Replaces the name in every text file; returns how many changed."""
     changed = 0
     for path in files():
         try:
@@ -70,7 +70,7 @@ def rename(name: str) -> int:
 
 
 def tidy() -> None:
-    """Sorts imports, drops those that are not used any more, and breaks lines anew, if ruff is there."""
+    """Sorts imports, removes unused ones and reformats the code, if ruff is installed."""
     if importlib.util.find_spec("ruff"):
         for command in (["check", "--quiet", "--fix", "--select=I,F401"], ["format", "--quiet"]):
             subprocess.run([sys.executable, "-m", "ruff", *command, ROOT], check=True)
@@ -82,6 +82,6 @@ if __name__ == "__main__":
     if why := problem(sys.argv[1]):
         sys.exit(f"error: {why}")
     count = rename(sys.argv[1])
-    tidy()  # imports are sorted by name, and lines have another length
+    tidy()  # the new name changes the order of imports and the length of lines
     print(f"renamed: {OLD} to {sys.argv[1]}, in {count} files")
     print("next:    pip install -e '.[dev]' && pytest")

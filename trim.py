@@ -5,7 +5,7 @@ usage: python trim.py WING…         one or more of: {wings}
 
 The checkout must have no uncommitted changes. A wing's own files are listed in this script. In all other files these
 are removed: the part between the comments `wing: NAME` and `/wing`, each on a line of its own; a line that ends in the
-comment `wing: NAME`; a test that is marked with the name. What is marked `any`, and this script, go with the last wing.
+comment `wing: NAME`; a test marked with the name. Parts marked `any`, and this script, are removed with the last wing.
 """
 
 import ast
@@ -17,14 +17,14 @@ from pathlib import Path
 from rename import ROOT, files, tidy, uncommitted
 
 PACKAGE = next((ROOT / "src").glob("*/cli.py")).parent
-# The verbs of each wing, and its files beside its own folders in the package and in tests/.
+# The commands of each wing, and its files outside its own folders in the package and in tests/.
 WINGS = {
     "fewshot": (("fewshot",), ("configs/fewshot.yaml", "benchmarks/fewshot.py", "docs/fewshot.md")),
     "audit": (("check",), ("benchmarks/labels.py",)),
     "deploy": (("predict", "export"), ("docs/deploy.md",)),
     "finetune": (("finetune",), ("benchmarks/finetune.py", "docs/finetune.md")),
 }
-# Modules that only wings use -> those wings; they go with the last of them.
+# Modules that only wings use -> those wings; removed with the last of them.
 SHARED = {"features/stream.py": {"deploy"}, "search/neighbours.py": {"audit"}}
 PART = re.compile(r"^ *(?:#|<!--) wing: (\w+)(?: -->)?\n.*?^ *(?:#|<!--) /wing(?: -->)?\n", re.MULTILINE | re.DOTALL)
 LINE = re.compile(r"^.*(?:#|<!--) wing: (\w+)(?: -->)?\n", re.MULTILINE)
@@ -42,14 +42,14 @@ def remove_files(wing: str) -> None:
 
 
 def without(text: str, wings: set[str], suffix: str) -> str:
-    """A file's text without what it says of the wings."""
+    """A file's text without the parts that belong to the wings."""
     for pattern in (PART, LINE):
         text = pattern.sub(lambda found: "" if found[1] in wings else found[0], text)
     return without_tests(text, wings) if suffix == ".py" else text
 
 
 def without_tests(text: str, wings: set[str]) -> str:
-    """Python without the functions and classes that are marked with a wing."""
+    """Python source without the functions and classes that are marked with one of the wings."""
     lines = text.splitlines(keepends=True)
     for node in reversed(ast.parse(text).body):
         marks = [ast.unparse(mark) for mark in getattr(node, "decorator_list", [])]
@@ -69,7 +69,7 @@ def trim(wings: set[str]) -> None:
     for name, users in SHARED.items():
         if not any((PACKAGE / wing).exists() for wing in users):
             (PACKAGE / name).unlink(missing_ok=True)
-    if not any((PACKAGE / wing).exists() for wing in WINGS):  # nothing is left to take off
+    if not any((PACKAGE / wing).exists() for wing in WINGS):  # no wing is left
         wings = wings | {"any"}
         Path(__file__).unlink()
         (ROOT / "tests/journeys/test_trim.py").unlink(missing_ok=True)
@@ -90,7 +90,7 @@ if __name__ == "__main__":
         sys.exit(f"error: {unknown[0]}: no such wing; choose from {', '.join(WINGS)}")
     if gone := sorted(wing for wing in chosen if not (PACKAGE / wing).exists()):
         if given != ["--keep=train"]:
-            sys.exit(f"error: {gone[0]}: is already removed")
+            sys.exit(f"error: {gone[0]}: already removed")
         chosen -= set(gone)
     if why := uncommitted():
         sys.exit(f"error: {why}")

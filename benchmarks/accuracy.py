@@ -2,7 +2,7 @@
 
 usage: python benchmarks/accuracy.py [--splits=5] [OPTION ...]
 
-Options of `train` may follow; they hold for both. Runs land in a temporary folder.
+Options of `train` may follow and apply to both. Runs are written to a temporary folder.
 """
 
 import statistics

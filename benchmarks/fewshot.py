@@ -4,7 +4,7 @@
     python benchmarks/fewshot.py times --data.source=omniglot --data.root=small1.zip,small2.zip
     python benchmarks/fewshot.py tool [path/to/folder]
 
-`times` needs easyfsl (pip install easyfsl). `tool` takes 5 pictures of each class, and tests on the others.
+`times` needs easyfsl (pip install easyfsl). `tool` learns from 5 pictures per class and tests on the others.
 """
 
 import csv
@@ -36,7 +36,7 @@ PICTURES = 5
 
 
 def heads(options):
-    """Every head before and after meta-training, each trained with as many examples as it is tested with."""
+    """Every head before and after meta-training, trained and tested with the same number of examples."""
     found = {}
     with tempfile.TemporaryDirectory() as logs:
         for k_shot in (1, 5):
@@ -57,7 +57,7 @@ def heads(options):
 
 
 def times(options):
-    """Prototypes on 1,000 episodes, beside easyfsl on the same; ANIL over 2,000 training episodes."""
+    """Prototypes on 1,000 episodes, compared with easyfsl on the same; ANIL over 2,000 training episodes."""
     from easyfsl.methods import PrototypicalNetworks
 
     data = EpisodeData(**{option.removeprefix("--data.").split("=")[0]: option.split("=")[1] for option in options})
@@ -76,7 +76,7 @@ def times(options):
         theirs.append(time.perf_counter() - started)
     print(f"headstart, sampling included: {min(ours):.3f} s, accuracy {mean_and_half_width(own)[0]:.4f}")
     print(f"easyfsl, without sampling:    {min(theirs):.3f} s, accuracy {mean_and_half_width(other)[0]:.4f}")
-    print(f"{min(theirs) / min(ours):.1f} times faster; episodes of another accuracy: {int((own != other).sum())}")
+    print(f"{min(theirs) / min(ours):.1f} times faster; episodes that differ in accuracy: {int((own != other).sum())}")
     with tempfile.TemporaryDirectory() as logs:
         epochs = ["--max_epochs=2", "--data.train_episodes=1000", "--k_shot=5", f"--logs={logs}"]
         result = main(["fewshot", "--head=anil", "--train", *epochs, *options])
@@ -90,7 +90,7 @@ def _easyfsl(model, episode):
 
 
 def tool(options):
-    """5 pictures per class: saved as a checkpoint, evaluated; beside it a linear head trained on the same."""
+    """5 pictures per class: saved as a checkpoint and evaluated, compared with a trained linear head."""
     root = Path(options[0]) if options else DEMO
     print("| head | seconds, with all imports of torch done | accuracy on the other pictures |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:

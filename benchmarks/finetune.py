@@ -2,8 +2,8 @@
 
 usage: python benchmarks/finetune.py [FOLDER] [--splits=5] [OPTION ...]
 
-FOLDER is the demo if it is left out; one with train/ and val/ is put together and split anew. Options of `finetune` may
-follow, and hold for all that is fine-tuned. Runs land in a temporary folder.
+FOLDER defaults to the demo; train/ and val/ are merged and split again. Options of `finetune` may follow and apply to
+all fine-tuned networks. Runs are written to a temporary folder.
 """
 
 import statistics
@@ -15,7 +15,7 @@ from headstart.cli import main
 from headstart.data.folders import images, of_splits, subfolders
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SIZE = 128  # what the bundled weights were made for; random ones would take 224
+SIZE = 128  # the size for which the bundled weights were trained; random ones would use 224
 ONLINE = ["--data.cache=false", "--data.augment=light"]
 SCRATCH = ["--batch_norm=train", "--model.lr=0.001", "--trainer.max_epochs=30"]
 # Name -> weights, and options of `finetune`.
@@ -26,8 +26,8 @@ WAYS = {
 }
 
 
-def together(root: Path, folder: Path) -> Path:
-    """One folder a class, of links to the images of every split."""
+def merged(root: Path, folder: Path) -> Path:
+    """One folder per class, with links to the images of every split."""
     for part in of_splits(root):
         for name in subfolders(part):
             (folder / name).mkdir(exist_ok=True)
@@ -58,7 +58,7 @@ if __name__ == "__main__":
     given = [a for a in sys.argv[1:] if a.startswith("--") and not a.startswith("--splits=")]
     root = next((Path(a).resolve() for a in sys.argv[1:] if not a.startswith("--")), REPOSITORY / "data/clipart")
     with tempfile.TemporaryDirectory() as logs, tempfile.TemporaryDirectory() as folder:
-        data = together(root, Path(folder))
+        data = merged(root, Path(folder))
         table = [measure(data, seed, given, logs) for seed in range(splits)]
     print(f"\n| {root.name} | test accuracy, mean of {splits} splits | each split | seconds |\n|---|---|---|---|")
     for name in table[0]:

@@ -1,8 +1,8 @@
-"""How many of 20 labels, changed at random, are among the first that `headstart check` doubts.
+"""Share of 20 randomly changed labels that are among the first that `headstart check` lists.
 
     python benchmarks/labels.py [path/to/folder]
 
-Five seeds. Beside it: a ranking by the loss of one round of five folds on the plain features, and chance.
+Mean of five seeds; compared with a ranking by the loss of plain features over five folds, and with chance.
 """
 
 import argparse
@@ -23,7 +23,7 @@ DEMO = Path(__file__).parent.parent / "data" / "clipart"
 
 
 def plain_losses(matrix, labels, classes):
-    """Of heads on five folds, each fitted once, at scikit-learn's own strength (C = 1)."""
+    """Out-of-fold losses of heads fitted once on five folds, at scikit-learn's default strength (C = 1)."""
     folds = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)) % FOLDS
     found = torch.zeros(len(labels), classes)
     for fold in range(FOLDS):

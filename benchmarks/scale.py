@@ -7,8 +7,8 @@ usage: python benchmarks/scale.py cifar FOLDER [OPTION ...]
 cifar: FOLDER holds train/ and test/ with CIFAR-10's images. Computes all features with the bundled backbone, then
        compares AdamW, the winner of `tune`, L-BFGS, and scikit-learn's LogisticRegression on the same matrix
        (`pip install scikit-learn`).
-rows:  writes so many random rows of 512 features as a cache, and trains a 10-epoch head on them through the data
-       module; time, and peak anonymous memory (Linux).
+rows:  writes the given number of random rows of 512 features as a cache, and trains a 10-epoch head on them through
+       the data module; prints the time and the peak anonymous memory (Linux).
 heads: trains 64 heads at once and one alone on the demo's features, 25 epochs, without a Trainer.
 """
 
@@ -81,7 +81,7 @@ def row(number: int) -> bytes:
 
 def cache_of(data: ImageData, backbone: FrozenBackbone) -> FeatureCache:
     cpu, store = torch.device("cpu"), data.store
-    backbone.preprocessing.bits = 16  # as in data without deeper images
+    backbone.preprocessing.bits = 16  # as for data without images of more bits
     key = cache_key(backbone, cpu, feature_dtype(store.feature_precision, cpu), store.max_pixels, {"policy": "none"})
     return FeatureCache(store.cache_dir, key)
 
@@ -100,7 +100,7 @@ def write_rows(cache: FeatureCache, count: int, piece: int = 4096) -> None:
 
 
 def rows(count: int) -> None:
-    FeatureCache._agree = lambda *_: True  # behind these rows are no images to compare with
+    FeatureCache._agree = lambda *_: True  # there are no images to compare these rows with
     with tempfile.TemporaryDirectory() as folder:
         data = ImageData(Rows(count), cache_dir=folder, batch_size=1024)
         model = TransferClassifier(data.class_names)
@@ -144,7 +144,7 @@ def cifar(root: str, options: list[str]) -> None:
 
 
 def limit(data: ImageFolderData, backbone: FrozenBackbone, count: int = 3200) -> float:
-    """Images a second, of decoding by a thread a core and then one forward pass, on so many of the images."""
+    """Images per second of decoding with one thread per core, then one forward pass, on ``count`` images."""
     from concurrent.futures import ThreadPoolExecutor
 
     cpu = torch.device("cpu")

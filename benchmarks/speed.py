@@ -1,17 +1,17 @@
-"""How long a head takes on photographs, five ways, on the machine it runs on; alone, please.
+"""Time to train a head on photographs, in five ways; run nothing else on the machine.
 
 usage: python benchmarks/speed.py DATA [--epochs=25] [--only=limit,cold,warm,lightning,plain]
 
 DATA holds train/ and val/, such as the PyTorch transfer-learning tutorial's hymenoptera. Everything is at 224 pixels
-on random weights, since the time does not depend on them. Each way runs in a process of its own; imports are left out
-of all of them.
+on random weights, since the time does not depend on them. Each way runs in a process of its own; imports are not
+counted.
 
   plain      the article's loop: plain PyTorch, fp32, batch 32, 2 workers; images decoded and the frozen ResNet18 run
              in every epoch, over train and val
   lightning  the same through headstart without its cache
   cold       headstart, with an empty cache
-  warm       headstart, once more
-  limit      decoding each image once (a thread a core), then one forward pass of each in the cache's arithmetic
+  warm       headstart, with the cache of the cold run
+  limit      decoding each image once (one thread per core), then one forward pass of each in the cache's precision
 """
 
 import json
@@ -64,7 +64,7 @@ def plain(data: Path, epochs: int) -> dict[str, Any]:
 
 
 def headstart(data: Path, epochs: int, *options: str) -> dict[str, Any]:
-    import matplotlib.pyplot  # noqa: F401  # imports are left out
+    import matplotlib.pyplot  # noqa: F401  # imports are not counted
     import torch.fx.experimental.optimization
     from torch.utils import tensorboard  # noqa: F401
 
@@ -88,7 +88,7 @@ def headstart(data: Path, epochs: int, *options: str) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     parts = {name: result["seconds"][name] for name in ("scan", "features", "fit", "test")}
     cache = Path(os.environ["HEADSTART_CACHE"])
-    # What decoding and the backbone took, by the cache's own record; `features` holds reading, folding and writing too.
+    # Time of decoding and the backbone, as recorded in the cache; `features` includes reading, folding and writing.
     parts["extraction"] = sum(Shard.open(path).seconds for path in cache.glob("features/*/*.safetensors"))
     return {"seconds": seconds, "images through the backbone": images[0]} | parts
 

@@ -268,7 +268,7 @@ def test_a_batch_may_be_larger_than_the_data(colours, train):
 def test_a_monitor_must_be_logged(colours, refused, train):
     stopping = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor"]
     line = refused("train", f"--data.root={colours}", *SMALL, stopping[0], f"{stopping[1]}=val/los")
-    assert "EarlyStopping watches 'val/los', which is not logged" in line
+    assert "EarlyStopping monitors 'val/los', which is not logged" in line
     assert "val/loss" in line
     assert not Path("logs").exists()
     train(colours, stopping[0], f"{stopping[1]}=val/f1", "--trainer.callbacks.patience=1", "--trainer.max_epochs=3")
@@ -287,7 +287,7 @@ def test_which_learning_rate_wins_is_said(colours, train, capsys):
     last = newest_run() / "checkpoints/last.ckpt"
     capsys.readouterr()
     train(colours, "--trainer.max_epochs=4", "--model.lr=0.5", f"--ckpt_path={last}")
-    assert "--model.lr=0.5 has no effect: the optimizer goes on with the checkpoint's 0.02" in capsys.readouterr().out
+    assert "--model.lr=0.5 has no effect: the optimizer resumes with the checkpoint's 0.02" in capsys.readouterr().out
     state = torch.load(newest_run() / "checkpoints/last.ckpt", weights_only=True)
     assert state["lr_schedulers"][0]["base_lrs"] == [0.02]
 

@@ -171,4 +171,4 @@ def test_a_backbone_without_places_has_no_maps(colours, train, refused):
     )
     checkpoint = newest_run() / "checkpoints/last.ckpt"
     image = str(colours / "red/000.png")
-    assert "no mean over places" in refused("predict", f"--ckpt_path={checkpoint}", image, "--explain=maps")
+    assert "not a spatial mean" in refused("predict", f"--ckpt_path={checkpoint}", image, "--explain=maps")

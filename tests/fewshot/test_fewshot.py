@@ -325,7 +325,7 @@ def test_omniglot_zips_are_read_and_repeated_characters_are_there_once(tmp_path)
     again = classes_of("omniglot", str(found.root), tmp_path / "cache")
     assert again.class_names == found.class_names
     (tmp_path / "bad.zip").write_text("no zip")
-    with pytest.raises(UserError, match="no zip file"):
+    with pytest.raises(UserError, match="not a zip file"):
         classes_of("omniglot", str(tmp_path / "bad.zip"), tmp_path / "cache")
     with pytest.raises(UserError, match="no such file"):
         classes_of("omniglot", "nowhere.zip", tmp_path / "cache")
@@ -458,7 +458,7 @@ def test_a_content_has_one_row_per_class(fewshot, shapes, capsys):
         (shapes / f"class00/copy{number}.png").write_bytes((shapes / "class00/00.png").read_bytes())
     result = fewshot("--name=copies")
     assert sum(result["images"].values()) == 16 * 16
-    assert capsys.readouterr().out.count("3 image(s) are copies of others of their class") == 1
+    assert capsys.readouterr().out.count("3 image(s) are copies of others in their class") == 1
 
 
 def test_a_root_means_a_folder(shapes):

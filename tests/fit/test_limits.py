@@ -34,7 +34,7 @@ def test_a_share_of_the_batches_that_is_none_is_refused(own, refused):
 @pytest.mark.parametrize("option", ["limit_val_batches=0", "check_val_every_n_epoch=5"])
 def test_without_a_validation_the_last_checkpoint_is_tested(option, own, train, capsys):
     result = train(own, "--trainer.max_epochs=2", f"--trainer.{option}", "--report=true")
-    assert "nothing was validated, so the last checkpoint is taken" in capsys.readouterr().out
+    assert "nothing was validated, so the last checkpoint is used" in capsys.readouterr().out
     assert "val/acc" not in result
     assert result["test/acc"] >= 0
     assert json.loads((newest_run() / "result.json").read_text()) == result

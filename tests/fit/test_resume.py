@@ -138,7 +138,7 @@ def test_two_processes_do_not_resume_one_run(own, stopped, refused):
     run = stopped(own)
     before = (run / CKPT).read_bytes()
     with FileLock(run / ".lock"):
-        assert "another process trains this run" in refused("train", "--ckpt_path=last")
+        assert "another process is training this run" in refused("train", "--ckpt_path=last")
     assert (run / CKPT).read_bytes() == before
     assert "epochs" not in main(["train", "--ckpt_path=last", "--report=false"])
 

@@ -213,7 +213,7 @@ def test_the_fewshot_times_in_a_small_form(run, copy):
     options = ["--data.source=folder", f"--data.root={copy / 'classes'}"]
     done = run("python", "benchmarks/fewshot.py", "times", *options)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "episodes of another accuracy: 0" in done.stdout
+    assert "episodes that differ in accuracy: 0" in done.stdout
 
 
 def test_the_scale_benchmarks_in_a_small_form(run, copy, tmp_path):

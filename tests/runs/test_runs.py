@@ -41,7 +41,7 @@ def test_losses_are_best_when_low(colours, train):
 def test_a_mistake_is_one_line(colours, train, refused):
     assert "no runs in there" in refused("runs")
     train(colours, "--trainer.max_epochs=1")
-    assert "--sort=speed: no such column; there are run, " in refused("runs", "--sort=speed")
+    assert "--sort=speed: no such column; choose from run, " in refused("runs", "--sort=speed")
     Path("runs.csv").write_text("mine")
     assert "is there already" in refused("runs", "--csv=runs.csv")
     assert Path("runs.csv").read_text() == "mine"

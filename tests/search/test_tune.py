@@ -142,7 +142,7 @@ def test_draws_lie_between_the_ends_of_the_grid(mixed):
         ("--tune.lr=[-1]", "--tune.lr"),
         ("--folds=1", "give 2 or more"),
         ("--folds=50", "a fold has no image"),
-        ("--model.head=mlp", "the search is of linear heads"),
+        ("--model.head=mlp", "the search trains linear heads only"),
         ("--data.cache=false", "leave the cache on"),
         ("--tune.lrs=[1]", "did you mean --tune.lr?"),
     ],

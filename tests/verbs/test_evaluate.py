@@ -52,16 +52,16 @@ def test_images_that_trained_the_head_are_counted(checkpoint, trained, tmp_path,
     own = trained / "colours"
     options = ["evaluate", f"--ckpt_path={checkpoint}", "--report=false"]
     result = main([*options, f"--data.root={own}"])
-    said = f"{counts['train']} of 60 images trained this head, and {counts['val']} chose its epoch"
+    said = f"{counts['train']} of 60 images were in training, and {counts['val']} chose the epoch"
     assert f"{said}; on the {counts['test']} new ones: acc 1.000" in capsys.readouterr().out
     assert result["new/acc"] == 1.0
     line = refused(*options, f"--data.root={own}", "--data.strict=true")
-    assert f"{counts['train'] + counts['val']} of these images trained this head or chose its epoch" in line
+    assert f"{counts['train'] + counts['val']} of these images were in training or chose the epoch" in line
     other = draw(tmp_path / "other", images=5, seed=3)
     assert "new/acc" not in main([*options, f"--data.root={other}", "--data.strict=true"])
     checkpoint.rename(tmp_path / "alone.ckpt")
     main(["evaluate", "--ckpt_path=alone.ckpt", "--report=false", f"--data.root={own}"])
-    assert "nobody knows whether" in capsys.readouterr().out
+    assert "it is unknown whether" in capsys.readouterr().out
 
 
 @pytest.mark.wing("fewshot")
@@ -70,4 +70,4 @@ def test_a_head_of_few_pictures_knows_them(tmp_path, capsys):
     few = draw(tmp_path / "few", images=3)
     main(["fewshot", f"--data.root={few}", "--save=few.ckpt", "--model.image_size=32"])
     main(["evaluate", "--ckpt_path=few.ckpt", f"--data.root={few}", "--report=false"])
-    assert "9 of 9 images trained this head, and 0 chose its epoch; none is new" in capsys.readouterr().out
+    assert "9 of 9 images were in training, and 0 chose the epoch; none is new" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""A wing: what is wrong with a folder of images, found from their features.
+"""A wing: finds problems in a folder of images from their features.
 
 Begin with `findings.py`. May import everything but verbs and other wings; only `verbs/check.py` imports it.
 """

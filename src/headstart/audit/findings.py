@@ -1,4 +1,4 @@
-"""What there is to look at in a folder: damaged files, duplicates, likely wrong labels, outliers, small classes."""
+"""Problems in a folder of images: damaged files, duplicates, likely wrong labels, outliers, small classes."""
 
 import math
 from collections import defaultdict
@@ -14,8 +14,8 @@ from headstart.data.sources import Source
 from headstart.data.splits import Item
 from headstart.search.neighbours import neighbours
 
-# Cosine of centred, rooted features. Recompressed, resized and slightly cropped photographs lie above it (0.92 to
-# 0.99 at the 5 % quantile on ants and bees, in which no other pair reaches 0.8).
+# Cosine similarity of centred, rooted features. Recompressed, resized and slightly cropped photographs lie above it
+# (0.92 to 0.99 at the 5 % quantile on ants and bees, where no other pair reaches 0.8).
 NEAR = 0.9
 NEIGHBOURS = 5
 # Robust standard deviations below the median similarity to the neighbours.
@@ -26,7 +26,7 @@ KINDS = {
     "damaged": "cannot be read",
     "duplicate": "identical to others",
     "near-duplicate": "almost identical to others",
-    "label": "labels to look at, the worst first",
+    "label": "labels to check, worst first",
     "outlier": "unlike all others",
     "small class": f"classes of fewer than {FEW_IMAGES} images",
 }
@@ -34,22 +34,21 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to look at."""
+    """A likely problem."""
 
     kind: str  # a key of ``KINDS``
     path: str  # the image's path, or the name of a small class
-    class_name: str  # the class that it is in
-    split: str = ""  # the split that it would be in
-    note: str = ""  # why, or what it should be
-    score: float = 1.0  # the larger, the surer; for near-duplicates, the similarity
-    group: int = 0  # number of the images that belong together; 0: none
+    class_name: str  # the image's class
+    split: str = ""  # the image's split in `train`
+    note: str = ""  # the reason, or a suggestion
+    score: float = 1.0  # larger: more certain; for near-duplicates, the similarity
+    group: int = 0  # number of the group of duplicates; 0: none
 
 
 def find(source: Source, skipped: Mapping[str, str], items: Sequence[Item], features: Tensor) -> Iterator[Finding]:
-    """All findings, kind by kind, the surest first.
+    """Yields all findings, kind by kind, most certain first.
 
-    ``skipped`` has the reasons of the images that cannot be read, by path; ``features`` [N, D], those of the others,
-    are rooted.
+    ``skipped`` has the reasons for unreadable images, by path; ``features`` [N, D] are those of the others, ``rooted``.
     """
     names = source.class_names
     labels = torch.tensor([item.label for item in items])
@@ -68,7 +67,7 @@ def find(source: Source, skipped: Mapping[str, str], items: Sequence[Item], feat
         if isolation[number] > OUTLYING:
             item = items[number]
             score = float(isolation[number])
-            note = f"{score:.1f} robust deviations from the usual likeness"
+            note = f"{score:.1f} robust deviations below the usual similarity"
             yield Finding("outlier", item.path, names[item.label], item.split or "", note, score)
     counts = torch.bincount(labels, minlength=len(names)).tolist()
     for name, count in sorted(zip(names, counts, strict=True), key=lambda pair: pair[1]):
@@ -85,7 +84,7 @@ def rooted(features: Tensor) -> Tensor:
 
 
 def isolations(similarities: Tensor) -> Tensor:
-    """How isolated each image is: robust deviations of its mean similarity to its k neighbours below the median, [N].
+    """Isolation of each image, [N]: robust deviations of its mean similarity to k neighbours below the median.
 
     Ramaswamy et al., "Efficient Algorithms for Mining Outliers from Large Data Sets", SIGMOD 2000.
     """
@@ -95,8 +94,8 @@ def isolations(similarities: Tensor) -> Tensor:
 
 
 def near_groups(pairs: Tensor, digests: Sequence[bytes]) -> list[list[int]]:
-    """Positions that chains of near-duplicate pairs [P, 2] connect; identical contents alone are no near-duplicates."""
-    from scipy.sparse import coo_array  # where it is used, since scipy takes a while to import
+    """Groups of positions connected by near-duplicate pairs [P, 2], without groups of identical files only."""
+    from scipy.sparse import coo_array  # imported here, since scipy is slow to import
     from scipy.sparse.csgraph import connected_components
 
     ones, size = torch.ones(len(pairs)).numpy(), len(digests)
@@ -108,7 +107,7 @@ def near_groups(pairs: Tensor, digests: Sequence[bytes]) -> list[list[int]]:
 
 
 def _label_findings(items: Sequence[Item], labels: Tensor, logits: Tensor, names: Sequence[str]) -> Iterator[Finding]:
-    """Images of which another class is as probable as it is, on average, for images of that class.
+    """Yields images for which another class is at least as probable as on average for images of that class.
 
     Northcutt et al., "Confident Learning", JAIR 2021; ordered by the out-of-fold loss.
     """
@@ -127,7 +126,7 @@ def _label_findings(items: Sequence[Item], labels: Tensor, logits: Tensor, names
 
 
 def _groups(digests: Sequence[bytes]) -> list[list[int]]:
-    """The positions of identical contents, where there are several."""
+    """Groups of two or more positions with identical content."""
     positions: dict[bytes, list[int]] = defaultdict(list)
     for position, digest in enumerate(digests):
         positions[digest].append(position)
@@ -135,9 +134,9 @@ def _groups(digests: Sequence[bytes]) -> list[list[int]]:
 
 
 def _membership(near: Sequence[list[int]], identical: Sequence[list[int]], size: int) -> list[list[int]]:
-    """The group of each position: near-duplicates (which hold their identical copies too), identical ones, itself.
+    """The group of each position: near-duplicates (with their identical copies), identical copies, or itself.
 
-    A large group is no longer held together: a class in one fold could not be learnt by the others.
+    Large groups may be divided: a class within a single fold could not be learnt from the others.
     """
     member = [[position] for position in range(size)]
     for group in [*identical, *near]:
@@ -162,7 +161,7 @@ def _group_findings(
 
 
 def csv_rows(findings: Sequence[Finding]) -> Iterator[list[Any]]:
-    """What ``check.csv`` holds."""
+    """The rows of ``check.csv``."""
     yield ["problem", "path", "class", "split", "note", "score", "group"]
     for found in findings:
         at = found.kind, found.path, found.class_name, found.split, found.note

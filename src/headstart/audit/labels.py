@@ -1,4 +1,4 @@
-"""Labels to look at: probabilities of each image by heads that did not see it."""
+"""Likely wrong labels, by out-of-fold probabilities."""
 
 import torch
 from torch import Tensor
@@ -9,18 +9,18 @@ from headstart.terminal import images_bar
 
 FOLDS, REPEATS = 5, 3
 PENALTIES = (0.1, 0.03, 0.01, 0.003)
-# Above so many images the probabilities come from one round at one penalty.
+# With more images, the probabilities come from one round at one penalty.
 MAX_IMAGES_REPEATED, DEFAULT_PENALTY = 10_000, 0.01
 DOUBTED_SHARE = 0.05
 TOLERANCE = 1e-3  # enough for probabilities that are averaged
 
 
 def out_of_fold(features: Tensor, labels: Tensor, num_classes: int, groups: Tensor) -> Tensor:
-    """Log probabilities of each image by heads that did not see it, [N, C].
+    """Log probabilities [N, C] of each image by heads that were not trained on it.
 
-    Exact heads over 5 folds give the L2 penalty with the lowest loss, and the 5 % of the images that fit worst. Heads
-    that were not taught by those, averaged over 3 partitions, give the probabilities. The features [N, D] are rooted;
-    images of one group share a fold.
+    5-fold cross-validation of exact heads gives the L2 penalty with the lowest loss, and the 5 % of the images with the
+    highest. Heads trained without those, averaged over 3 partitions, give the probabilities. The features [N, D] are
+    rooted; images of one group share a fold.
     """
     features = features / features.square().mean().sqrt()
     everything = torch.ones(len(labels), dtype=torch.bool)
@@ -46,7 +46,7 @@ def out_of_fold(features: Tensor, labels: Tensor, num_classes: int, groups: Tens
 
 
 def losses(log_probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of each image, [N]: the higher, the less its label fits."""
+    """Cross entropy of each image, [N]; high where the label does not fit."""
     return -log_probabilities.gather(1, labels[:, None])[:, 0]
 
 

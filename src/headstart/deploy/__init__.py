@@ -1,4 +1,4 @@
-"""A wing: a trained head as an ONNX file or as torchvision's own weights, and maps of where it looks.
+"""A wing: exports a trained head to ONNX or to torchvision's own weights, and draws class activation maps.
 
-Begin with `onnx.py`. May import everything but verbs and other wings; only its verbs import it.
+Begin with `onnx.py`. May import everything but verbs and other wings; only its commands import it.
 """

@@ -1,4 +1,4 @@
-"""Check pictures beside an export, by which a program in any language proves that it decodes images as we do."""
+"""Check pictures for an export, to test that a program in any language decodes images as headstart does."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from headstart.deploy.onnx import Exported
 from headstart.images import Preprocessing, preprocess
 from headstart.model.classifier import TransferClassifier
 
-# How far a program's probabilities may be from those that are wanted.
+# Maximum difference of a program's probabilities from the expected ones.
 TOLERANCE = 1e-3
 DRAWN = 40
 ORIENTATION, TURNED = 0x0112, 6  # EXIF's tag, and its value for an image that is stored on its side
@@ -23,8 +23,8 @@ ORIENTATION, TURNED = 0x0112, 6  # EXIF's tag, and its value for an image that i
 def check_files(module: TransferClassifier) -> dict[str, bytes]:
     """The content of five pictures and of ``expected.json``, by name.
 
-    They are drawn, since the images of a head's run may be private. Of 40 drawings the head is least sure of these, so
-    that a picture which is decoded otherwise has other probabilities.
+    The pictures are drawn, since a run's images may be private. They are the least confident of 40 drawings, so that
+    wrong decoding changes the probabilities.
     """
     preprocessing = module.backbone.preprocessing
     sure = _probabilities(module, [_encoded(_drawing(seed), "PNG") for seed in range(DRAWN)]).max(dim=1).values
@@ -65,7 +65,7 @@ def _drawing(seed: int, scale: int = 1) -> Image.Image:
 
 
 def _of_16_bits(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """Gray in the training data's range, of which each value is scaled to the very gray of 8 bits that it was."""
+    """16-bit gray in the training data's range; scaled back, it has exactly the image's 8-bit values."""
     white = min(preprocessing.white, 2**16 - 1)
     return Image.fromarray((-(-np.asarray(image.convert("L"), np.int64) * white // 255)).astype(np.uint16))
 
@@ -78,7 +78,7 @@ def _encoded(image: Image.Image, form: str, **options: Any) -> bytes:
 
 @torch.no_grad()
 def _probabilities(module: TransferClassifier, pictures: list[bytes]) -> Tensor:
-    """The head's own, of the content of image files, [N, C]."""
+    """The head's probabilities [N, C] for the content of image files."""
     preprocessing = module.backbone.preprocessing
     images = [preprocess(decode(data, preprocessing), preprocessing) for data in pictures]
     probabilities: Tensor = Exported(module)(torch.stack(images))

@@ -1,4 +1,4 @@
-"""Where a linear head looks: class activation maps, exact and without a backward pass."""
+"""Class activation maps of a linear head, exact and without a backward pass."""
 
 import torch
 from matplotlib import colormaps
@@ -11,12 +11,11 @@ from headstart.model.backbone import FrozenBackbone
 
 
 class ClassActivation:
-    """Class activation maps of the images that a backbone saw last; weight: the head's, [C, D].
+    """Class activation maps of the images in a backbone's last batch; ``weight`` is the head's, [C, D].
 
-    The features of such a backbone are the mean of its last feature map over the places, and the head is linear, so
-    each logit is the mean over the places of <weight, map>, plus the bias: that product is the map, with nothing
-    approximated. Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR 2016. A backbone whose
-    features are no such mean is an error.
+    The features are the spatial mean of the last feature map, and the head is linear, so each logit is the spatial mean
+    of <weight, feature map>, plus the bias: that product is the exact map. A backbone with other features is an error.
+    Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR 2016.
     """
 
     def __init__(self, backbone: FrozenBackbone, weight: Tensor) -> None:
@@ -30,10 +29,10 @@ class ClassActivation:
             with torch.no_grad():
                 features = backbone(images)
         if not pools or not _close(self._map, features):
-            raise UserError(f"--explain: the features of {backbone.name} are no mean over places; a resnet's are")
+            raise UserError(f"--explain: the features of {backbone.name} are not a spatial mean; use a resnet")
 
     def __call__(self, labels: Tensor) -> Tensor:
-        """The maps [B, h, w] of one class an image, of the first B images of the last forward pass."""
+        """Maps [B, h, w] of one class per image, for the first B images of the last batch."""
         maps = self._map[: len(labels)].float().cpu()
         return torch.einsum("bchw,bc->bhw", maps, self._weight[labels])
 
@@ -42,14 +41,14 @@ class ClassActivation:
 
 
 def _close(feature_map: Tensor, features: Tensor) -> bool:
-    """Whether the features are the mean of the map over its places, as far as bf16 can tell."""
+    """Whether the features are the spatial mean of the map, within bf16's precision."""
     if feature_map.ndim != 4 or feature_map.shape[:2] != features.shape:
         return False
     return torch.allclose(feature_map.float().mean(dim=(2, 3)), features, rtol=0.05, atol=0.05)
 
 
 def overlay(pixels: Tensor, heat: Tensor) -> Image.Image:
-    """The picture [3, H, W] uint8 under its map [h, w]; yellow speaks for the class, dark blue does not."""
+    """Blends a picture [3, H, W] uint8 with its map [h, w]; yellow is evidence for the class, dark blue is not."""
     positive = heat.clamp(min=0) / heat.max().clamp(min=1e-12)
     sized = functional.resize(positive[None], list(pixels.shape[1:]), antialias=True)[0]
     colour = torch.from_numpy(colormaps["cividis"](sized.numpy())[..., :3]).permute(2, 0, 1)

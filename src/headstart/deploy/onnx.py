@@ -1,4 +1,4 @@
-"""A trained head and its backbone as one ONNX file, which needs no headstart."""
+"""Exports a trained head and its backbone to one ONNX file, which does not need headstart."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ class Exported(nn.Module):
 
 
 def to_onnx(module: TransferClassifier) -> bytes:
-    """ONNX, of any number of images; class names and preprocessing are JSON in its metadata."""
+    """ONNX with a dynamic batch size; class names and preprocessing are JSON in the metadata."""
     import onnx
 
     images = module.example_input_array
@@ -36,7 +36,7 @@ def to_onnx(module: TransferClassifier) -> bytes:
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own, of its own calls
+        warnings.simplefilter("ignore")  # raised by the exporter's own code
         program: Any = torch.onnx.export(
             Exported(module).eval(),
             (images.repeat(2, 1, 1, 1),),

@@ -1,4 +1,4 @@
-"""A trained head in the state dict of the backbone's own library, which loads it without headstart."""
+"""Exports a trained head as a state dict of the backbone's own library, which loads it without headstart."""
 
 import io
 
@@ -11,7 +11,7 @@ from headstart.model.heads import linear_head
 
 
 def to_torchvision(module: TransferClassifier) -> bytes:
-    """A state dict of the whole network with the new classifier, in which the temperature is contained."""
+    """A state dict of the whole network with the new classifier, divided by the temperature."""
     net, path = module.backbone.net, module.backbone.classifier_path
     if path is None:
         raise UserError(f"--output: {module.backbone.name} has no single classifier to replace; export .onnx")
@@ -23,7 +23,7 @@ def to_torchvision(module: TransferClassifier) -> bytes:
 
 
 def run_torchvision(data: bytes, module: TransferClassifier, images: Tensor) -> Tensor:
-    """The probabilities of the library's own network; normalisation is its caller's."""
+    """The probabilities of the library's own network, whose input the caller must normalise."""
     backbone = module.backbone
     assert backbone.classifier_path
     head = nn.Linear(backbone.num_features, len(module.class_names))

@@ -1,4 +1,4 @@
-"""An honest comparison: all heads on the same episodes, with intervals and paired differences."""
+"""Compares heads on the same episodes, with confidence intervals and paired differences."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ COLOURS = (BLUE, ORANGE, GREEN, GREY, "#CC79A7", "#56B4E9", "#E69F00")
 
 @dataclass(frozen=True)
 class Compared:
-    """A head at a number of shots."""
+    """Accuracy of a head at a number of shots."""
 
-    head: str  # its name; "(trained)" after it: meta-trained
+    head: str  # name; with "(trained)" if meta-trained
     k_shot: int  # examples per class
     acc: float  # mean accuracy of the episodes
-    ci95: float  # half the width of its 95 % interval
+    ci95: float  # half-width of the 95 % interval of ``acc``
     gain: float  # mean difference to the baseline on the same episodes
-    gain_ci95: float  # half the width of its 95 % interval
+    gain_ci95: float  # half-width of the 95 % interval of ``gain``
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def accuracies(head: nn.Module, sampler: EpisodeSampler, episodes: int) -> Tenso
 
 
 def compare(heads: Mapping[str, nn.Module], samplers: Mapping[int, EpisodeSampler], episodes: int) -> list[Compared]:
-    """Every head at every number of shots; the baseline, which nothing was trained for, must be among them."""
+    """Tests every head at every number of shots; the untrained baseline must be among the heads."""
     rows = []
     for k_shot, sampler in samplers.items():
         scores = {name: accuracies(head, sampler, episodes) for name, head in heads.items()}

@@ -24,29 +24,29 @@ from headstart.terminal import say
 
 
 class EpisodeData(LightningDataModule):
-    """Episodes of the cached features of a source's classes; batches are ``Episode``s.
+    """Few-shot episodes from a source's cached features; batches are ``Episode``s.
 
-    Validation and test episodes are the same in every epoch and for every method; those of training are new in each.
+    Validation and test episodes are the same in every epoch and for every method; training episodes are always new.
 
     Args:
-        source: glyphs (characters, drawn here), folder (of class folders), or omniglot (its zip files or folders);
-            None: folder where a root is given, else glyphs.
-        root: the folder, or Omniglot's zip file or folder; for omniglot also several, separated by commas.
+        source: glyphs (drawn characters), folder (with class folders), or omniglot (its zip files or folders);
+            None: folder if a root is given, else glyphs.
+        root: folder of classes, or Omniglot's zip files or folders, separated by commas.
         n_way: classes per task.
         k_shot: examples per class.
         n_query: images to classify per class.
-        episodes: tasks of the test.
-        val_episodes: tasks of each validation.
-        train_episodes: tasks of each epoch.
+        episodes: number of test tasks.
+        val_episodes: tasks per validation.
+        train_episodes: tasks per epoch.
         batch_size: tasks per step.
         val_fraction: share of the classes for validation.
-        test_fraction: share of the classes for the test; 1: all, where nothing is trained.
-        split_seed: another seed, another split of the classes.
-        episode_seed: another seed, other episodes.
+        test_fraction: share of the classes for the test; 1: all, if nothing is trained.
+        split_seed: seed of the split of the classes.
+        episode_seed: seed of the episodes.
         num_workers: threads that decode images; None: one per processor core, at most 8.
-        cache_dir: where features are kept; None: $HEADSTART_CACHE, else the user's cache folder.
-        feature_precision: arithmetic of the features; auto: bf16 where the device computes it fast, else fp32.
-        max_pixels: images of more pixels are left out.
+        cache_dir: where to keep features; None: $HEADSTART_CACHE, else the user's cache folder.
+        feature_precision: precision of the features; auto: bf16 where the device computes it fast, else fp32.
+        max_pixels: maximum pixels per image; larger images are left out.
     """
 
     def __init__(
@@ -81,11 +81,11 @@ class EpisodeData(LightningDataModule):
         everything = test_fraction >= 1
         self.parts = split_classes(self.classes, 0.0 if everything else val_fraction, test_fraction, split_seed)
         self.items: list[Item] = []
-        self.repeat: Repeat | None = None  # takes the images of a run, exactly those, each in its split
+        self.repeat: Repeat | None = None  # selects exactly the images of a run, in their splits
         self._features = torch.empty(0)
 
     def load(self, backbone: FrozenBackbone, device: torch.device) -> None:
-        """Scans, splits the classes, and computes or reads the features."""
+        """Scans the images, splits the classes, and computes or reads the features."""
         self.store.load(backbone, device)
         self.store.check_skips()
         items = self.store.items
@@ -94,13 +94,13 @@ class EpisodeData(LightningDataModule):
         self._features = self.store.matrix(self.items).whole().to(device)
 
     def setup(self, stage: str) -> None:
-        """The backbone is in no module here: ``load`` comes first."""
+        """Requires ``load``, since the trained module has no backbone."""
         if not self.items:
             raise UserError("EpisodeData: call load(backbone, device) first")
 
     @property
     def width(self) -> int:
-        """The width D of the features."""
+        """The number of features, D."""
         return self._features.shape[1]
 
     def items_in(self, split: Split) -> list[Item]:
@@ -108,7 +108,7 @@ class EpisodeData(LightningDataModule):
         return [item for item in self.items if item.split == split]
 
     def rows_of(self, split: Split, images: int) -> list[list[int]]:
-        """The rows of the split's classes that have so many images; an image's row is its place in ``items``."""
+        """Rows of each class of the split with at least ``images`` images; a row is a position in ``items``."""
         rows: dict[int, list[int]] = {}
         for row, item in enumerate(self.items):
             if item.split == split:
@@ -116,7 +116,7 @@ class EpisodeData(LightningDataModule):
         return [of_class for of_class in rows.values() if len(of_class) >= images]
 
     def sampler(self, split: Split, size: TaskSize | None = None) -> EpisodeSampler:
-        """Draws the split's episodes; ``size`` None: the data's own."""
+        """Draws the split's episodes; ``size`` defaults to the data's."""
         size = size or self.size
         rows = self.rows_of(split, size.k_shot + size.n_query)
         return EpisodeSampler(self._features, rows, size, split, self.episode_seed)
@@ -142,13 +142,13 @@ class EpisodeData(LightningDataModule):
         return EpisodeLoader(self.sampler("test"), self.episodes, self.batch_size)
 
     def _split(self, items: list[Item]) -> list[Item]:
-        """By class, each content once per class: a copy in the query of a task would be known from its support.
+        """Splits by class, without copies within a class, which would leak from a task's support into its query.
 
-        One whose content is in two splits would be known before, so that is refused.
+        An image in two splits would leak from the training into the test, and is an error.
         """
         once = {(item.label, item.digest): item for item in reversed(items)}
         if len(once) < len(items):
-            say(f"data: {len(items) - len(once)} image(s) are copies of others of their class, and are left out")
+            say(f"data: {len(items) - len(once)} image(s) are copies of others in their class, and are left out")
             items = [item for item in items if once[item.label, item.digest] is item]
         place = {name: split for split in SPLITS for name in self.parts[split]}
         split = [replace(item, split=place[self.class_names[item.label]]) for item in items]

@@ -40,9 +40,9 @@ class TaskSize:
 class EpisodeSampler:
     """Draws tasks from the features [R, D] of all images; ``classes`` has the rows of each class of the split.
 
-    Classes, their order (slots are permuted at random), and the images of each come from a hash of (seed, split, number
-    of the episode), so episode i is the same whatever was drawn before, and methods meet identical episodes. Too few
-    classes, or a class of too few images, are an error.
+    Classes, their random order (slots), and their images come from a hash of (seed, split, number of the episode), so
+    episode i does not depend on earlier ones, and all methods get the same episodes. Too few classes, or too few images
+    in a class, are an error.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class EpisodeSampler:
         needed = size.k_shot + size.n_query
         if len(classes) < size.n_way:
             raise UserError(
-                f"--n_way={size.n_way}: the {split} split has {len(classes)} classes of at least {needed} images "
-                f"(k_shot + n_query); lower --n_way, --k_shot or --n_query, or change the fractions of the splits"
+                f"--n_way={size.n_way}: the {split} split has {len(classes)} classes with at least {needed} images "
+                f"(k_shot + n_query); lower --n_way, --k_shot or --n_query, or change the split fractions"
             )
         if small := [len(rows) for rows in classes if len(rows) < needed]:
             raise UserError(f"--n_query={size.n_query}: a class has {min(small)} images, and {needed} are needed")
@@ -64,7 +64,7 @@ class EpisodeSampler:
         self._key = np.array([seed, SPLITS.index(split)], dtype=np.uint64)
 
     def rows(self, numbers: Sequence[int]) -> Tensor:
-        """The rows of features of the episodes of those numbers, [B, N, K + Q]."""
+        """Feature rows of the episodes with these numbers, [B, N, K + Q]."""
         size = self.size
         base = _mixed(_mixed(_mixed(np.array(list(numbers), dtype=np.uint64)) ^ self._key[0]) ^ self._key[1])
         by_class = _mixed(base[:, None] + np.arange(1, len(self._sizes) + 1).astype(np.uint64))
@@ -76,13 +76,13 @@ class EpisodeSampler:
         return self._rows[torch.from_numpy(classes)[..., None], torch.from_numpy(images)]
 
     def batch(self, numbers: Sequence[int]) -> Episode:
-        """The episodes of those numbers."""
+        """The episodes with these numbers."""
         drawn = self._features[self.rows(numbers)]
         return Episode(drawn[:, :, : self.size.k_shot], drawn[:, :, self.size.k_shot :])
 
 
 class EpisodeLoader:
-    """Batches of episodes; ``start`` tells the number of the first one, when the first batch is asked for."""
+    """Batches of episodes; ``start`` returns the number of the first one when iteration starts."""
 
     def __init__(self, sampler: EpisodeSampler, episodes: int, batch_size: int, start: Callable[[], int] = int) -> None:
         self._sampler, self._episodes, self._batch_size, self._start = sampler, episodes, batch_size, start

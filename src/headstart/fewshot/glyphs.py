@@ -1,6 +1,6 @@
-"""Characters as few-shot classes, drawn from the typefaces that matplotlib ships: data that is always there.
+"""Characters as few-shot classes, drawn in the typefaces that matplotlib ships: data that is always available.
 
-A class is a character; its examples are typefaces, weights, slants and small random distortions. They are drawn once,
+A class is a character; its examples vary in typeface, weight, slant and small random distortions. They are drawn once,
 into the cache, as an ordinary folder: script / character / image.
 """
 
@@ -29,13 +29,13 @@ SIGNS = {
     "arrows": range(0x2190, 0x2200),
     "shapes": range(0x25A0, 0x2600),
 }
-# Characters that match a kept one so closely, drawn to the same size, are left out as look-alikes.
+# Cosine similarity to a kept character, at the same size, above which one is left out as a look-alike.
 LOOK_ALIKE = 0.8
 COMPARED_SIDE = 24
 
 
 def glyphs(cache: Path) -> Path:
-    """The folder of drawings in the cache's folder; drawn at the first use."""
+    """The folder of drawings in the cache, drawn on first use."""
     typefaces = _typefaces()
     versions = f"{matplotlib.__version__} {PIL.__version__} {DRAWING_VERSION}"
     folder = cache / "glyphs" / hashlib.sha256(versions.encode()).hexdigest()[:16]
@@ -46,7 +46,7 @@ def glyphs(cache: Path) -> Path:
             _draw(typefaces, temporary)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose --data.cache_dir") from error
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --data.cache_dir") from error
     return folder
 
 
@@ -71,11 +71,11 @@ def _draw(typefaces: dict[Path, set[int]], folder: Path) -> None:
 
 
 def _examples(character: str, fonts: Sequence[ImageFont.FreeTypeFont]) -> Iterator[Image.Image]:
-    """Drawings in each typeface in turn, turned, slanted, stretched and moved a little, each by its own draw."""
+    """Drawings in each typeface in turn, randomly rotated, slanted, stretched and shifted a little."""
     random = np.random.default_rng(ord(character))
     for font in (fonts[number % len(fonts)] for number in range(EXAMPLES)):
         angle, slant = random.uniform(-0.2, 0.2, 2)
-        wide, high = random.uniform(0.9, 1.3, 2)  # of the plane that is sampled: above 1 the character shrinks
+        wide, high = random.uniform(0.9, 1.3, 2)  # scale of the sampling grid: above 1 the character shrinks
         moved = random.uniform(-4, 4, 2)
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         matrix = turn @ np.array([[1, slant], [0, 1]]) @ np.diag([wide, high])
@@ -86,7 +86,7 @@ def _examples(character: str, fonts: Sequence[ImageFont.FreeTypeFont]) -> Iterat
 
 
 def _plain(character: str, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """Black on white, in the middle."""
+    """Draws the character in black on white, centred."""
     image = Image.new("L", (SIDE, SIDE), 255)
     left, top, right, bottom = font.getbbox(character)
     place = ((SIDE - left - right) / 2, (SIDE - top - bottom) / 2)
@@ -122,7 +122,7 @@ def _script(character: str) -> str | None:
 
 
 def _shape(character: str, font: ImageFont.FreeTypeFont) -> np.ndarray | None:
-    """The character, cut out and drawn to one size, as a vector of length 1; None: it is blank."""
+    """The character, cropped and resized, as a centred unit vector; None if it is blank."""
     plain = _plain(character, font)
     box = plain.point(lambda value: 255 - value).getbbox()
     if box is None:

@@ -1,7 +1,7 @@
 """Heads that learn a task from its support: (support [B, N, K, D], query [B, N, Q, D]) -> logits [B, N * Q, N].
 
-All are vectorised over the B tasks. What of them is meta-trained is an ``nn.Parameter``; a head without any is trained
-already.
+All are vectorised over the B tasks. What is meta-trained is an ``nn.Parameter``; a head without any needs no
+meta-training.
 """
 
 import inspect
@@ -21,7 +21,7 @@ class Prototype(nn.Module):
     """The nearest class mean, by squared Euclidean distance or by cosine with a learnt scale.
 
     Snell et al., "Prototypical Networks for Few-shot Learning", NeurIPS 2017. Cosine: Chen et al., "Meta-Baseline",
-    ICCV 2021. Centring and L2 (length 1): Wang et al., "SimpleShot", 2019; the centre is that of the support.
+    ICCV 2021. Centring and L2 (length 1): Wang et al., "SimpleShot", 2019; the centre is the support's mean.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Ridge(nn.Module):
 
 
 def ridge_dual(rows: Tensor, target: Tensor, strength: Tensor) -> Tensor:
-    """The minimum of |rows W^T - target|^2 + strength |W|^2: [B, M, D], [B, M, N], [B] -> [B, N, D]."""
+    """The W that minimises |rows W^T - target|^2 + strength |W|^2: [B, M, D], [B, M, N], [B] -> [B, N, D]."""
     eye = torch.eye(rows.shape[1], device=rows.device, dtype=rows.dtype)
     gram = rows @ rows.mT + strength[:, None, None] * eye
     weight: Tensor = torch.linalg.solve(gram, target).mT @ rows
@@ -109,7 +109,7 @@ class Logistic(nn.Module):
         n_way, k_shot = support.shape[1:3]
         labels = torch.arange(n_way, device=support.device).repeat_interleave(k_shot)
         coefficients, bias = fit_logistic(support.flatten(1, 2), labels, n_way, self.c)
-        # The weight is in the span of the support, so the Gram matrix is all that is needed of it.
+        # The weight is in the span of the support, so the Gram matrix suffices.
         return query.flatten(1, 2) @ support.flatten(1, 2).mT @ coefficients + bias[:, None]
 
 
@@ -141,12 +141,12 @@ def fit_logistic(rows: Tensor, labels: Tensor, n_way: int, c: float) -> tuple[Te
 
 
 class Anil(nn.Module):
-    """A linear head that takes a few gradient steps on the support, from a start and with a step that are learnt.
+    """A linear head after a few gradient steps on the support; its initial weights and the step size are learnt.
 
     Raghu et al., "Rapid Learning or Feature Reuse? Towards Understanding the Effectiveness of MAML" (ANIL), ICLR 2020:
     MAML (Finn et al., ICML 2017) whose inner loop changes the head alone. Features are centred on the support, whose
-    common part would make the steps diverge, and divided by their length. ``inner_lr`` is where meta-training starts;
-    without ``inner_steps`` the head is the start itself; ``first_order`` leaves out the second derivatives.
+    common part would make the steps diverge, and divided by their length. ``inner_lr`` is the initial step size; with 0
+    ``inner_steps`` the head keeps its initial weights; ``first_order`` leaves out the second derivatives.
     """
 
     def __init__(
@@ -193,8 +193,8 @@ def adaptation(steps: int, first_order: bool) -> Callable[[Linear, Tensor, Tenso
 class Projection(nn.Module):
     """A linear map of the features, meta-trained with the prototype loss; it starts as the identity.
 
-    The loss is Snell et al.'s ("Prototypical Networks", NeurIPS 2017), of squared distances between features that were
-    divided by their mean length over the support; a learnt scale sharpens them.
+    The loss is Snell et al.'s ("Prototypical Networks", NeurIPS 2017), on squared distances between features that are
+    divided by their mean length over the support, with a learnt scale.
     """
 
     def __init__(self, width: int) -> None:
@@ -210,7 +210,7 @@ class Projection(nn.Module):
         return -distances * self.log_scale.exp()
 
 
-# Another head is a class, whose arguments are among MetaLearner's, and a line here.
+# To add a head, write a class whose arguments are among MetaLearner's, and add a line here.
 HEADS: dict[HeadName, Callable[..., nn.Module]] = {
     "prototype": Prototype,
     "ridge": Ridge,
@@ -221,14 +221,14 @@ HEADS: dict[HeadName, Callable[..., nn.Module]] = {
 
 
 def make_head(name: HeadName, n_way: int, width: int, **options: Any) -> nn.Module:
-    """The head of that name, before meta-training; of the options of ``MetaLearner`` it takes its own."""
+    """Makes the named head, before meta-training; options of ``MetaLearner`` that it does not have are ignored."""
     options |= {"n_way": n_way, "width": width}
     own = inspect.signature(HEADS[name]).parameters
     return HEADS[name](**{option: value for option, value in options.items() if option in own})
 
 
 def learnt(head: nn.Module, classes: Sequence[Tensor]) -> Linear:
-    """What a prototype or ridge head learns of one task, as an ordinary linear head: weight [N, D] and bias [N].
+    """What a prototype or ridge head learns from one task, as a linear head: weight [N, D] and bias [N].
 
     ``classes`` are the features of each class's examples, [K, D] each. A prototype must be euclidean and without L2:
     its distances then differ from a linear function by a term that all classes share.
@@ -242,5 +242,5 @@ def learnt(head: nn.Module, classes: Sequence[Tensor]) -> Linear:
     assert head.metric == "euclidean"
     assert not head.l2
     prototypes = torch.stack([rows.mean(dim=0) for rows in classes])
-    # Distances do not change when everything is moved, so centring changes nothing here.
+    # Distances are invariant to translation, so centring changes nothing here.
     return 2 * prototypes, -prototypes.square().sum(dim=1)

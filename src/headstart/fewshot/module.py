@@ -1,4 +1,4 @@
-"""The module that is meta-trained: a head over whole tasks."""
+"""The meta-learning module: a batch is several tasks, and the head learns each from its support."""
 
 from typing import Any, Literal
 
@@ -15,17 +15,17 @@ from headstart.search.intervals import mean_and_half_width
 
 
 class MetaLearner(LightningModule):
-    """Trains a few-shot head on tasks, so that it does well on new tasks of new classes.
+    """Meta-trains a few-shot head on tasks, so that it does well on tasks of new classes.
 
     Args:
         n_way: classes per task.
-        width: width of the features.
+        width: number of features.
         head: prototype, ridge, logistic, anil or projection.
-        lr: learning rate of Adam, over tasks.
-        metric: distance of prototype: euclidean, or cosine with a learnt scale.
+        lr: learning rate of Adam in meta-training.
+        metric: distance of the prototype head: euclidean, or cosine with a learnt scale.
         centre: subtract the mean of the support; prototype only.
         l2: divide features by their length; prototype only.
-        inner_lr: learning rate of anil's inner loop, at the start.
+        inner_lr: initial learning rate of anil's inner loop.
         inner_steps: gradient steps of anil's inner loop.
         first_order: leave out second derivatives; anil only.
     """
@@ -90,11 +90,11 @@ class MetaLearner(LightningModule):
         return torch.optim.Adam(self.head.parameters(), lr=self.hparams["lr"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another head."""
+        """Rejects a checkpoint of another head."""
         made, names = checkpoint["hyper_parameters"], ("head", "n_way", "width")
         theirs, mine = ({name: values.get(name) for name in names} for values in (made, self.hparams))
         if theirs != mine:
-            raise UserError(f"--ckpt_path: is of {theirs}, and this run of {mine}")
+            raise UserError(f"--ckpt_path: was trained with {theirs}, but this run has {mine}")
 
     def _score(self, episode: Episode) -> tuple[Tensor, Tensor]:
         """The mean loss of a batch of tasks, and the accuracy of each, [B]."""

@@ -1,4 +1,4 @@
-"""From a few pictures per class to a checkpoint that every verb takes."""
+"""Saves a head learnt from a few pictures per class as a checkpoint for every command."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,14 +17,14 @@ from headstart.model.heads import linear_head
 
 
 def save(path: Path, module: TransferClassifier, head: nn.Module, classes: Sequence[Tensor]) -> float:
-    """Writes what the head learns of all pictures as an ordinary linear head -> its accuracy on pictures left out.
+    """Writes what the head learns from all pictures as a linear head; returns its leave-one-out accuracy.
 
-    The temperature is fitted on each picture's logits by a head that did not see it. The head is a prototype
-    (euclidean, without L2) or ridge; ``classes`` are the features of each class's pictures, [K, D] each, at least two.
+    The temperature is fitted on the leave-one-out logits. The head must be a prototype (euclidean, without L2) or
+    ridge; ``classes`` are the features of each class's pictures, [K, D] each, K at least 2.
     """
     new_path("--save", path)
     if alone := [name for name, rows in zip(module.class_names, classes, strict=True) if len(rows) < 2]:
-        raise UserError(f"--save={path}: {', '.join(alone[:5])}: one picture, and at least 2 a class are needed")
+        raise UserError(f"--save={path}: {', '.join(alone[:5])}: one picture, but at least 2 per class are needed")
     with torch.no_grad():
         logits, labels = leave_one_out(head, classes)
         weight, bias = learnt(head, classes)
@@ -40,7 +40,7 @@ def save(path: Path, module: TransferClassifier, head: nn.Module, classes: Seque
 
 
 def leave_one_out(head: nn.Module, classes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The logits of each picture by a head that was learnt without it, [M, N], and the labels, [M]."""
+    """The logits [M, N] of each picture by a head learnt without it, and the labels [M]."""
     logits, labels = [], []
     for label, rows in enumerate(classes):
         for number in range(len(rows)):

@@ -1,4 +1,4 @@
-"""Where few-shot classes come from, and which of them train, validate and test."""
+"""Sources of few-shot classes, and their split into training, validation and test classes."""
 
 import hashlib
 import os
@@ -21,18 +21,18 @@ SourceName = Literal["glyphs", "folder", "omniglot"]
 
 
 def source_of(root: str | None) -> SourceName:
-    """The source that is meant where none is named: a root is that of a folder."""
+    """The default source: folder if a root is given, else glyphs."""
     return "folder" if root else "glyphs"
 
 
 @dataclass
 class Classes(FileSource):
-    """A folder of classes, and how they belong together."""
+    """A folder of classes, with their groups and splits."""
 
     root: Path
     class_names: list[str]  # the paths of the classes' folders below the root
     groups: list[str]  # the script or alphabet of each class; classes of one group are never in two splits
-    split: Mapping[str, Split]  # of the classes for which the folder says so; the others are split by hash
+    split: Mapping[str, Split]  # given by the folder for some classes; the others are split by hash
 
     def __post_init__(self) -> None:
         self.path = self.root
@@ -82,11 +82,11 @@ def _grouped(root: Path) -> Classes:
 
 
 def _omniglot(roots: str, cache: Path) -> Path:
-    """One folder of alphabets: the given one, or one that all the given files and folders were brought together in."""
+    """One folder of alphabets: the given one, or one into which all given files and folders were merged."""
     given = [Path(root.strip()).expanduser() for root in roots.split(",")]
     for path in given:
         if not path.exists():
-            raise UserError(f"--data.root={path}: no such file or folder; Omniglot's zip files or folders are read")
+            raise UserError(f"--data.root={path}: no such file or folder; give Omniglot's zip files or folders")
     if len(given) == 1 and given[0].is_dir():
         return given[0].resolve()
     described = "\n".join(f"{path.resolve()} {path.stat()}" for path in given)
@@ -100,7 +100,7 @@ def _omniglot(roots: str, cache: Path) -> Path:
 
 
 def _collect(path: Path, target: Path) -> None:
-    """Copies alphabet / character / image from a zip file or a folder; what is in two of them is there once."""
+    """Copies alphabet / character / image from a zip file or a folder; what is in several is kept once."""
     files: dict[tuple[str, ...], Callable[[], bytes]]
     if path.is_dir():
         files = {found.relative_to(path).parts[-3:]: partial(read_regular, found) for found in path.rglob("*.png")}
@@ -108,7 +108,7 @@ def _collect(path: Path, target: Path) -> None:
         try:
             archive = zipfile.ZipFile(path)
         except (zipfile.BadZipFile, OSError) as error:
-            raise UserError(f"--data.root={path}: no zip file ({error})") from error
+            raise UserError(f"--data.root={path}: not a zip file ({error})") from error
         names = [name for name in archive.namelist() if name.endswith(".png") and "__MACOSX" not in name]
         files = {tuple(name.split("/")[-3:]): partial(archive.read, name) for name in names}
     for parts, read in files.items():
@@ -120,7 +120,7 @@ def _collect(path: Path, target: Path) -> None:
 
 
 def split_classes(classes: Classes, val_fraction: float, test_fraction: float, seed: int) -> dict[Split, list[str]]:
-    """Gives each class a split, whole groups at a time, in the order of the hash of the seed and the group's name.
+    """Assigns a split to each class, in whole groups, ordered by a hash of the seed and the group's name.
 
     The fractions are approximate shares of the classes; a test fraction of 1 puts all into the test.
     """
@@ -137,7 +137,7 @@ def split_classes(classes: Classes, val_fraction: float, test_fraction: float, s
     shares["train"] = 1 - sum(shares.values())
     total = sum(map(len, members.values()))
     for group in order:
-        # To the split that lacks most; so a large group lands where it does least harm.
+        # To the split that lacks most classes, where a large group does least harm.
         lacking = {split: share * total - len(parts[split]) for split, share in shares.items()}
         parts[max(lacking, key=lambda split: lacking[split])] += members[group]
     return parts

@@ -17,7 +17,7 @@ from headstart.terminal import say
 
 
 def make_trainer(accelerator: str, **options: Any) -> Trainer:
-    """A quiet Trainer. Inference mode is off: within it gradients of the inner loop can be zero, silently."""
+    """A quiet Trainer without inference mode, in which gradients of the inner loop can silently be zero."""
     return quiet_trainer(
         accelerator, inference_mode=False, plugins=[SealedCheckpointIO()], log_every_n_steps=1, **options
     )
@@ -33,10 +33,9 @@ def meta_train(
     seed: int,
     checkpoint: Path | None,
 ) -> tuple[Trainer, float]:
-    """Trains the head, and leaves in the module what validates best: the untrained head included.
+    """Meta-trains the head; the module keeps the state with the best validation, be it the untrained one.
 
-    It stops after ``patience`` epochs without a better validation. Returns the trainer, and the validation accuracy of
-    the head before.
+    Stops after ``patience`` epochs without better validation. Returns the trainer and the validation accuracy before.
     """
     seed_everything(seed, workers=True, verbose=False)
     before = make_trainer(accelerator).validate(module, data, verbose=False)[0]["val/acc"]
@@ -58,5 +57,5 @@ def meta_train(
         module.load_state_dict(state)
     else:
         module.head.load_state_dict(untrained)
-        say(f"fewshot: meta-training did not help (val/acc {before:.3f} before, {after:.3f} at best): the head stays")
+        say(f"fewshot: meta-training did not help (val/acc {before:.3f}, then {after:.3f} at best): the old head stays")
     return trainer, before

@@ -1,4 +1,4 @@
-"""The module that is fine-tuned: the last layers of the backbone learn with the head, the rest stays frozen."""
+"""The fine-tuning module: the backbone's last layers are trained with the head, the rest stays frozen."""
 
 from typing import Any, Literal
 
@@ -14,9 +14,9 @@ from headstart.ranges import Fraction, Rate, Share
 
 
 class Front(FrozenBackbone):
-    """The layers before the unfrozen ones, as a backbone of their own, so that its output is cached like any features.
+    """The layers before the unfrozen ones, as a backbone whose output is cached like any features.
 
-    It shares the tensors of its layers with the whole. ``shape`` is its output's for one image, such as (256, 8, 8).
+    It shares its tensors with the whole backbone. ``shape`` is that of its output per image, such as (256, 8, 8).
     """
 
     def __init__(self, whole: FrozenBackbone, layers: nn.Module, before: str) -> None:
@@ -36,18 +36,18 @@ def learning_names(net: nn.Module, unfreeze: str) -> list[str]:
     inside = [place for place, name in enumerate(names) if name.startswith(f"{unfreeze}.")]
     if not inside:
         layers = [name for name, child in net.named_children() if any(True for _ in child.parameters())]
-        raise UserError(f"--unfreeze={unfreeze}: no layer that can learn; give all, or one such as {', '.join(layers)}")
+        raise UserError(f"--unfreeze={unfreeze}: not a trainable layer; give all, or one such as {', '.join(layers)}")
     return names[inside[0] :]
 
 
 def cut(backbone: FrozenBackbone, unfreeze: str) -> tuple[Front, nn.Module] | None:
-    """The backbone in two, before the named layer; None where more than one value passes between the two.
+    """Splits the backbone before the named layer; None if more than one value passes between the two parts.
 
-    So it is with a vision transformer, whose tokens are used in several places.
+    This is so for vision transformers, whose tokens are used in several places.
     """
     try:
         traced = symbolic_trace(backbone.net)
-    except Exception:  # fx's tracer raises many kinds at data-dependent Python
+    except Exception:  # fx raises many kinds of errors on data-dependent Python
         return None
     place = {node: number for number, node in enumerate(traced.graph.nodes)}
     own = [number for node, number in place.items() if f"{node.target}.".startswith(f"{unfreeze}.")]
@@ -68,20 +68,20 @@ def layer_of(name: str) -> str:
 
 
 class FineTunedClassifier(TransferClassifier):
-    """A head, and a backbone whose last layers learn.
+    """A classifier whose backbone's last layers are trained with the head.
 
-    Batches are images, or what the frozen front makes of them, which is cached. The checkpoint holds what learns, so it
-    is an ordinary one to every verb.
+    Batches are images, or the cached output of the frozen front. The checkpoint holds all trained tensors, so it works
+    with every command.
 
     Args:
-        class_names: by label.
-        unfreeze: the first layer of the backbone that learns, such as layer4; all: every layer.
+        class_names: class names, by label.
+        unfreeze: first layer of the backbone to train, such as layer4; all: every layer.
         lr: peak learning rate of the backbone's last layer.
         head_lr: peak learning rate of the head.
-        layer_decay: each layer before the last learns at so many times the rate of the next; 1: all at the same.
-        batch_norm: in the layers that learn: eval keeps the running statistics, train updates them.
-        warmup: share of the steps in which the learning rate rises, before it falls as a cosine.
-        kwargs: as ``TransferClassifier``; the backbone is the one that the head was trained on.
+        layer_decay: ratio of each layer's learning rate to that of the next layer; 1: the same rate for all.
+        batch_norm: mode of the trained batch norm layers: eval keeps the running statistics, train updates them.
+        warmup: share of the steps in which the learning rate rises, before cosine decay.
+        kwargs: arguments of ``TransferClassifier``; the backbone is the one that the head was trained on.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class FineTunedClassifier(TransferClassifier):
         super().__init__(class_names, lr=lr, warmup=warmup, **kwargs)
         self.learning = [f"net.{name}" for name in learning_names(self.backbone.net, unfreeze)]
         self.finetuned = sorted(self.learning)
-        # Not a submodule: both halves are of the backbone's own layers.
+        # In a list, so as not to register a submodule: both halves consist of the backbone's layers.
         self._halves = [cut(self.backbone, unfreeze)]
         for name, parameter in self.backbone.named_parameters():
             parameter.requires_grad_(name in self.learning)
@@ -110,9 +110,9 @@ class FineTunedClassifier(TransferClassifier):
 
     @property
     def frozen(self) -> FrozenBackbone:
-        """What maps an image to the same numbers in every epoch: the layers before those that learn."""
+        """The layers before the trained ones, which map an image to the same numbers in every epoch."""
         if self.front is None:
-            raise UserError("--data.cache=false is needed: nothing is frozen whose output could be cached")
+            raise UserError("--data.cache=false is needed: no frozen layers whose output could be cached")
         return self.front
 
     def features(self, inputs: Tensor) -> Tensor:
@@ -132,14 +132,14 @@ class FineTunedClassifier(TransferClassifier):
         self.take(checkpoint)
 
     def on_train_epoch_start(self) -> None:
-        """The backbone stays in eval mode whatever it is asked, so this is said to each layer."""
+        """Sets the mode layer by layer, since the backbone itself always stays in eval mode."""
         if self.hparams["batch_norm"] == "train":
             for name, module in self.backbone.named_modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.weight" in self.learning:
                     module.train()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The head, and each layer that learns from the last to the first, at a smaller rate each."""
+        """The head, then each trained layer from last to first, with decaying learning rates."""
         layers: dict[str, list[nn.Parameter]] = {}
         for name, parameter in self.backbone.named_parameters():
             if name in self.learning:

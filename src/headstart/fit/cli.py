@@ -1,4 +1,4 @@
-"""What LightningCLI is told, so that one command line trains, resumes and repeats."""
+"""The LightningCLI: one command line that trains, resumes and repeats runs."""
 
 import re
 import sys
@@ -28,34 +28,34 @@ from headstart.runs.history import CONFIG, Run, newest_unfinished
 from headstart.runs.logger import RunLogger
 from headstart.terminal import say
 
-# The other precisions convert the weights, and the backbone's must stay what they are.
+# The other precisions convert the weights, and the backbone's must not change.
 PRECISIONS = ("None", "32", "32-true", "bf16", "bf16-mixed", "16", "16-mixed")
 
 
 class TrainParser(OptionParser, LightningArgumentParser):
-    """Lightning's parser, with short help and errors of one line."""
+    """Lightning's parser, with short help and one-line errors."""
 
-    last_line = "  --help_all                  every option, with those of Lightning's Trainer"
+    last_line = "  --help_all                  list every option, with those of Lightning's Trainer"
 
 
 class TrainCLI(LightningCLI):
-    """Lightning's command line for one model and one kind of data; ``root`` is the data's where none is given."""
+    """Lightning's command line for one model class and image folders; ``root`` is the default of ``--data.root``."""
 
     usage = "python train.py [options]    or    headstart train [options]"
     module_class: type[TransferClassifier] = TransferClassifier
     defaults: Mapping[str, Any] = COMMON | {"max_epochs": 25}
-    ckpt_help = "a checkpoint to resume in a new run, or `last`: resume the newest unfinished run in its own folder"
-    lean_best = False  # whether best.ckpt comes without the optimizer, which is twice as large as what learns
+    ckpt_help = "checkpoint to resume in a new run; `last`: resume the newest unfinished run in its own folder"
+    lean_best = False  # whether best.ckpt leaves out the optimizer, twice the size of the trained parameters
 
     def __init__(self, options: Sequence[str], root: Path | None = None) -> None:
         self.root, self.full_help = root, "--help_all" in options
         # The Trainer's own name for the folder of all runs is accepted too.
         options = [re.sub(r"^(--)?trainer\.default_root_dir(?==|$)", "--logs", option) for option in options]
-        self.init_from: Path | None = None  # the checkpoint that the model starts from; None: it starts anew
+        self.init_from: Path | None = None  # the checkpoint that the model starts from; None: initial values
         self.resume_from: Path | None = None  # the checkpoint whose fit is resumed; None: a new fit
-        self.checkpoint: dict[str, Any] | None = None  # the content of that
+        self.checkpoint: dict[str, Any] | None = None  # the content of ``resume_from``
         self.resumed: Run | None = None  # the run that is resumed in its own folder; None: a new folder
-        self.repeat: Repeat | None = None  # takes the images of the run that is resumed
+        self.repeat: Repeat | None = None  # selects the images of the resumed run
         super().__init__(
             self.module_class,
             ImageFolderData,
@@ -77,12 +77,12 @@ class TrainCLI(LightningCLI):
         return parser
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        described = "seed of the initial values and of the order; true: a random one; false: none"
+        described = "seed of the initial values and of the order of images; true: random; false: not set"
         parser.add_argument("--seed_everything", type=bool | Seed, default=self.seed_everything_default, help=described)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=RunName | None, help="name of the run; None: the name of the data's folder")
-        parser.add_argument("--logs", type=str | None, help="where the run's folder goes; None: logs")
+        parser.add_argument("--logs", type=str | None, help="where to write the run's folder; None: logs")
         parser.add_argument("--ckpt_path", type=str | None, help=self.ckpt_help)
         parser.add_argument("--report", type=bool, default=True, help="draw the figures and write report.html")
         parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
@@ -91,10 +91,10 @@ class TrainCLI(LightningCLI):
             parser.set_defaults({"data.root": str(self.root)})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """A resumed run starts from its own configuration; options of the command line win over it."""
+        """Parses the options; a resumed run starts from its own configuration, which the command line overrides."""
         self.config = parser.parse_args(args)
         if self.config.data.get("csv") and self.config.data.root == str(self.root):
-            self.config.data.root = None  # the demo's folder is for when nothing is given
+            self.config.data.root = None  # the demo is the default only if no data is given
         if self.config.ckpt_path == "last":
             self.resumed = newest_unfinished(self.logs, "train", self.config.name, self._given_data())
             self.config = parser.parse_args([f"--config={self.resumed.folder / CONFIG}", *args])
@@ -109,21 +109,21 @@ class TrainCLI(LightningCLI):
             )
 
     def _given_data(self) -> Path | None:
-        """The data that the command line names; None: it is the demo, or that of a run to resume."""
+        """The data named on the command line; None: the demo, or the data of the run to resume."""
         data = self.config.data
         given = data.get("csv") or (data.root if data.root != str(self.root) else None)
         return Path(given).expanduser() if given else None
 
     def _keep_the_split(self, file: Path) -> None:
-        """What is resumed keeps its images and their split; another one would test on images that trained."""
+        """Keeps the images and the split of a resumed run; another split would test on training images."""
         if not file.is_file():
-            say(f"data: {file} is missing, so the images are split anew; the test may hold images that trained")
+            say(f"data: {file} is missing, so the images are split again; the test split may contain training images")
         elif self.resumed or not self.config.data.splits:
             self.config.data.splits, self.repeat = str(file), partial(repeated, file=file)
 
     @property
     def logs(self) -> Path:
-        """Where runs land; configurations of before have the Trainer's own name for it."""
+        """The folder of all runs; old configurations use the Trainer's name for it."""
         return Path(self.config.logs or self.config.trainer.default_root_dir or "logs")
 
     @property
@@ -135,7 +135,7 @@ class TrainCLI(LightningCLI):
 
     @property
     def chosen(self) -> RunCheckpoint:
-        """The checkpoint that is tested: the best, or the last where nothing was validated."""
+        """The checkpoint that is tested: the best, or the last if nothing was validated."""
         return self.last if self.last.best_model_path and not self.best.best_model_path else self.best
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -151,8 +151,8 @@ class TrainCLI(LightningCLI):
         self.collector = EvaluationCollector()
         own = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks] if given.callbacks else []
         bar = sys.stderr.isatty() if given.enable_progress_bar is None else given.enable_progress_bar
-        rates = [] if given.logger in (False, []) else [LearningRateMonitor("epoch")]  # which refuses to have no logger
-        # TensorBoard forgets what a killed process wrote of steps that are done again.
+        rates = [] if given.logger in (False, []) else [LearningRateMonitor("epoch")]  # it requires a logger
+        # TensorBoard drops what a killed process wrote for steps that are repeated.
         steps_done = self.checkpoint["global_step"] if self.checkpoint and self.resumed else None
         try:
             return super().instantiate_trainer(
@@ -163,12 +163,12 @@ class TrainCLI(LightningCLI):
                 default_root_dir=str(self.logs),
             )
         except (ImportError, MisconfigurationException, TypeError, ValueError) as error:
-            raise UserError(f"--trainer: {error}; --trainer.accelerator=auto takes what this machine has") from error
+            raise UserError(f"--trainer: {error}; --trainer.accelerator=auto uses what this machine has") from error
 
     def after_instantiate_classes(self) -> None:
         self.datamodule.repeat = self.repeat
         if str(self.config.trainer.precision) in ("16", "16-mixed") and self.trainer.strategy.root_device.type == "cpu":
-            raise UserError("--trainer.precision=16-mixed: needs a GPU; on a processor use bf16-mixed or 32-true")
+            raise UserError("--trainer.precision=16-mixed: needs a GPU; on a CPU use bf16-mixed or 32-true")
         for option in ("max_epochs", "max_steps", "limit_train_batches"):
             if getattr(self.trainer, option) == 0:
                 raise UserError(f"--trainer.{option}=0: leaves nothing to train; give more, or leave it out")
@@ -178,8 +178,8 @@ class TrainCLI(LightningCLI):
             watched = getattr(callback, "monitor", None)
             if watched is not None and watched not in self.model.logged:
                 raise UserError(
-                    f"--trainer.callbacks: {type(callback).__name__} watches {watched!r}, which is not logged; "
-                    f"there are {', '.join(self.model.logged)}"
+                    f"--trainer.callbacks: {type(callback).__name__} monitors {watched!r}, which is not logged; "
+                    f"choose from {', '.join(self.model.logged)}"
                 )
         if self.checkpoint:
             self.model.take_bits(self.checkpoint)
@@ -187,12 +187,12 @@ class TrainCLI(LightningCLI):
         for name in ("lr", "weight_decay"):
             if name in made and made[name] != self.model.hparams[name]:
                 say(
-                    f"--model.{name}={self.model.hparams[name]:g} has no effect: the optimizer goes on with the "
-                    f"checkpoint's {made[name]:g}; start a new run for another"
+                    f"--model.{name}={self.model.hparams[name]:g} has no effect: the optimizer resumes with the "
+                    f"checkpoint's {made[name]:g}; start a new run to change it"
                 )
 
     def say_if_finished(self) -> bool:
-        """Says so where nothing is left to train; a run that was killed before its test is not finished."""
+        """Says so if nothing is left to train; a run killed before its test is not finished."""
         epochs = self.checkpoint["epoch"] + 1 if self.checkpoint else 0
         limit = self.trainer.max_epochs
         if not epochs or limit in (None, -1) or epochs < limit or (epochs == limit and self.resumed):
@@ -201,7 +201,7 @@ class TrainCLI(LightningCLI):
         return True
 
     def resolved_config(self) -> str:
-        """The configuration as YAML, which means the same in every working directory."""
+        """The configuration as YAML, independent of the working directory."""
         config = self.config.clone()
         config.data.root = None if config.data.get("csv") else str(self.datamodule.source.path)
         config.model.weights = self.model.hparams["weights"]
@@ -213,8 +213,8 @@ class TrainCLI(LightningCLI):
         return str(self.parser.dump(config, skip_none=False))
 
     def kept(self) -> dict[str, bytes]:
-        """Files that a new run's folder holds from the start, by their path in it.
+        """Files to copy into a new run's folder, by path in it.
 
-        The checkpoint that is resumed takes part in the choice of the best.
+        The resumed checkpoint takes part in the choice of the best.
         """
         return {BEST: self.resume_from.read_bytes()} if self.resume_from else {}

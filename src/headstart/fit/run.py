@@ -1,4 +1,4 @@
-"""From a command line to a result: the fit, the test of the best checkpoint, the report, what is said."""
+"""The steps of a run: fit, test of the best checkpoint, report and result."""
 
 from collections.abc import Mapping
 from traceback import extract_tb
@@ -16,13 +16,13 @@ from headstart.terminal import Seconds, say, say_scores
 
 
 def fit(cli: TrainCLI, seconds: Seconds) -> None:
-    """Fits the module to the data; the data's own time is not the fit's."""
+    """Fits the module; time that the data module records itself is not counted."""
     before = sum(cli.datamodule.store.seconds.values())
     try:
         with seconds.of("fit"):
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
     except (MisconfigurationException, RuntimeError, ValueError) as error:
-        # Lightning compares some options only with the data, or with what a callback finds.
+        # Lightning checks some options only against the data, or against what a callback finds.
         if "pytorch_lightning" not in extract_tb(error.__traceback__)[-1].filename:
             raise
         raise UserError(f"--trainer: {' '.join(str(error).split())}") from error
@@ -30,30 +30,30 @@ def fit(cli: TrainCLI, seconds: Seconds) -> None:
 
 
 def test(cli: TrainCLI, seconds: Seconds) -> dict[str, Any]:
-    """The scores of the chosen checkpoint: those of validation from the checkpoint itself, and those of the test."""
+    """Scores of the chosen checkpoint: the validation scores stored in it, and those of the test."""
     trainer, module, data, path = cli.trainer, cli.model, cli.datamodule, cli.chosen.best_model_path
     if not path:  # a dry run keeps no checkpoint
         return dict(defined(trainer.callback_metrics))
     scores: dict[str, Any] = torch.load(path, weights_only=True)["headstart"]["scores"]
     if cli.chosen is cli.last:
-        say("fit: nothing was validated, so the last checkpoint is taken; the best would need a validation")
+        say("fit: nothing was validated, so the last checkpoint is used; choosing the best needs validation")
     with seconds.of("test"):
         if data.items_in("test") and (tested := trainer.test(module, data, path, verbose=False, weights_only=True)):
             return scores | defined(tested[0])
         if scores:
-            say("data: nothing is tested, so the validation score is reported; it also chose the epoch and flatters")
+            say("data: nothing is tested, so the optimistic validation score is reported; it also chose the epoch")
             trainer.validate(module, data, path, verbose=False, weights_only=True)
     return scores
 
 
 def report(cli: TrainCLI, scores: Mapping[str, float], seconds: Seconds) -> None:
-    """The figures, in TensorBoard and in the report; a dry run has no folder for them, and other ranks no data."""
+    """Draws the figures for TensorBoard and the report; skipped in dry runs and on ranks other than zero."""
     folder, evaluation, module, data = cli.run_folder.folder, cli.collector.evaluation, cli.model, cli.datamodule
     logger = cli.trainer.logger if isinstance(cli.trainer.logger, RunLogger) else None
     with seconds.of("report"):
         if folder is None or evaluation is None or not cli.config.report:
             return
-        from headstart.report.learning_curve import learning_curve_of  # what draws takes a while to import
+        from headstart.report.learning_curve import learning_curve_of  # plotting is slow to import
         from headstart.report.mirror import mirror_check_of
         from headstart.report.page import write_report
 
@@ -65,7 +65,7 @@ def report(cli: TrainCLI, scores: Mapping[str, float], seconds: Seconds) -> None
 
 
 def finish(cli: TrainCLI, scores: Mapping[str, Any], seconds: Seconds) -> dict[str, Any]:
-    """Writes the result, and says the scores and where the run is; gives the content of ``result.json``."""
+    """Writes the result, prints the scores and the run's folder; returns the content of ``result.json``."""
     result = cli.run_folder.finish(cli.trainer, dict(scores), seconds.with_total())
     images, seen = result["images"]["train"], result["images_per_epoch"]
     if seen < images - cli.trainer.world_size:

@@ -1,4 +1,4 @@
-"""What a head said of a split, as figures, in TensorBoard, and as one HTML page.
+"""A head's predictions on a split: as figures, in TensorBoard and as one HTML page.
 
 Begin with `evaluation.py`. May import: search, runs, and what those may.
 """

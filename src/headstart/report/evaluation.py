@@ -1,4 +1,4 @@
-"""What a head said of each image of a split: the one thing that every figure and the report are made of."""
+"""A head's predictions on a split, from which every figure and the report are made."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,27 +15,27 @@ from torchmetrics.functional.classification import multiclass_calibration_error,
 from headstart.data.loaders import BatchOrder
 from headstart.data.splits import Item, Split
 
-# Features are kept of so many images, evenly spread over the split: the embedding projector shows no more.
+# Maximum images in the embedding projector, evenly spread over the split; only their features are kept.
 MAX_PROJECTED = 2000
 CALIBRATION_BINS = 15
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A split's N images, and the head's logits of each."""
+    """The N images of a split and the head's logits for them."""
 
     split: Split
     class_names: list[str]  # by label
     items: Sequence[Item]
     labels: Tensor  # [N]
     logits: Tensor  # [N, C]
-    temperature: float  # the logits are divided by it for calibrated probabilities
+    temperature: float  # divides the logits, for calibrated probabilities
     projected: Tensor  # [M], the positions of at most 2,000 images, evenly spread
-    features: Tensor  # [M, D], theirs
+    features: Tensor  # [M, D], of those images
 
     @cached_property
     def probabilities(self) -> Tensor:
-        """Calibrated, [N, C]."""
+        """Calibrated probabilities, [N, C]."""
         return (self.logits / self.temperature).softmax(dim=1)
 
     @cached_property
@@ -60,11 +60,11 @@ class Evaluation:
 
     @property
     def acc(self) -> float:
-        """The share that is right."""
+        """Accuracy, in [0, 1]."""
         return float(self.right.float().mean())
 
     def by_class(self) -> dict[str, Tensor]:
-        """Precision, recall, F1 (NaN where they are not defined) and the number of images, each [C]."""
+        """Precision, recall, F1 (NaN where undefined) and the number of images, each [C]."""
         right, true, predicted = self.confusion.diag(), self.confusion.sum(dim=1), self.confusion.sum(dim=0)
         return {
             "precision": right / predicted,
@@ -84,12 +84,12 @@ class Evaluation:
         return float(error)
 
     def row(self, position: int) -> "Row":
-        """What the head said of the image at a position."""
+        """The prediction for the image at a position."""
         true, predicted = (self.class_names[int(labels[position])] for labels in (self.labels, self.predicted))
         return Row(self.items[position].path, true, predicted, float(self.confidence[position]))
 
     def surest(self, right: bool, count: int) -> list[int]:
-        """The positions of the images that it is surest of among the right, or among the wrong; the surest first."""
+        """Positions of the most confident right (or wrong) predictions, most confident first."""
         among = (self.right == right).nonzero()[:, 0]
         order = self.confidence[among].argsort(descending=True, stable=True)
         return cast("list[int]", among[order[:count]].tolist())
@@ -97,25 +97,25 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Row:
-    """What the head said of one image."""
+    """The prediction for one image."""
 
     path: str
-    true: str  # the class's name
-    predicted: str  # likewise
+    true: str  # name of the true class
+    predicted: str  # name of the predicted class
     confidence: float  # the calibrated probability of the predicted class
 
 
 def evenly_spaced(size: int, count: int) -> Tensor:
-    """``count`` positions among ``size``, evenly spread; all where there are fewer."""
+    """``count`` positions among ``size``, evenly spread; all if there are fewer."""
     return torch.linspace(0, size - 1, min(size, count)).round().long() if size else torch.empty(0, dtype=torch.long)
 
 
 class EvaluationCollector(Callback):
-    """Keeps the ``evaluation`` of the last test, or of the last validation outside a fit; on rank zero alone."""
+    """Keeps the ``evaluation`` of the last test, or of the last validation outside a fit; on rank zero only."""
 
     def __init__(self) -> None:
         self.evaluation: Evaluation | None = None
-        # Positions in the split and logits of what this rank saw, and those and features of what is projected.
+        # Per batch of this rank: positions and logits of all images; positions and features of projected ones.
         self._seen: list[tuple[Tensor, Tensor]] = []
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._batches: list[Tensor] = []

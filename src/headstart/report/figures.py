@@ -1,6 +1,6 @@
-"""The figures of an evaluation and of a run; each is drawn once, as a PNG, for TensorBoard and the report alike.
+"""Figures of an evaluation and of a run; each is drawn once, as a PNG, for both TensorBoard and the report.
 
-Colours are those of Okabe and Ito ("Color Universal Design", 2008), which colour-blind eyes tell apart too.
+The colours are those of Okabe and Ito ("Color Universal Design", 2008), which colour-blind people can tell apart.
 """
 
 import io
@@ -23,15 +23,15 @@ DPI = 100
 MAX_CELLS_WITH_NUMBERS = 25
 MAX_TICKS = 50
 MAX_BARS = 40
-# Curves of more classes than this are grey, with the worst alone named.
+# The curves with the smallest area are coloured and named; all others are grey.
 MAX_NAMED_CURVES = 3
-# Above so many probabilities curves are drawn at fixed thresholds, which bounds their memory.
+# With more probabilities, curves are drawn at fixed thresholds, which bounds the memory.
 MAX_EXACT = 4_000_000
 TILES, TILE_COLUMNS = 24, 6
 
 
 def png(figure: Figure) -> bytes:
-    """Draws a figure; no screen is looked for."""
+    """Draws a figure as PNG; needs no display."""
     file = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(file, format="png")
@@ -39,12 +39,12 @@ def png(figure: Figure) -> bytes:
 
 
 def pixels(drawn: bytes) -> np.ndarray:
-    """A drawn PNG as TensorBoard takes it, [H, W, 3] uint8."""
+    """Decodes a PNG for TensorBoard, [H, W, 3] uint8."""
     return np.asarray(Image.open(io.BytesIO(drawn)).convert("RGB"))
 
 
 def evaluation_figures(evaluation: Evaluation) -> dict[str, bytes]:
-    """Every figure of an evaluation that needs no image, by name, as PNG."""
+    """All figures of an evaluation that need no images, by name, as PNG."""
     drawn = {
         "confusion_matrix": confusion_figure(evaluation, normalised=False),
         "confusion_normalised": confusion_figure(evaluation, normalised=True),
@@ -57,7 +57,7 @@ def evaluation_figures(evaluation: Evaluation) -> dict[str, bytes]:
 
 
 def confusion_figure(evaluation: Evaluation, normalised: bool) -> Figure:
-    """The confusion matrix: counts, or shares of the true class in [0, 1]; the shares colour both."""
+    """The confusion matrix as counts or as shares of the true class in [0, 1]; colours always show the shares."""
     counts, names = evaluation.confusion, evaluation.class_names
     size = len(names)
     side = min(3.5 + 0.35 * size, 16)
@@ -81,7 +81,7 @@ def confusion_figure(evaluation: Evaluation, normalised: bool) -> Figure:
 
 
 def per_class_figure(evaluation: Evaluation) -> Figure:
-    """Precision, recall and F1 of each class as bars; of many classes, the 40 with the lowest F1."""
+    """Precision, recall and F1 per class as bars; at most the 40 classes with the lowest F1."""
     scores, names = evaluation.by_class(), evaluation.class_names
     order = scores["f1"].nan_to_num(0).argsort(stable=True)[:MAX_BARS].flip(0).tolist()
     figure = Figure(figsize=(8, 1.5 + 0.32 * len(order)), dpi=DPI, layout="tight")
@@ -113,7 +113,7 @@ def precision_recall_figure(evaluation: Evaluation) -> Figure:
 
 
 def reliability_figure(evaluation: Evaluation) -> Figure:
-    """Accuracy by confidence, before and after temperature scaling; on the diagonal it is as sure as it is right."""
+    """Accuracy by confidence, before and after temperature scaling; a calibrated head lies on the diagonal."""
     figure = Figure(figsize=(6, 6), dpi=DPI, layout="tight")
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
@@ -183,7 +183,7 @@ def learning_figure(images: Sequence[int], accuracies: Sequence[float]) -> Figur
 
 
 def _one_against_rest(evaluation: Evaluation, curve: Callable[..., Any]) -> dict[int, tuple[Tensor, Tensor]]:
-    """Of each class that the split has and that is not all of it, the curve's first two coordinates."""
+    """The curve's first two coordinates per class, without classes that have no images or all of them."""
     probabilities, classes = evaluation.probabilities, len(evaluation.class_names)
     thresholds = None if probabilities.numel() <= MAX_EXACT else 500
     first, second, _ = curve(probabilities, evaluation.labels, num_classes=classes, thresholds=thresholds)

@@ -1,4 +1,4 @@
-"""Would more images help? The head trained again on shares of them, from the cached features."""
+"""Would more images help? The head retrained on shares of the training images, from cached features."""
 
 import math
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from headstart.search.exact import predicted
 from headstart.terminal import images_bar
 
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)
-# A share of few images gets more epochs, up to so many steps, or it would measure too short a training.
+# Small shares get more epochs, up to this many steps; else the curve would measure too short a training.
 MIN_STEPS = 300
-# Of few images several draws are averaged.
+# With few training images, several draws are averaged.
 DRAWS, MAX_IMAGES_DRAWN_OFTEN = 3, 10_000
 
 
 @dataclass(frozen=True)
 class LearningCurve:
-    """Test accuracy by training images."""
+    """Test accuracy by number of training images."""
 
     images: list[int]  # training images of each point
     accuracies: list[float]  # on the test images, means over draws
@@ -30,7 +30,7 @@ class LearningCurve:
 
     @property
     def advice(self) -> str:
-        """Whether more photos would help, in a sentence."""
+        """One sentence on whether more photos would help."""
         half, whole = self.images[-2:]
         points, noise = 100 * self.gain, 200 * self.error
         found = f"From {half} to {whole} training images the test accuracy rose by {points:.1f} points"
@@ -39,12 +39,12 @@ class LearningCurve:
         if points > noise and points > 0.5:
             return f"{found} (± {noise:.1f}): more photos like these would probably help."
         if points + noise < 2:
-            return f"{found} (± {noise:.1f}): more photos like these would help little; other ones or weights might."
+            return f"{found} (± {noise:.1f}): more photos like these would help little; other photos or weights might."
         return f"{found}, within ± {noise:.1f}: too few test images to tell whether more photos would help."
 
 
 def learning_curve_of(module: TransferClassifier, data: ImageData, epochs: int | None) -> LearningCurve | None:
-    """How a run's head would do with fewer images; that tells nothing of another head or of a fine-tuned backbone."""
+    """The learning curve of a run's linear head; None without a cache and for other heads or fine-tuned backbones."""
     if module.finetuned or not data.store.cache or not isinstance(module.head, nn.Linear):
         return None
     settings = HeadSettings(*(float(module.hparams[name]) for name in ("lr", "weight_decay", "label_smoothing")))
@@ -52,10 +52,10 @@ def learning_curve_of(module: TransferClassifier, data: ImageData, epochs: int |
 
 
 def learning_curve(data: ImageData, settings: HeadSettings, epochs: int, warmup: float, seed: int) -> LearningCurve:
-    """Trains on 5, 10, 25, 50 and 100 % of the training images of each class, and tests.
+    """Trains on 5, 10, 25, 50 and 100 % of the training images per class, and tests.
 
-    Each head is kept at its lowest validation loss, as `train` does. The data is loaded, with a cache and a test split;
-    ``epochs`` are those on all images.
+    Each head is taken at its lowest validation loss, as in `train`. The data must be loaded, with a cache and a test
+    split; ``epochs`` is the number for all images.
     """
     train, val, test = data.labelled("train"), data.labelled("val"), data.labelled("test")
     wanted_steps = min(epochs * math.ceil(len(train) / data.batch_size), MIN_STEPS)
@@ -86,7 +86,7 @@ def learning_curve(data: ImageData, settings: HeadSettings, epochs: int, warmup:
 
 
 def stratified(labels: Tensor, share: float, seed: int) -> Tensor:
-    """The positions of a random share of each class, at least one image; a larger share holds a smaller one."""
+    """Positions of a random share of each class, at least one image; larger shares contain the smaller ones."""
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator)
     classes = [shuffled[labels[shuffled] == label] for label in sorted(set(labels.tolist()))]

@@ -1,4 +1,4 @@
-"""Do left and right matter? The trained head on mirrored validation images."""
+"""Do left and right matter? The trained head is tested on mirrored validation images."""
 
 from dataclasses import dataclass
 
@@ -12,22 +12,22 @@ from headstart.report.evaluation import evenly_spaced
 from headstart.terminal import told
 
 MAX_IMAGES = 256
-MIN_LOSS, MIN_LOST = 0.05, 5  # what is less, in accuracy or in images, may be chance
-MIN_SWAPPED = 3  # likewise, the images of a class that are taken for another
+MIN_LOSS, MIN_LOST = 0.05, 5  # a smaller drop, in accuracy or in images, may be chance
+MIN_SWAPPED = 3  # fewer images of a class predicted as another may be chance
 
 
 @dataclass(frozen=True)
 class MirrorCheck:
-    """Validation images as they are and mirrored."""
+    """Accuracy on validation images, as they are and mirrored."""
 
     images: int
-    accuracy: float  # of the images as they are
-    mirrored: float  # of their mirror images
-    swapped: list[tuple[str, str]]  # a class, and the one that most of its mirrored images are taken for
+    accuracy: float  # on the original images
+    mirrored: float  # on their mirror images
+    swapped: list[tuple[str, str]]  # a class, and the one that most of its mirrored images are predicted as
 
     @property
     def advice(self) -> str:
-        """What mirroring does to the classes, in a sentence; empty where it does nothing."""
+        """One sentence on the effect of mirroring; empty if there is none."""
         loss = self.accuracy - self.mirrored
         if not self.swapped and (loss < MIN_LOSS or loss * self.images < MIN_LOST):
             return ""
@@ -42,7 +42,7 @@ class MirrorCheck:
 def mirror_check_of(module: TransferClassifier, data: ImageData) -> MirrorCheck | None:
     """Compares a head's predictions on up to 256 validation images with those on their mirror images.
 
-    The mirrored features are cached as a view. Without a cache or a validation split there is no comparison.
+    The mirrored features are cached as a view. Returns None without a cache or a validation split.
     """
     items = data.items_in("val")
     if not data.store.cache or not items:
@@ -61,7 +61,7 @@ def mirror_check_of(module: TransferClassifier, data: ImageData) -> MirrorCheck 
 
 
 def _swapped(labels: Tensor, before: Tensor, after: Tensor) -> list[tuple[int, int]]:
-    """The classes of which most images that were right are taken for one other class, with that class."""
+    """Pairs of a class and the one that most of its correctly predicted images become when mirrored."""
     found = []
     for own in sorted(set(labels.tolist())):
         now = after[(labels == own) & (before == own)]

@@ -1,4 +1,4 @@
-"""A run's report: one HTML file with everything in it, to open from a disk, send, or print."""
+"""A run's report: one self-contained HTML file to open, send or print."""
 
 import base64
 import io
@@ -46,9 +46,9 @@ def write_report(
     curve: LearningCurve | None = None,
     mirror: MirrorCheck | None = None,
 ) -> Path:
-    """Draws the figures once, puts them into TensorBoard, writes the report, and gives its path.
+    """Draws the figures once, logs them to TensorBoard, writes the report and returns its path.
 
-    The folder is a run's, with its configuration if it has one. Without a logger nothing goes into TensorBoard.
+    The folder is a run's; the report shows its configuration, if any. Without a logger TensorBoard is skipped.
     """
     figures = evaluation_figures(evaluation)
     scalars: dict[str, list[tuple[int, float]]] = {}
@@ -72,7 +72,7 @@ def render(
     curve: LearningCurve | None,
     mirror: MirrorCheck | None,
 ) -> str:
-    """The report as HTML, with pictures of (title, PNG); whatever comes from file names is escaped."""
+    """Renders the report as HTML; ``pictures`` are (title, PNG) pairs. Text from file names is escaped."""
     environment = Environment(loader=PackageLoader("headstart", "report"), autoescape=True, trim_blocks=True)
     config, thumbnail = folder / CONFIG, thumbnails(data, evaluation)
     return environment.get_template("page.html.jinja").render(
@@ -98,12 +98,12 @@ def render(
 
 
 def embedded(data: bytes, kind: str) -> Markup:
-    """A picture as an address that holds it."""
+    """A picture as a data URI."""
     return Markup(f"data:image/{kind};base64,{base64.b64encode(data).decode()}")
 
 
 def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """The curves that TensorBoard shows of a run: (step, value) by name."""
+    """The scalars that a run logged to TensorBoard: (step, value) pairs by name."""
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={SCALARS: 0})
@@ -134,7 +134,7 @@ def _tiles(
 
 
 def predictions_csv(evaluation: Evaluation) -> bytes:
-    """Path, true class, predicted class and its probability of each image."""
+    """A row per image: path, true class, predicted class and its probability."""
     rows = (evaluation.row(position) for position in range(len(evaluation.items)))
     lines = ([row.path, row.true, row.predicted, f"{row.confidence:.6f}"] for row in rows)
     return csv_bytes([["path", "class", "prediction", "probability"], *lines])

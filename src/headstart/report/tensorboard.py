@@ -1,4 +1,4 @@
-"""What TensorBoard shows of an evaluation, beyond the curves."""
+"""Logs an evaluation to TensorBoard: figures, pictures, the embedding projector and the graph."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -22,14 +22,14 @@ MAX_CLASSES_IN_TEXT = 100
 
 
 def thumbnails(data: ImageData, evaluation: Evaluation) -> Callable[[int], Image.Image]:
-    """A function that gives the picture at a position of the evaluation, on a square of 128 pixels."""
+    """Returns a function from a position in the evaluation to its picture, padded to 128 x 128 pixels."""
 
     small = replace(data.store.backbone.preprocessing, resize_size=TILE_SIDE)
 
     def thumbnail(position: int) -> Image.Image:
         try:
             image = data.source.read(evaluation.items[position], small, data.store.max_pixels)
-        except UserError:  # it went after it was evaluated; its result still stands
+        except UserError:  # the file was removed after its evaluation, which still stands
             image = Image.new("RGB", (TILE_SIDE, TILE_SIDE), "grey")
         return ImageOps.pad(image, (TILE_SIDE, TILE_SIDE), color="white")
 
@@ -39,7 +39,7 @@ def thumbnails(data: ImageData, evaluation: Evaluation) -> Callable[[int], Image
 def log_evaluation(
     experiment: Any, evaluation: Evaluation, figures: Mapping[str, bytes], data: ImageData, module: LightningModule
 ) -> None:
-    """Puts the figures, the tiles, the projector, the graph and the confusion table into TensorBoard."""
+    """Logs the figures, the tiles, the projector, the graph and the confusion table to TensorBoard."""
     thumbnail, split = thumbnails(data, evaluation), evaluation.split
     tiles = {
         name: png(tiles_figure(evaluation, evaluation.surest(right, TILES), thumbnail))
@@ -52,7 +52,7 @@ def log_evaluation(
         experiment.add_text(f"{split}/confusion_counts", confusion_table(evaluation))
     _project(experiment, evaluation, thumbnail, data.num_workers)
     with warnings.catch_warnings():
-        # `add_graph` traces; torch would rather have it otherwise, and TensorBoard reads nothing else.
+        # `add_graph` uses tracing, which torch warns about, but TensorBoard reads nothing else.
         warnings.simplefilter("ignore")
         images = torch.as_tensor(module.example_input_array, device=module.device)
         experiment.add_graph(module, images)
@@ -70,7 +70,7 @@ def confusion_table(evaluation: Evaluation) -> str:
 def _project(
     experiment: Any, evaluation: Evaluation, thumbnail: Callable[[int], Image.Image], num_workers: int
 ) -> None:
-    """The embedding projector: features, with the picture, its class, the prediction and whether that is right."""
+    """The embedding projector: features with picture, class, prediction and whether it is right."""
 
     def sprite(position: int) -> torch.Tensor:
         small = thumbnail(position).resize((SPRITE_SIDE, SPRITE_SIDE))
@@ -99,5 +99,5 @@ def _project(
 
 
 def _one_cell(text: str) -> str:
-    """Text for a table of tabs and lines."""
+    """Text for a cell of a tab-separated table."""
     return one_line(" ".join(text.split()))

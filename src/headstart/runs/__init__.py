@@ -1,4 +1,4 @@
-"""A run's folder: claimed once, filled with all that repeats and judges the run, and read again.
+"""Run folders: created once, filled with everything needed to repeat and judge a run, and read again.
 
 Begin with `folder.py`. May import: data, features, model, and the ground; not search.
 """

@@ -1,4 +1,4 @@
-"""A run's own folder: claimed once, never overwritten, with all that is needed to repeat and to judge the run."""
+"""A run's folder: created once, never overwritten, with everything needed to repeat and judge the run."""
 
 import json
 import os
@@ -31,9 +31,9 @@ from headstart.terminal import say
 
 
 def new_run_folder(logs: Path, name: str) -> Path:
-    """Makes ``logs/name/<start time>``; ``mkdir`` fails where the folder exists, so no two runs get the same."""
+    """Creates ``logs/name/<start time>``; ``mkdir`` fails if the folder exists, so no two runs share one."""
     start = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    name = os.fsencode(name).decode(errors="replace")  # of data whose name is no Unicode; TensorBoard takes no other
+    name = os.fsencode(name).decode(errors="replace")  # the data's name may not be Unicode, as TensorBoard needs
     attempt = 1
     while True:
         folder = logs / name / (start if attempt == 1 else f"{start}_{attempt}")
@@ -45,13 +45,13 @@ def new_run_folder(logs: Path, name: str) -> Path:
         except FileExistsError:
             attempt += 1
         except OSError as error:
-            raise UserError(f"{folder}: cannot be made ({error.strerror}); choose --logs") from error
+            raise UserError(f"{folder}: cannot be created ({error.strerror}); choose another --logs") from error
 
 
 class RunFolder(Callback):
-    """Claims the run's folder, ``logs/name/<start time>`` or that of a resumed run, when a fit starts; keeps its files.
+    """Creates the run's folder when a fit starts, or reopens that of a resumed run, and writes its files.
 
-    ``config`` is the configuration as YAML, which repeats the run; ``kept`` are more files, by path in the folder.
+    ``config`` is the configuration as YAML, which repeats the run; ``kept`` are further files, by path in the folder.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class RunFolder(Callback):
         self.folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """After the data's own setup; before that of the checkpoint callbacks, which Lightning puts last."""
+        """Runs after the data's setup and before that of the checkpoint callbacks, which Lightning puts last."""
         dry = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by Lightning at run time
         if stage != "fit" or dry or self.folder:
             return
@@ -96,10 +96,10 @@ class RunFolder(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_there()
         if isinstance(logger := trainer.logger, RunLogger) and trainer.is_global_zero and logger.folder:
-            logger.experiment.flush()  # else a killed run shows nothing of its last two minutes
+            logger.experiment.flush()  # else a killed run loses its last two minutes of events
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Says how an interrupted run is resumed, and lets go of its folder."""
+        """Says how to resume an interrupted run, and releases its folder."""
         if self.folder and trainer.is_global_zero:
             self.lock.release()
             run = Run(self.folder)
@@ -107,7 +107,7 @@ class RunFolder(Callback):
                 say(f"resume:   {run.resume_command()}")
 
     def finish(self, trainer: Trainer, scores: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
-        """Writes ``result.json`` and the score by which the HParams tab compares runs."""
+        """Writes ``result.json`` and the score that the HParams tab compares; returns the result."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         self._check_there()
         backbone = cast(FrozenBackbone, trainer.lightning_module.backbone)
@@ -122,15 +122,15 @@ class RunFolder(Callback):
         return result
 
     def _lock(self, folder: Path) -> None:
-        """Keeps other processes from resuming the run while this one trains it; it dies with this process."""
+        """Keeps other processes from resuming the run; the lock ends with this process."""
         self.lock = FileLock(folder / ".lock", timeout=0)
         try:
             self.lock.acquire()
         except Timeout as error:
-            raise UserError(f"{folder}: another process trains this run; wait for it, or stop it") from error
+            raise UserError(f"{folder}: another process is training this run; wait for it, or stop it") from error
 
     def _check_there(self) -> None:
-        """A checkpoint would make the folder anew, without what else belongs into it."""
+        """A checkpoint would recreate a deleted folder, without the run's other files."""
         if self.folder and not (self.folder / CONFIG).is_file():
             raise UserError(f"{self.folder}: was deleted during the run; start again")
 
@@ -152,7 +152,7 @@ class RunFolder(Callback):
 
 
 def check_limits(trainer: Trainer) -> None:
-    """Refuses a share of the batches that is none; Lightning would, of the test, once all is trained."""
+    """Rejects a share of less than one batch; for the test, Lightning would do so only after the training."""
     for split in splits.SPLITS:
         share = getattr(trainer, f"limit_{split}_batches")
         if isinstance(share, float) and 0 < share < 1:
@@ -162,14 +162,14 @@ def check_limits(trainer: Trainer) -> None:
 
 
 def images_per_epoch(trainer: Trainer) -> int:
-    """How many training images an epoch saw: fewer than there are where an option ends it early."""
+    """Training images per epoch; fewer than the split has if an option ends epochs early."""
     data, progress = trainer.datamodule, trainer.fit_loop.epoch_loop.batch_progress  # type: ignore[attr-defined]
     images, batches = len(data.items_in("train")), int(min(trainer.num_training_batches, progress.total.ready))
     return min(images - images % trainer.world_size, batches * int(data.batch_size))
 
 
 def settings_in(config: str) -> dict[str, Any]:
-    """The settings of a configuration, by dotted name, in which runs are compared."""
+    """The settings by which runs are compared, by dotted name."""
     values = flat(yaml.safe_load(config))
     return {
         name: value for name, value in values.items() if not name.startswith("trainer.") or name.endswith("max_epochs")
@@ -194,17 +194,17 @@ def result_of(backbone: FrozenBackbone, data: Any, scores: dict[str, Any], secon
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
-    """Writes ``result.json``, the sign that a run is finished."""
+    """Writes ``result.json``, which marks the run as finished."""
     write_atomically(folder / RESULT, json.dumps(result, indent=2).encode())
 
 
 def command_line() -> str:
-    """What started this process, as one would type it."""
+    """The command line that started this process."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:
-    """Of what the numbers may depend on."""
+    """Versions of the software that the numbers may depend on."""
     return {
         "headstart": headstart.__version__,
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""Runs as they are found on the disk. Imports no torch."""
+"""Runs found on disk. Does not import torch."""
 
 import json
 import shlex
@@ -24,28 +24,28 @@ class Run:
 
     @classmethod
     def of(cls, checkpoint: Path) -> "Run":
-        """The run that a checkpoint belongs to, if it lies in a run's folder."""
+        """The run that a checkpoint belongs to, if it is in a run's folder."""
         return cls(checkpoint.resolve().parent.parent)
 
     @classmethod
     def all_in(cls, logs: Path) -> Iterator["Run"]:
-        """Every run below the logs, in order of their paths."""
+        """All runs in the logs folder, sorted by path."""
         for folder in sorted({path.parent for name in (RESULT, CONFIG) for path in logs.glob(f"*/*/{name}")}):
             yield cls(folder)
 
     @property
     def splits_file(self) -> Path:
-        """Which image trained, which validated, which tested."""
+        """The file that gives the split of each image."""
         return self.folder / SPLITS_FILE
 
     @property
     def last(self) -> Path:
-        """The checkpoint that it is resumed from."""
+        """The checkpoint from which the run is resumed."""
         return self.folder / "checkpoints/last.ckpt"
 
     @property
     def verb(self) -> str:
-        """What started it."""
+        """The command that started the run."""
         if "unfreeze" in self.config:  # wing: finetune
             return "finetune"  # wing: finetune
         if "n_way" in self.config:  # wing: fewshot
@@ -53,14 +53,14 @@ class Run:
         return "train"
 
     def resume_command(self) -> str:
-        """The command that resumes it, while it is the newest unfinished run of its name."""
+        """The command line that resumes the run, as long as it is the newest unfinished one of its name."""
         logs, name = self.folder.resolve().parent.parent, self.folder.parent.name
         where = [] if logs == Path("logs").resolve() else [f"--logs={logs}"]
         return shlex.join([*program(self.verb).split(), "--ckpt_path=last", f"--name={name}", *where])
 
     @property
     def result(self) -> dict[str, Any]:
-        """The content of its result; empty before it is finished, or where that is damaged."""
+        """The content of ``result.json``; empty if the run is unfinished or the file is damaged."""
         try:
             content = json.loads(read_regular(self.folder / RESULT))
         except (OSError, ValueError):
@@ -69,38 +69,38 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Its configuration; empty where there is none."""
+        """The run's configuration; empty if there is none."""
         file = self.folder / CONFIG
         if not file.is_file():
             return {}
         try:
             content = yaml.safe_load(read_regular(file))
         except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"{file}: is no YAML any more ({' '.join(str(error).split())})") from error
+            raise UserError(f"{file}: is not valid YAML ({' '.join(str(error).split())})") from error
         return content if isinstance(content, dict) else {}
 
     @property
     def data(self) -> dict[str, Any]:
-        """The data options of its configuration; empty where they name no data."""
+        """The data options of the configuration; empty if they name no data."""
         found = self.config.get("data")
         named = [found.get(name) for name in ("root", "csv", "source")] if isinstance(found, dict) else []
         known = all(isinstance(value, str | None) and "\0" not in (value or "") for value in named)
         return found if isinstance(found, dict) and known and any(named[:2]) else {}
 
     def images(self) -> list[Path]:
-        """The images that it split; empty where it says of none."""
+        """The paths of the run's images; empty if they are not recorded."""
         data = self.data
         if not data or not self.splits_file.is_file():
             return []
         root = Path(data.get("csv") or data["root"])
-        if data.get("csv") or data.get("source") == "csv":  # a list, whose paths are relative to it
+        if data.get("csv") or data.get("source") == "csv":  # paths in a CSV file are relative to its folder
             root = root.parent
         rows = read_csv("--ckpt_path", self.splits_file, ["path"], errors="surrogateescape")
         return [root / row["path"] for row in rows]
 
 
 def newest_unfinished(logs: Path, verb: str, name: str | None = None, data: Path | None = None) -> Run:
-    """The newest run of the verb that has a ``last.ckpt`` and no ``result.json``; of the name and the data, if given.
+    """The newest run of a command with a ``last.ckpt`` but no ``result.json``; of this name and data, if given.
 
     Raises:
         UserError: there is none; the message lists the commands that resume others.

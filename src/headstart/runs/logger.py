@@ -9,10 +9,10 @@ from headstart.errors import UserError
 
 
 class RunLogger(TensorBoardLogger):
-    """TensorBoard, in the run's folder; it has no experiment before ``folder`` is set, once that is claimed.
+    """TensorBoard in the run's folder; there is no experiment until ``folder`` is set.
 
-    Lightning asks ``hasattr(logger, "experiment")`` before the data is read, and a run that its data stops should leave
-    no folder behind. In a resumed run TensorBoard forgets what a killed process wrote after ``steps_done``.
+    Lightning asks ``hasattr(logger, "experiment")`` before the data is read, and a run that fails on its data should
+    leave no folder behind. In a resumed run TensorBoard drops what a killed process wrote after ``steps_done``.
     """
 
     def __init__(self, folder: Path | None = None, steps_done: int | None = None) -> None:
@@ -32,6 +32,6 @@ class RunLogger(TensorBoardLogger):
     def experiment(self) -> Any:
         if self.folder is None:
             raise AttributeError("no run folder yet")
-        if not self.folder.is_dir():  # the thread that writes would end in a traceback
+        if not self.folder.is_dir():  # else the writer thread would end in a traceback
             raise UserError(f"{self.folder}: was deleted during the run; start again")
         return super().experiment

@@ -1,4 +1,4 @@
-"""The verb `cache`: what is kept between runs, whether it is whole, and how to be rid of it. Imports no torch."""
+"""The `cache` command: lists, verifies and prunes the features kept between runs. Does not import torch."""
 
 import json
 import shutil
@@ -18,14 +18,14 @@ from headstart.terminal import images_bar, say, say_all
 
 
 def cache(options: Sequence[str]) -> dict[str, Any]:
-    """Lists, verifies or prunes the cache; gives counts, by name."""
+    """Lists, verifies or prunes the cache; returns counts by name."""
     parser = parser_of("cache", "[list|verify|prune]")
     parser.add_argument("action", nargs="?", type=Literal["list", "verify", "prune"], default="list", help="what to do")
-    parser.add_argument("--cache_dir", type=str | None, help="None: $HEADSTART_CACHE, else the user's cache folder")
-    parser.add_argument("--days", type=NonNegativeFloat, default=30.0, help="prune what was not used for so many days")
+    parser.add_argument("--cache_dir", type=str | None, help="cache folder; None: $HEADSTART_CACHE, else the user's")
+    parser.add_argument("--days", type=NonNegativeFloat, default=30.0, help="prune features unused for this many days")
     given = parser.parse_args(list(options))
     folder = cache_folder(given.cache_dir)
-    features = folder / "features"  # which glob would pass over in silence where it cannot be read
+    features = folder / "features"  # glob would silently skip an unreadable folder
     keys = sorted(key for key in features.iterdir() if (key / "key.json").exists()) if features.is_dir() else []
     if given.action == "verify":
         return _verify(keys)
@@ -41,7 +41,7 @@ def _list(folder: Path, keys: Sequence[Path]) -> dict[str, Any]:
         try:
             described = _described(key)
             images = sum(_images(path) for path in key.glob("*.safetensors"))
-        except (OSError, ValueError, LookupError, TypeError, SafetensorError):  # or of another form
+        except (OSError, ValueError, LookupError, TypeError, SafetensorError):  # or of an unknown format
             damaged.append(f"{key}: damaged; `headstart cache verify` repairs it")
             continue
         size = _size(key)
@@ -54,7 +54,7 @@ def _list(folder: Path, keys: Sequence[Path]) -> dict[str, Any]:
 
 
 def _described(key: Path) -> list[str]:
-    """The columns of the table that tell what the features of a key are."""
+    """The table's columns that describe the features of a key."""
     about = json.loads(read_regular(key / "key.json"))
     arithmetic = f"{about['arithmetic']['dtype']} {about['arithmetic']['device']}"
     pixels, policy = about["preprocessing"]["crop_size"], about["views"]["policy"]
@@ -69,7 +69,7 @@ def _verify(keys: Sequence[Path]) -> dict[str, Any]:
         for path in shards:
             try:
                 verify(path)
-            except PermissionError:  # of a file that may be whole
+            except PermissionError:  # the file may be intact
                 raise
             except (OSError, ValueError):
                 path.unlink(missing_ok=True)
@@ -85,8 +85,8 @@ def _prune(keys: Sequence[Path], days: float) -> dict[str, Any]:
     for key in old:
         shutil.rmtree(key, ignore_errors=True)  # a run may be writing into it
     freed = size - sum(_size(key) for key in old)
-    say_all([f"{key}: not all of it could be deleted" for key in old if key.exists()])
-    for leftover in (path for key in keys for path in key.glob(".*.tmp")):  # of writers that were killed
+    say_all([f"{key}: could not be deleted completely" for key in old if key.exists()])
+    for leftover in (path for key in keys for path in key.glob(".*.tmp")):  # left by killed writers
         if leftover.stat().st_mtime <= time.time() - 86_400:
             leftover.unlink()
     say(
@@ -100,7 +100,7 @@ def _size(folder: Path) -> int:
 
 
 def _images(shard: Path) -> int:
-    """How many rows a shard has, by its header."""
+    """Number of rows of a shard, from its header."""
     with safe_open(shard, framework="numpy") as file:
         rows: int = file.get_slice("rows").get_shape()[0]
         return rows

@@ -1,4 +1,4 @@
-"""The verb `check`: what is wrong with a folder of images, from their cached features."""
+"""The `check` command: finds problems in a folder of images, from their cached features."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ SPLIT_OPTIONS = ("val_fraction", "test_fraction", "split_seed", "splits")
 def check(options: Sequence[str]) -> dict[str, int]:
     """Looks for duplicates, likely wrong labels, outliers, small classes and damaged files; changes nothing.
 
-    Returns how many findings there are of each kind.
+    Returns the number of findings of each kind.
     """
     quiet_libraries()
     given = _parser().parse_args(list(options))
@@ -59,7 +59,7 @@ def check(options: Sequence[str]) -> dict[str, int]:
 
 
 def _in_splits(items: Sequence[Item], source: Source, given: Any) -> tuple[list[Item], str]:
-    """The images with the splits that `train` would give them, and what would stop it; then all are for training."""
+    """The images with their splits in `train`, and the error that would stop it; then all are training images."""
     try:
         known = splits.frozen(items, Path(given.splits).expanduser()) if given.splits else items
         test = 0.0 if source.has_test else given.test_fraction
@@ -72,12 +72,12 @@ def _parser() -> OptionParser:
     parser = parser_of("check")
     add_options(parser, ImageFolderData, "data", ("root", "csv", "source", *STORE_OPTIONS, *SPLIT_OPTIONS))
     add_options(parser, TransferClassifier, "model", BACKBONE_OPTIONS)
-    add_run(parser, "the data's folder and -check")
+    add_run(parser, "<data folder>-check")
     return parser
 
 
 def _say_findings(findings: Sequence[Finding], counts: Counter[str], images: int) -> None:
-    table = Table("problem", "count", "the first", title=f"{images} images")
+    table = Table("problem", "count", "first ones", title=f"{images} images")
     for kind, meaning in KINDS.items():
         lines: dict[object, list[Finding]] = defaultdict(list)
         for found in findings:

@@ -1,4 +1,4 @@
-"""The verb `evaluate`: a trained head on its own test split, or on other images of the same classes."""
+"""The `evaluate` command: scores a trained head on its own test split or on other images of the same classes."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -30,7 +30,7 @@ DATA_OPTIONS = ("num_workers", "cache", "cache_dir", "feature_precision", "max_p
 
 
 def evaluate(options: Sequence[str]) -> dict[str, Any]:
-    """Scores a head; the figures, the predictions and the scores go to a folder of their own.
+    """Scores a head; writes the figures, the predictions and the scores to a new folder.
 
     Returns the content of `result.json`.
     """
@@ -39,7 +39,7 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     parser = parser_of("evaluate")
     add_checkpoint(parser)
     add_options(parser, ImageFolderData, "data", (*WHERE, *DATA_OPTIONS))
-    add_run(parser, "the data's folder and -evaluate")
+    add_run(parser, "<data folder>-evaluate")
     parser.add_argument("--report", type=bool, default=True, help="draw the figures and write report.html")
     given = parser.parse_args(list(options))
     required(given, "--ckpt_path")
@@ -49,16 +49,16 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     data = _data(given, checkpoint, module.class_names)
     collector, logger = EvaluationCollector(), RunLogger()
     trainer = quiet_trainer(given.accelerator, callbacks=[collector], logger=logger)
-    data.load(module.backbone, trainer.strategy.root_device)  # before the folder is claimed: it may find mistakes
+    data.load(module.backbone, trainer.strategy.root_device)  # before the folder is created, since it may raise
     seen = _seen_before(checkpoint, content, data) if given.data.root or given.data.csv else {}
     if seen and given.data.strict:
-        raise UserError(f"--data.strict: {len(seen)} of these images trained this head or chose its epoch; remove them")
+        raise UserError(f"--data.strict: {len(seen)} of these images were in training or chose the epoch; remove them")
     folder = logger.folder = new_run_folder(Path(given.logs), given.name or f"{data.source.path.stem}-evaluate")
     scores = defined(trainer.test(module, data, verbose=False)[0])
     evaluation = collector.evaluation
     assert evaluation
     scores |= _scores_of_new(module, evaluation, seen) if seen else {}
-    # First, since it is the loss of the probabilities that every verb gives; test/loss is that of the raw logits.
+    # First, since it is the loss of the probabilities that every command returns; test/loss is of the raw logits.
     loss = functional.cross_entropy(evaluation.logits / evaluation.temperature, evaluation.labels)
     scores = {"test/loss_scaled": float(loss)} | scores
     write_atomically(folder / "predictions.csv", predictions_csv(evaluation))
@@ -76,7 +76,7 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
 
 
 def _data(given: Any, checkpoint: Path, class_names: Sequence[str]) -> ImageData:
-    """All of the given images, or the test split of the run that the checkpoint belongs to."""
+    """All given images, or the test split of the run that the checkpoint belongs to."""
     options, own_test = {name: given.data[name] for name in DATA_OPTIONS}, None
     if given.data.root or given.data.csv:
         source = open_source(*(given.data[name] for name in WHERE))
@@ -84,7 +84,7 @@ def _data(given: Any, checkpoint: Path, class_names: Sequence[str]) -> ImageData
     else:
         run = Run.of(checkpoint)
         if not run.data:
-            raise UserError(f"--data.root is missing: {checkpoint} lies in no run's folder that tells its test split")
+            raise UserError(f"--data.root is missing: {checkpoint} is not in the folder of a run with a test split")
         source = open_source(*(run.data.get(name) for name in WHERE))
         own_test = partial(repeated, file=run.splits_file, only=("test",))
     if source.class_names != list(class_names):
@@ -95,26 +95,26 @@ def _data(given: Any, checkpoint: Path, class_names: Sequence[str]) -> ImageData
 
 
 def _seen_before(checkpoint: Path, content: Mapping[str, Any], data: ImageData) -> dict[str, Split]:
-    """The split of the given images that trained this head or chose its epoch, by path."""
+    """The split of the given images that were used to train this head or choose its epoch, by path."""
     file, known = Run.of(checkpoint).splits_file, content["headstart"].get("trained_on", [])
     if file.is_file():
         places = places_of("--ckpt_path", file)
     elif known:
         places = dict.fromkeys(known, "train")
     else:
-        say(f"evaluate: {file} is missing, so nobody knows whether some of these images trained this head")
+        say(f"evaluate: {file} is missing, so it is unknown whether some of these images trained this head")
         return {}
     found = {item.path: places[item.digest.hex()] for item in data.items if item.digest.hex() in places}
     return {path: split for path, split in found.items() if split != "test"}
 
 
 def _scores_of_new(module: TransferClassifier, evaluation: Evaluation, seen: Mapping[str, Split]) -> dict[str, float]:
-    """The scores of the images that had no part in the training, which are the ones to believe."""
+    """Scores of the images that had no part in the training, which are the reliable ones."""
     new = torch.tensor([item.path not in seen for item in evaluation.items])
     trained, total = sum(split == "train" for split in seen.values()), len(evaluation.items)
-    said = f"evaluate: {trained} of {total} images trained this head, and {len(seen) - trained} chose its epoch"
+    said = f"evaluate: {trained} of {total} images were in training, and {len(seen) - trained} chose the epoch"
     if not new.any():
-        say(f"{said}; none is new, so these scores tell little")
+        say(f"{said}; none is new, so these scores are optimistic")
         return {}
     metrics = module.configure_metrics("new/")
     metrics.update(evaluation.logits[new].softmax(dim=1), evaluation.labels[new])
@@ -124,7 +124,7 @@ def _scores_of_new(module: TransferClassifier, evaluation: Evaluation, seen: Map
 
 
 def difference(trained: Sequence[str], found: Sequence[str]) -> str:
-    """How a folder's classes differ from a head's, in words."""
+    """Describes how a folder's classes differ from a head's."""
     missing, unknown = sorted(set(trained) - set(found)), sorted(set(found) - set(trained))
     parts = [("missing", missing), ("unknown to the head", unknown)]
     listed = "; ".join(f"{name}: {told(names, [*missing, *unknown])}" for name, names in parts if names)

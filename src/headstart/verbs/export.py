@@ -1,4 +1,4 @@
-"""The verb `export`: a trained head and its backbone in one file that needs no headstart."""
+"""The `export` command: writes a trained head and its backbone to one file that does not need headstart."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -22,24 +22,24 @@ from headstart.report.evaluation import evenly_spaced
 from headstart.runs.history import Run
 from headstart.terminal import quiet_libraries, say
 
-# The exported model's probabilities may differ by so much from those of the fp32 model.
+# Maximum difference of the exported model's probabilities from those of the fp32 model.
 TOLERANCE = 1e-4
 MAX_COMPARED = 32
 MAKERS = {".onnx": (to_onnx, run_onnx), ".pth": (to_torchvision, run_torchvision)}
 
 
 def export(options: Sequence[str]) -> dict[str, Any]:
-    """Writes a model file, once its output was compared with the checkpoint's on real images; none where they differ.
+    """Writes a model file if its probabilities on real images match the checkpoint's.
 
-    Beside it goes a folder of five pictures with the probabilities that they have to get.
+    Next to it goes a folder of five pictures with their expected probabilities.
 
-    Returns the `output`, how many `images` were compared, and the largest `difference` of a probability.
+    Returns the `output`, the number of `images` compared, and the largest `difference` of a probability.
     """
     quiet_libraries()
     parser = parser_of("export")
     add_checkpoint(parser)
-    parser.add_argument("--output", type=str | None, help="a new .onnx file, or .pth for torchvision's own model")
-    parser.add_argument("--data.root", type=str | None, help="images to compare on; None: those of the head's own run")
+    parser.add_argument("--output", type=str | None, help="new .onnx file, or .pth for torchvision's own model")
+    parser.add_argument("--data.root", type=str | None, help="images to compare on; None: those of the head's run")
     given = parser.parse_args(list(options))
     required(given, "--ckpt_path", "--output")
     checkpoint, output = Path(given.ckpt_path).expanduser(), new_path("--output", given.output)
@@ -61,16 +61,13 @@ def export(options: Sequence[str]) -> dict[str, Any]:
             (folder / name).write_bytes(content)
     write_new("--output", output, data)
     say(f"export:  {output}, {len(data) / 1e6:.1f} MB; on {len(images)} images within {difference:.1e} of the head")
-    say(f"check:   {pictures}, five pictures with the probabilities that they have to get")
-    say("next:    docs/deploy.md runs it, and compares them, without headstart")
+    say(f"check:   {pictures}, five pictures with their expected probabilities")
+    say("next:    docs/deploy.md shows how to run and check it without headstart")
     return {"output": str(output), "images": len(images), "difference": difference}
 
 
 def _real_images(module: TransferClassifier, root: str | None, checkpoint: Path) -> Tensor:
-    """Up to 32 readable images, evenly spread, as the backbone takes them: [B, 3, H, W] uint8.
-
-    They are from the given folder, else those that the head's own run split.
-    """
+    """Up to 32 readable images of the given folder or the head's run, evenly spread: [B, 3, H, W] uint8."""
     found = folders.images(Path(root).expanduser()) if root else Run.of(checkpoint).images()
     wanted = [found[position] for position in evenly_spaced(len(found), MAX_COMPARED).tolist()]
     preprocessing, images = module.backbone.preprocessing, []
@@ -80,6 +77,6 @@ def _real_images(module: TransferClassifier, root: str | None, checkpoint: Path)
         except (UnreadableImage, OSError):
             continue
     if not images:
-        where = f"--data.root={root}: no" if root else "--data.root is missing: the head's own run has no"
-        raise UserError(f"{where} readable image to compare the export on; give a folder of some")
+        where = f"--data.root={root}: no" if root else "--data.root is missing: the head's run has no"
+        raise UserError(f"{where} readable image to compare the export on; give a folder of images")
     return torch.stack(images)

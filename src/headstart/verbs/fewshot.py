@@ -1,4 +1,4 @@
-"""The verb `fewshot`: few-shot tasks on the frozen backbone, meta-training, comparison, a head from few pictures."""
+"""The `fewshot` command: few-shot tasks on the frozen backbone, meta-training, comparison, heads to save."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -34,7 +34,7 @@ from headstart.runs.logger import RunLogger
 from headstart.search.intervals import mean_and_half_width
 from headstart.terminal import Seconds, quiet_libraries, say
 
-# What is meta-trained in a comparison; the prototype is the baseline without training.
+# Heads that a comparison meta-trains; the untrained prototype is the baseline.
 TRAINED: tuple[HeadName, ...] = ("ridge", "anil", "projection")
 SHOTS, COMPARED_QUERIES = (1, 5, 10), 10
 DATA_OPTIONS = (
@@ -47,9 +47,9 @@ SIZE_OPTIONS = ("n_way", "k_shot", "n_query", "episodes")
 
 
 def fewshot(options: Sequence[str]) -> dict[str, Any]:
-    """Tests a head on few-shot tasks, after meta-training if asked; or compares all; or saves one of few pictures.
+    """Tests a head on few-shot tasks, with optional meta-training; or compares all heads; or saves one.
 
-    Returns the content of `result.json`; of `--save`, the checkpoint and its accuracy.
+    Returns the content of `result.json`; with `--save`, the checkpoint and its accuracy.
     """
     quiet_libraries()
     parser = _parser()
@@ -64,11 +64,11 @@ def fewshot(options: Sequence[str]) -> dict[str, Any]:
     given.data.source = given.data.source or source_of(given.data.root)
     if given.test_root:
         given.test_source = given.test_source or source_of(given.test_root)
-    return _Verb(parser, given, resumed, checkpoint).run()
+    return _Command(parser, given, resumed, checkpoint).run()
 
 
-class _Verb:
-    """One call of the verb: its options, its backbone and its data."""
+class _Command:
+    """One call of the command: its options, its backbone and its data."""
 
     def __init__(self, parser: OptionParser, given: Any, resumed: Run | None, checkpoint: Path | None) -> None:
         self.parser, self.given, self.resumed, self.checkpoint = parser, given, resumed, checkpoint
@@ -105,7 +105,7 @@ class _Verb:
         return MetaLearner(self.given.n_way, data.width, head, **values)
 
     def _meta_train(self, module: MetaLearner, data: EpisodeData, name: str) -> tuple[RunLogger, Path, float]:
-        """Trains a head in a run of its own; gives its logger, its folder and the validation accuracy before."""
+        """Meta-trains a head in its own run; returns the logger, the folder and the validation accuracy before."""
         given, config = self.given, self.given.clone()
         config.ckpt_path = None
         run_folder = RunFolder(self.logs, name, self.parser.dump(config, skip_none=False), self.resumed)
@@ -146,7 +146,7 @@ class _Verb:
         return result
 
     def _compare(self, data: EpisodeData, tested: EpisodeData) -> dict[str, Any]:
-        """All heads at 1, 5 and 10 shots, before meta-training and after it."""
+        """Compares all heads at 1, 5 and 10 shots, before and after meta-training."""
         samplers = {
             shots: tested.sampler("test", TaskSize(self.given.n_way, shots, COMPARED_QUERIES))
             for shots in SHOTS
@@ -177,7 +177,7 @@ class _Verb:
         return result
 
     def _save(self) -> dict[str, Any]:
-        """A checkpoint of all pictures of a folder."""
+        """Saves a checkpoint learnt from all pictures of a folder."""
         head = self.given.head
         if head not in ("prototype", "ridge") or self.given.model.metric != "euclidean" or self.given.model.l2:
             raise UserError("--save: stores a linear head: --head=prototype (euclidean, without l2) or --head=ridge")
@@ -189,7 +189,7 @@ class _Verb:
         module.backbone.preprocessing.bits = self.backbone.preprocessing.bits
         path = Path(self.given.save).expanduser()
         acc = save(path, module, self._module(head, data).head, data.all_support())
-        say(f"fewshot: {len(data.items)} images of {len(data.class_names)} classes, {acc:.3f} right when left out")
+        say(f"fewshot: {len(data.items)} images of {len(data.class_names)} classes, leave-one-out accuracy {acc:.3f}")
         say(f"head:     {path}")
         say(f"next:     headstart predict --ckpt_path={path} path/to/files")  # wing: deploy
         return {"checkpoint": str(path), "left_out/acc": acc, "images": len(data.items)}
@@ -211,24 +211,24 @@ def _interval(mean: float, half_width: float) -> str:
 
 def _parser() -> OptionParser:
     parser = parser_of("fewshot")
-    heads, compared = Literal[HeadName, "all"], "what learns a task; all: compare them at 1, 5 and 10 shots"
+    heads, compared = Literal[HeadName, "all"], "head to test; all: compare them at 1, 5 and 10 shots"
     parser.add_argument("--head", type=heads, default="prototype", help=compared)
     parser.add_argument("--train", action="store_true", help="meta-train the head first, on other classes")
     parser.add_argument("--n_way", type=Positive, default=5, help="classes per task")
     parser.add_argument("--k_shot", type=Positive, default=1, help="examples per class")
     parser.add_argument("--n_query", type=Positive, default=15, help="images to classify per class")
-    parser.add_argument("--episodes", type=Positive, default=1000, help="tasks of the test")
-    parser.add_argument("--test_source", type=SourceName | None, help="another source to test on; None: the same")
-    parser.add_argument("--test_root", type=str | None, help="the folder or files of that source")
-    parser.add_argument("--save", type=str | None, help="a new checkpoint, of all images of --data.root")
+    parser.add_argument("--episodes", type=Positive, default=1000, help="number of test tasks")
+    parser.add_argument("--test_source", type=SourceName | None, help="source to test on; None: --data.source")
+    parser.add_argument("--test_root", type=str | None, help="folder or files of --test_source")
+    parser.add_argument("--save", type=str | None, help="new checkpoint, learnt from all images of --data.root")
     add_options(parser, EpisodeData, "data", DATA_OPTIONS)
     add_options(parser, TransferClassifier, "model", BACKBONE_OPTIONS)
     add_options(parser, MetaLearner, "model", HEAD_OPTIONS)
-    parser.add_argument("--max_epochs", type=Positive, default=20, help="maximum epochs of the meta-training")
-    parser.add_argument("--patience", type=Positive, default=5, help="epochs without a better validation")
+    parser.add_argument("--max_epochs", type=Positive, default=20, help="maximum epochs of meta-training")
+    parser.add_argument("--patience", type=Positive, default=5, help="maximum epochs without better validation")
     parser.add_argument("--seed_everything", type=Seed, default=0, help="seed of the initial values")
-    parser.add_argument("--ckpt_path", type=str | None, help="a checkpoint to resume, or `last`")
-    add_run(parser, "by source and head")
+    parser.add_argument("--ckpt_path", type=str | None, help="checkpoint to resume; `last`: the newest run's")
+    add_run(parser, "fewshot-<source>-<head>")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The verb `finetune`: from a trained head on, with some of the backbone's layers learning too."""
+"""The `finetune` command: continues from a trained head and trains the backbone's last layers too."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +16,8 @@ from headstart.model.metrics import defined
 from headstart.runs.history import CONFIG, Run, newest_unfinished
 from headstart.terminal import Seconds, quiet_libraries, say
 
-HEAD = "checkpoints/head.ckpt"  # what a run started from, in its folder
-# A head's settings that hold for its fine-tuning too; its learning rate is no one's for a backbone.
+HEAD = "checkpoints/head.ckpt"  # the head that a run started from, in its folder
+# Settings that fine-tuning inherits from the head; its learning rate does not suit a backbone.
 INHERITED = (
     "backbone",
     "weights",
@@ -29,33 +29,33 @@ INHERITED = (
     "label_smoothing",
     "class_weights",
 )
-# Cached output of the front takes tens of times more space than features.
+# Bytes. The front's cached output takes tens of times the space of features.
 LARGEST_CACHE = 8 * 2**30
 
 
 class FinetuneCLI(TrainCLI):
-    """The command line of `train`, with the defaults of the head's own run; ``head`` is its checkpoint's content."""
+    """The command line of `train`, with defaults from the head's run; ``head`` is the checkpoint's content."""
 
     usage = "headstart finetune --ckpt_path=logs/…/checkpoints/best.ckpt [options]"
     module_class = FineTunedClassifier
     defaults = COMMON | {"max_epochs": 10}
-    ckpt_help = "a trained head, or `last`: resume the newest unfinished run"
+    ckpt_help = "trained head to start from; `last`: resume the newest unfinished run"
     lean_best = True
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--unfreeze", type=str, default="layer4", help="the first layer that learns, or all")
+        parser.add_argument("--unfreeze", type=str, default="layer4", help="first layer to train; all: every layer")
         parser.add_argument(
             "--batch_norm",
             type=Literal["eval", "train"],
             default="eval",
-            help="running statistics of the layers that learn: eval keeps them, train updates them",
+            help="running statistics of the trained layers: eval keeps them, train updates them",
         )
         for name in ("unfreeze", "batch_norm"):
             parser.link_arguments(name, f"model.{name}")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """The head's run gives the defaults; options of the command line win over it."""
+        """Parses the options; the head's run gives the defaults."""
         self.config = parser.parse_args(args)
         if self.config.ckpt_path is None:
             raise UserError("--ckpt_path is missing: give a trained head, such as logs/…/checkpoints/best.ckpt")
@@ -88,11 +88,11 @@ class FinetuneCLI(TrainCLI):
         self._choose_what_is_cached()
 
     def _choose_what_is_cached(self) -> None:
-        """The output of a frozen front is cached where there is one; else images are decoded in every epoch."""
+        """Caches the frozen front's output where possible; else images are decoded in every epoch."""
         data, front, why = self.datamodule, self.model.front, ""
         assert self.init_from
         if front is None:
-            why = "nothing is frozen whose output could be cached"
+            why = "no frozen layers whose output could be cached"
         elif (size := 4 * front.num_features * len(Run.of(self.init_from).images()) * data.views) > LARGEST_CACHE:
             why = f"the front's output would take {size / 1e9:.0f} GB"
         if data.store.cache and why:
@@ -104,9 +104,9 @@ class FinetuneCLI(TrainCLI):
 
 
 def finetune(options: Sequence[str]) -> dict[str, Any]:
-    """Trains the head and the backbone's last layers, and says whether that was better than the head alone.
+    """Trains the head and the backbone's last layers, and says whether that beats the head alone.
 
-    Returns the content of `result.json`: the scores, those `before/…`, and the `recommended` checkpoint.
+    Returns the content of `result.json`: the scores, the head's own as `before/…`, and the `recommended` checkpoint.
     """
     seconds = Seconds()
     quiet_libraries()
@@ -126,7 +126,7 @@ def finetune(options: Sequence[str]) -> dict[str, Any]:
 
 
 def _score_the_head(cli: FinetuneCLI) -> dict[str, float]:
-    """Its scores on the same images, in the same arithmetic."""
+    """Scores of the head alone, on the same images and in the same precision."""
     given = cli.config.trainer
     # Without inference mode, since the metrics' tensors are used again in the fit.
     trainer = quiet_trainer(given.accelerator, precision=given.precision, inference_mode=False)
@@ -143,7 +143,7 @@ def _say_gain(result: Mapping[str, Any], folder: Path | None) -> None:
             before, after = result[f"before/{split}/acc"], result[f"{split}/acc"]
             say(f"{split}/acc:  {before:.3f} with the head alone, {after:.3f} now")
     if folder and result["recommended"] == HEAD:
-        say("finetune: validation did not improve (by its loss): the head alone is the better choice")
+        say("finetune: the validation loss did not improve: the head alone is the better choice")
     # wing: deploy
     if folder:
         say(f"next:     headstart predict --ckpt_path={folder / result['recommended']} path/to/files")

@@ -1,4 +1,4 @@
-"""The verb `predict`: the class of each of a user's files, as a stream."""
+"""The `predict` command: streams files and writes the class of each."""
 
 import contextlib
 import csv
@@ -37,17 +37,17 @@ FORMATS = (".csv", ".jsonl")
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a head says of a file."""
+    """A head's prediction for a file."""
 
-    path: str  # as it was given, or below the folder that was given
+    path: str  # as given, or below the given folder
     best: tuple[tuple[str, float], ...] = ()  # the k most probable classes with calibrated probabilities
-    error: str = ""  # why there is none; empty if there is one
+    error: str = ""  # why there is no prediction; else empty
 
 
 def predict(options: Sequence[str]) -> dict[str, int]:
-    """Writes a row per file: to a CSV or JSON lines, or to the standard output.
+    """Writes a row per file, to a CSV or JSON Lines file or to the standard output.
 
-    Returns how many files were `predicted`, and how many had an `error`.
+    Returns the number of files `predicted` and of `errors`.
     """
     quiet_libraries()
     given = _parser().parse_args(list(options))
@@ -56,9 +56,9 @@ def predict(options: Sequence[str]) -> dict[str, int]:
         raise UserError("--output is missing: the standard output is closed")
     rows, counts = sys.stdout, {"predicted": 0, "errors": 0}
     with contextlib.ExitStack() as stack:
-        if given.output is None:  # with the rows on the standard output, everything else goes beside it
+        if given.output is None:  # rows go to standard output, messages to standard error
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-            if isinstance(rows, io.TextIOWrapper):  # a path keeps its bytes, as in a file
+            if isinstance(rows, io.TextIOWrapper):  # paths keep their bytes, as in a file
                 rows.reconfigure(encoding="utf-8", errors="surrogateescape")
         module = TransferClassifier.load_from_checkpoint(Path(given.ckpt_path).expanduser()).eval()
         device = device_of(given.accelerator)
@@ -79,9 +79,9 @@ def predict(options: Sequence[str]) -> dict[str, int]:
 
 
 class Predictor:
-    """From paths to predictions, in order; memory does not grow with their number.
+    """Maps paths to predictions, in order and in constant memory.
 
-    Each names the ``top_k`` classes; class activation maps are drawn into the folder ``maps``, if one is given.
+    Each has the ``top_k`` classes; class activation maps are written to the folder ``maps``, if given.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Predictor:
         self._done = 0
 
     def __call__(self, paths: Iterable[str]) -> Iterator[Prediction]:
-        """Gives a prediction per path."""
+        """Yields a prediction per path."""
         for computed in self.stream(paths):
             yield from self._predictions(computed)
 
@@ -124,23 +124,23 @@ class Predictor:
 
 
 def _parser() -> OptionParser:
-    parser = parser_of("predict", "PATH…    (files and folders; none: paths from the standard input, a line each)")
+    parser = parser_of("predict", "PATH…    (files and folders; none: paths from the standard input, one per line)")
     parser.add_argument("paths", nargs="*", type=str, help="files and folders")
     add_checkpoint(parser)
-    parser.add_argument("--output", type=str | None, help="a new .csv or .jsonl file; None: the standard output")
+    parser.add_argument("--output", type=str | None, help="new .csv or .jsonl file; None: the standard output")
     formats = Literal["csv", "jsonl"] | None
-    parser.add_argument("--format", type=formats, help="csv or jsonl; None: as the output is named, else csv")
-    parser.add_argument("--top_k", type=Positive, default=5, help="how many classes a row names")
-    parser.add_argument("--explain", type=str | None, help="a new folder for class activation maps, a picture per file")
-    parser.add_argument("--num_workers", type=Count | None, help="threads that decode; None: one per core, at most 8")
+    parser.add_argument("--format", type=formats, help="csv or jsonl; None: by the output's suffix, else csv")
+    parser.add_argument("--top_k", type=Positive, default=5, help="most probable classes per row")
+    parser.add_argument("--explain", type=str | None, help="new folder for class activation maps, one per file")
+    parser.add_argument("--num_workers", type=Count | None, help="decoding threads; None: one per core, at most 8")
     parser.add_argument("--feature_precision", type=FeaturePrecision, default="auto", help="auto, bf16 or fp32")
-    parser.add_argument("--max_pixels", type=Positive, default=MAX_PIXELS, help="larger images are errors")
+    parser.add_argument("--max_pixels", type=Positive, default=MAX_PIXELS, help="pixel limit; larger images are errors")
     add_accelerator(parser)
     return parser
 
 
 def _inputs(given: Sequence[str]) -> tuple[Iterable[str], int | None]:
-    """The paths of all files, and their number; of the standard input it is not known."""
+    """The paths of all files, and their number; None for the standard input."""
     if not given:
         if sys.stdin.isatty():
             raise UserError("no PATH; give files or folders, or paths on the standard input")
@@ -151,18 +151,18 @@ def _inputs(given: Sequence[str]) -> tuple[Iterable[str], int | None]:
     paths, others = list[str](), Counter[str]()
     for path in given:
         folder = in_either_form(Path(path))
-        is_folder = os.path.isdir(folder)  # noqa: PTH112  # pathlib's raises where it may not look
+        is_folder = os.path.isdir(folder)  # noqa: PTH112  # pathlib's raises without permission
         paths += [str(found) for found in folders.images(folder, others)] if is_folder else [path]
     folders.say_left_out(others)
     if not paths:
-        raise UserError(f"{', '.join(given)}: no images in there; give a folder that holds some")
+        raise UserError(f"{', '.join(given)}: no images in there; give a folder with images")
     return paths, len(paths)
 
 
 def _empty_folder(path: str) -> Path:
     folder = Path(path).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--explain={path}: is there and not empty; give a new folder")
+        raise UserError(f"--explain={path}: exists and is not empty; give a new folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -174,7 +174,7 @@ def _empty_folder(path: str) -> Path:
 
 @contextlib.contextmanager
 def _open(output: str) -> Iterator[TextIO]:
-    """The new output file; one that is there is never written over."""
+    """Opens the new output file; an existing file is never overwritten."""
     if Path(output).suffix not in FORMATS:
         raise UserError(f"--output={output}: name it {' or '.join(f'*{suffix}' for suffix in FORMATS)}")
     try:
@@ -185,7 +185,7 @@ def _open(output: str) -> Iterator[TextIO]:
         with file:
             yield file
     except OSError as error:
-        if error.filename is None:  # a full disk names none
+        if error.filename is None:  # a full disk's error names no file
             error.filename = output
         raise
 
@@ -215,7 +215,7 @@ def _writer(file: TextIO, output: str | None, form: str | None, top_k: int) -> C
 
 def _finish(counts: dict[str, int], output: str | None, maps: Path | None) -> None:
     if not counts["predicted"]:
-        raise UserError(f"none of the {counts['errors']} files could be read; each row tells why")
+        raise UserError(f"none of the {counts['errors']} files could be read; each row says why")
     say(f"predict: {counts['predicted']} files, and {counts['errors']} that could not be read")
     if output:
         say(f"rows:    {output}")

@@ -1,4 +1,4 @@
-"""The verb `runs`: the run folders with their scores and the settings in which they differ. Imports no torch."""
+"""The `runs` command: lists runs with their scores and the settings that differ. Does not import torch."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,7 +14,7 @@ from headstart.runs.history import Run
 from headstart.terminal import say
 
 SHOWN, ABOUT = ("val/acc", "test/acc"), ("run", "state", "seconds")
-# Where things lie, and what is said of a run, are no settings of it.
+# Names, paths and the report do not count as settings.
 NO_SETTINGS = (
     *("name", "ckpt_path", "report", "logs", "save", "trainer.default_root_dir"),
     *("data.cache_dir", "data.splits"),
@@ -22,19 +22,19 @@ NO_SETTINGS = (
 
 
 def runs(options: Sequence[str]) -> list[dict[str, Any]]:
-    """Lists the runs, the best first; gives a row per run, as the CSV file has it."""
+    """Lists the runs, best first; returns a row per run, as in the CSV file."""
     parser = parser_of("runs")
-    parser.add_argument("--logs", type=str, default="logs", help="where the runs are")
-    parser.add_argument("--sort", type=str, default="test/acc", help="the score or setting to sort by, best first")
-    parser.add_argument("--csv", type=str | None, help="a new file for all scores and all settings that differ")
+    parser.add_argument("--logs", type=str, default="logs", help="folder that contains the runs")
+    parser.add_argument("--sort", type=str, default="test/acc", help="score or setting to sort by, best first")
+    parser.add_argument("--csv", type=str | None, help="new file for all scores and all settings that differ")
     given = parser.parse_args(list(options))
     rows = _rows(Path(given.logs))
     if not rows:
         raise UserError(f"--logs={given.logs}: no runs in there; python train.py makes one")
     columns = list(dict.fromkeys(name for row in rows for name in row))
     if not any(given.sort in row for row in rows):
-        raise UserError(f"--sort={given.sort}: no such column; there are {', '.join(columns)}")
-    rows.sort(key=lambda row: _place(row.get(given.sort), given.sort))
+        raise UserError(f"--sort={given.sort}: no such column; choose from {', '.join(columns)}")
+    rows.sort(key=lambda row: _sort_key(row.get(given.sort), given.sort))
     _say(rows)
     if given.csv:
         lines = ([row.get(name) for name in columns] for row in rows)
@@ -43,7 +43,7 @@ def runs(options: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _rows(logs: Path) -> list[dict[str, Any]]:
-    """A row per run: its scores, what is said of it, and the settings that are not the same in all."""
+    """A row per run: its scores, its state, and the settings that differ between runs."""
     found = {run: _settings(run) for run in Run.all_in(logs)}
     configured = [settings for settings in found.values() if settings]
     names = dict.fromkeys(name for settings in configured for name in settings)
@@ -59,13 +59,13 @@ def _rows(logs: Path) -> list[dict[str, Any]]:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    with suppress(UserError):  # a damaged configuration is no reason to list nothing
+    with suppress(UserError):  # a damaged configuration must not hide the run
         return {name: value for name, value in flat(run.config).items() if name not in NO_SETTINGS}
     return {}
 
 
-def _place(value: Any, name: str) -> tuple[bool, float, str]:
-    """Numbers first, the best of them before the others; then text; then what has none."""
+def _sort_key(value: Any, name: str) -> tuple[bool, float, str]:
+    """Sorts numbers first, best first; then text; then missing values."""
     if isinstance(value, int | float):
         return False, value if "loss" in name or "error" in name or name == "seconds" else -value, ""
     return True, 0.0, "~" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""The verb `train`: a head on a folder of images."""
+"""The `train` command: trains a head on a folder of images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +15,11 @@ STRONGER = "--data.{}={} --model.weights=imagenet    (better features for photog
 def train(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
     """Fits a head, tests the best checkpoint, writes the report and the result, and says what to do next.
 
-    Takes the command line's options, and the data's root where they give none. Returns the content of the run's
-    `result.json`; empty where nothing was left to train.
+    ``root`` is the default of `--data.root`. Returns the content of `result.json`; empty if nothing was left to train.
     """
     seconds = Seconds()
     quiet_libraries()
-    cli = TrainCLI(options, root)  # the options, and from them cli.datamodule, cli.model and cli.trainer
+    cli = TrainCLI(options, root)  # parses the options; makes cli.datamodule, cli.model and cli.trainer
     if cli.say_if_finished():
         return {}
     fit(cli, seconds)

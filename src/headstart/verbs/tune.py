@@ -1,4 +1,4 @@
-"""The verb `tune`: a grid of heads trained at once, the exact optimum, then one run with the winner."""
+"""The `tune` command: trains a grid of heads at once, fits the exact optimum, then runs the winner."""
 
 import itertools
 import json
@@ -31,10 +31,10 @@ from headstart.terminal import Seconds, images_bar, program, quiet_libraries, ra
 LRS = [0.0003, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03]
 WEIGHT_DECAYS = [0.0, 0.01, 0.1, 1.0]
 LABEL_SMOOTHINGS = [0.0, 0.1]
-# Penalties of the exact optimum, from strong to weak: each fit starts where the one before ended.
+# Penalties of the exact optimum, from strong to weak: each fit starts from the previous one.
 PENALTIES = [10.0**-power for power in range(7)]
 SHOWN = 10
-TUNED = "HEADSTART_TUNED"  # the environment variable that tells the final run's other processes its options
+TUNED = "HEADSTART_TUNED"  # environment variable that passes the final run's options to its other processes
 
 
 class TuneCLI(TrainCLI):
@@ -49,47 +49,47 @@ class TuneCLI(TrainCLI):
             "--tune.weight_decay", type=list[NonNegative], default=WEIGHT_DECAYS, help="weight decays of the grid"
         )
         parser.add_argument(
-            "--tune.label_smoothing", type=list[Fraction], default=LABEL_SMOOTHINGS, help="smoothings of the grid"
+            "--tune.label_smoothing", type=list[Fraction], default=LABEL_SMOOTHINGS, help="label smoothings of the grid"
         )
         parser.add_argument(
             "--tune.draws",
             type=Positive | None,
-            help="settings to draw between the grid's ends; None: the grid itself",
+            help="settings to draw between the grid's ends; None: use the grid",
         )
-        parser.add_argument("--folds", type=Positive | None, help="cross-validate the winner on so many folds")
+        parser.add_argument("--folds", type=Positive | None, help="number of folds to cross-validate the winner")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """A search takes seconds and is repeated; its last run is one of ``train``."""
+        """Rejects a checkpoint: a search takes seconds and is repeated; its final run is one of ``train``."""
         super().parse_arguments(parser, args)
         if self.checkpoint:
             raise UserError(
-                "--ckpt_path: a search is not resumed but repeated; its final run is resumed by "
+                "--ckpt_path: a search cannot be resumed; repeat it, or resume its final run with "
                 f"{program('train')} --ckpt_path=last"
             )
 
     @property
     def schedule(self) -> Schedule:
-        """How every head is trained."""
+        """The training schedule of every head."""
         epochs, warmup = int(self.config.trainer.max_epochs), float(self.config.model.warmup)
         return Schedule(epochs, self.datamodule.batch_size, warmup, int(self.config.seed_everything))
 
 
 def tune(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
-    """Trains the grid at once, fits the exact optimum, and trains once more with the winner.
+    """Trains the grid at once, fits the exact optimum, and trains the winner in a run.
 
     Returns `settings` (one per head, best first), `exact`, `folds`, the winner's `recipe`, and its `result`.
     """
     quiet_libraries()
-    if rank() > 0:  # another device's process of the final run, which Lightning starts by this same command
+    if rank() > 0:  # a further process of the final run, which Lightning starts with the same command line
         if TUNED not in os.environ:
-            raise UserError("tune: the search is one process's; leave torchrun out, and give --trainer.devices instead")
+            raise UserError("tune: the search runs in one process; use --trainer.devices instead of torchrun")
         return {"result": _train_winner(json.loads(os.environ[TUNED]), root)}
     cli = TuneCLI(options, root)
     data, config = cli.datamodule, cli.config
     if not data.store.cache:
-        raise UserError("--data.cache=false: the search is on cached features; leave the cache on")
+        raise UserError("--data.cache=false: the search needs cached features; leave the cache on")
     if config.model.head != "linear":
-        raise UserError(f"--model.head={config.model.head}: the search is of linear heads; leave it out")
+        raise UserError(f"--model.head={config.model.head}: the search trains linear heads only; leave it out")
     if empty := [name for name in ("lr", "weight_decay", "label_smoothing") if not config.tune[name]]:
         raise UserError(f"--tune.{empty[0]}=[]: give at least one value, or leave it out")
     if config.folds == 1:
@@ -98,7 +98,7 @@ def tune(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
     check_training(data.items, data.class_names)
     if not data.items_in("val"):
         raise UserError(
-            "tune: there is no validation image, and the search chooses by validation; give some that split"
+            "tune: there is no validation image, but the search chooses by validation; add some to that split"
         )
     ranked = _train_grid(cli, _settings(config.tune, int(config.seed_everything)))
     exact = _fit_exact(cli)
@@ -120,7 +120,7 @@ def tune(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
 
 
 def _train_winner(options: Sequence[str], root: Path | None) -> dict[str, Any]:
-    """As `train` does."""
+    """Trains the winner, as `train` does."""
     seconds, cli = Seconds(), TrainCLI(options, root)
     fit(cli, seconds)
     scores = test(cli, seconds)
@@ -129,7 +129,7 @@ def _train_winner(options: Sequence[str], root: Path | None) -> dict[str, Any]:
 
 
 def _settings(grid: Any, seed: int) -> list[HeadSettings]:
-    """The grid; or draws between its ends, uniform in the logarithm where that exists."""
+    """The grid, or random draws between its ends: log-uniform, or uniform from a low end of 0."""
     if grid.draws is None:
         product = itertools.product(grid.lr, grid.weight_decay, grid.label_smoothing)
         return [HeadSettings(*map(float, values)) for values in product]
@@ -145,7 +145,7 @@ def _settings(grid: Any, seed: int) -> list[HeadSettings]:
 
 
 def _train_grid(cli: TuneCLI, settings: Sequence[HeadSettings]) -> list[tuple[HeadSettings, TrainedHead]]:
-    """Every setting and its head's validation, the best first: by accuracy, among equals by the loss."""
+    """Trains all settings; returns them with their heads, best first by validation accuracy, then by loss."""
     data = cli.datamodule
     train, val = data.labelled("train"), data.labelled("val")
     with images_bar(f"{len(settings)} heads", len(train) * cli.schedule.epochs) as advance:
@@ -154,7 +154,7 @@ def _train_grid(cli: TuneCLI, settings: Sequence[HeadSettings]) -> list[tuple[He
 
 
 def _fit_exact(cli: TuneCLI) -> dict[str, float]:
-    """The exact optimum at the penalty that validates best, and its test."""
+    """Scores of the exact optimum at the L2 penalty with the best validation."""
     data = cli.datamodule
     train, val = data.labelled("train"), data.labelled("val")
     head: nn.Linear | None = None
@@ -191,7 +191,7 @@ def _cross_validate(cli: TuneCLI, settings: HeadSettings, folds: int) -> list[fl
 
 
 def _write(folder: Path, cli: TuneCLI, ranked: Sequence[tuple[HeadSettings, TrainedHead]]) -> tuple[Path, Path]:
-    """The table, a run per head for the HParams tab, the search's configuration, and the winner's as a recipe."""
+    """Writes the table, a run per head for the HParams tab, the configuration, and the winner's recipe."""
     columns = [*vars(ranked[0][0]), "val/acc", "val/loss", "epoch"]
     rows = ([*vars(settings).values(), found.acc, found.loss, found.epoch] for settings, found in ranked)
     write_atomically(folder / "heads.csv", csv_bytes([columns, *rows]))
