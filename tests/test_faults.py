@@ -200,7 +200,7 @@ def test_what_is_changed_or_left_aside_is_said_once(colours, train, capsys):
     for said in (
         "images of more than 8 bits have values up to 40001; 65535 becomes white",
         "longer than 20 times",
-        "of animations the first frame",
+        "only the first frame of animations",
         "1 images lie in folders within a class folder",
         "left out: 1 .heic",
         "--model.class_weights=balanced",
@@ -448,7 +448,7 @@ def test_what_stops_a_worker_process_is_one_line(colours, refused, monkeypatch):
     monkeypatch.setattr(folders, "decode", fails)
     with at_most(60):
         line = refused("train", f"--data.root={colours}", "--data.cache=false", "--data.num_workers=1", *SMALL)
-    assert re.fullmatch(r"error: \S+\.png: cannot be read now \(out of memory\), which may pass; start again", line)
+    assert re.fullmatch(r"error: \S+\.png: cannot be read now \(out of memory\); this may be temporary, so try again", line)
 
 
 def test_a_decoder_without_memory_does_not_call_the_image_damaged(colours, monkeypatch):

@@ -79,7 +79,7 @@ def test_an_empty_list_is_refused_before_a_file_is_made(data, checkpoint, refuse
 @pytest.mark.wing("deploy")
 def test_an_unknown_format_leaves_no_file(checkpoint, trained, refused):
     line = refused("predict", f"--ckpt_path={checkpoint}", str(trained), "--output=rows.csv", "--format=xml")
-    assert "--format: xml: is none of Literal['csv', 'jsonl']" in line
+    assert "--format: xml: is not one of Literal['csv', 'jsonl']" in line
     assert not Path("rows.csv").exists()
 
 

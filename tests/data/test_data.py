@@ -455,7 +455,7 @@ def test_a_list_may_give_splits(splits, counts, bursts, tmp_path):
         ("path,label\na.png,x\na.png,y\n", "line 3: a.png was listed before"),
         ("path,label,split\na.png,x,holdout\nb.png,y,val\n", "line 2: unknown split 'holdout'"),
         ("path,label,split,group\na.png,x,train,g\nb.png,y,val,g\n", "group 'g' is in several splits"),
-        ("path,label,label\na.png,x,y,z\n", "names a column twice"),
+        ("path,label,label\na.png,x,y,z\n", "a column name appears twice in its first line"),
         ("path,label\na.png,x\nb.png,y\n", "2 of 2 images"),
         ("\xff\xfe", "cannot be read as CSV"),
     ],

@@ -132,7 +132,7 @@ def test_class_names_that_look_alike_are_said(names, source, tmp_path, capsys):
     else:
         ImageFolderData(str(tmp_path / "photos"))
     out = capsys.readouterr().out
-    assert "2 classes have names that differ by case or Unicode form alone" in out
+    assert "2 classes have names that differ only in case or Unicode form" in out
     assert ("'cafe\\u0301'" in out) == ("'caf\\xe9'" in out) == (names[0] == COMPOSED)
 
 

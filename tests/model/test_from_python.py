@@ -48,7 +48,7 @@ def load(data: DatasetData) -> None:
     ("options", "said"),
     [
         ({"lr": -1}, "lr=-1"),
-        ({"class_weights": "balenced"}, "class_weights='balenced' is none of none, balanced"),
+        ({"class_weights": "balenced"}, "class_weights='balenced' is not one of none, balanced"),
         ({"image_size": 7}, "image_size=7"),
         ({"class_names": ["a", "b", "a"]}, "class_names: 3 names, of which 2 differ"),
         ({"label_smoothing": "much"}, "label_smoothing='much'"),
