@@ -201,7 +201,7 @@ def test_what_is_changed_or_left_aside_is_said_once(colours, train, capsys):
         "images of more than 8 bits have values up to 40001; 65535 becomes white",
         "longer than 20 times",
         "only the first frame of animations",
-        "1 images lie in folders within a class folder",
+        "1 images are in folders within a class folder",
         "left out: 1 .heic",
         "--model.class_weights=balanced",
     ):

@@ -74,7 +74,7 @@ def test_the_data_refuse(options, said, colours):
     ("dataset", "said"),
     [
         (Pairs([0, 1.7]), r"train\[1\] has the label 1.7"),
-        (Pairs([0, 5]), r"has the label 5; labels are 0 to 1"),
+        (Pairs([0, 5]), r"has the label 5; labels must be 0 to 1"),
         (Triples([0, 1]), r"train\[0\] is a tuple, not \(image, label\)"),
         (Rows([0, 1]), r"is a dict, not \(image, label\)"),
     ],
@@ -88,7 +88,7 @@ def test_a_dataset_of_another_form_is_refused(dataset, said):
 @pytest.mark.parametrize("classes", [["cat", "dog"], ["cat", "dog", "emu"], ["cat", "bee", "dog"]])
 def test_two_datasets_number_their_classes_alike(classes):
     train, val = Pairs([0, 1, 2], ["bee", "cat", "dog"]), Pairs([0, 1], classes)
-    with pytest.raises(UserError, match="val numbers its classes otherwise"):
+    with pytest.raises(UserError, match="val has different classes"):
         DatasetData(train, val)
     assert DatasetData(train, Pairs([0, 1], ["bee", "cat", "dog"])).source.has_val
 
