@@ -400,7 +400,7 @@ def test_only_regular_files_are_opened(colours, checkpoint, train, refused, monk
         ):
             assert "fifo" in refused("train", f"--data.root={colours}", *option.split(), *SMALL)
         assert "not a regular file" in refused("train", "--data.csv=fifo", *SMALL)
-        assert "is no file" in refused("evaluate", "--ckpt_path=fifo")
+        assert "is not a file" in refused("evaluate", "--ckpt_path=fifo")
         # wing: deploy
         counts = main(["predict", f"--ckpt_path={checkpoint}", "fifo", str(colours / "red"), "--output=rows.csv"])
         assert counts == {"predicted": 20, "errors": 2}

@@ -141,7 +141,7 @@ def test_a_dry_run_leaves_nothing(colours, train):
         ("--data.augment=light", "--data.views=8, or augment without limit with --data.cache=false"),
         ("--data.views=8", "--data.augment=light"),
         ("--data.val_fraction=0.6 --data.test_fraction=0.5", "leave no images to train on"),
-        ("--ckpt_path=missing.ckpt", "missing.ckpt: is no file"),
+        ("--ckpt_path=missing.ckpt", "missing.ckpt: is not a file"),
         ("--ckpt_path=last", "no unfinished run"),
         ("--trainer.accelerator=gpu", "--trainer.accelerator=auto"),
         ("--trainer.precision=16-mixed", "bf16-mixed"),

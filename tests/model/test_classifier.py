@@ -144,9 +144,9 @@ def set_names(content):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda c: c["state_dict"].update(extra=torch.zeros(1)), "different parameters"),
-        (lambda c: c["state_dict"].pop("head.bias"), "different parameters"),
-        (lambda c: c.pop("headstart"), "holds no head"),
+        (lambda c: c["state_dict"].update(extra=torch.zeros(1)), "its head has parameters"),
+        (lambda c: c["state_dict"].pop("head.bias"), "its head has parameters"),
+        (lambda c: c.pop("headstart"), "not a headstart checkpoint"),
         (lambda c: c["headstart"].update(layout=0), "layout"),
         (lambda c: c["headstart"].update(digest="0" * 64), "its head belongs to the backbone"),
     ],

@@ -50,7 +50,7 @@ def load(data: DatasetData) -> None:
         ({"lr": -1}, "lr=-1"),
         ({"class_weights": "balenced"}, "class_weights='balenced' is not one of none, balanced"),
         ({"image_size": 7}, "image_size=7"),
-        ({"class_names": ["a", "b", "a"]}, "class_names: 3 names, of which 2 differ"),
+        ({"class_names": ["a", "b", "a"]}, "class_names: 3 names, only 2 distinct"),
         ({"label_smoothing": "much"}, "label_smoothing='much'"),
     ],
 )
@@ -156,11 +156,11 @@ def test_float64_is_for_the_processor(monkeypatch):
     [
         (lambda made: made.pop("hyper_parameters"), "lacks hyper_parameters"),
         (lambda made: made.pop("epoch"), "lacks epoch"),
-        (lambda made: made["state_dict"].update({"head.weight": torch.zeros(3, 7)}), "different parameters"),
+        (lambda made: made["state_dict"].update({"head.weight": torch.zeros(3, 7)}), "its head has parameters"),
         (lambda made: made["state_dict"]["head.bias"].fill_(torch.nan), "not finite"),
         (lambda made: made["headstart"].update(temperature=0.0), "not finite"),
         (lambda made: made["headstart"].update(temperature=torch.inf), "not finite"),
-        (lambda made: made.update(headstart=3), "holds no head"),
+        (lambda made: made.update(headstart=3), "not a headstart checkpoint"),
     ],
 )
 def test_a_forged_checkpoint_is_refused(change, said, checkpoint, refused):

@@ -37,7 +37,7 @@ def read_table(file: Path) -> tuple[list[str], list[Item]]:
 def _split(row: Mapping[str, str], file: Path, line: int) -> Split | None:
     given = row.get("split", "")
     if given and not split_named(given):
-        raise UserError(f"--data.csv={file}, line {line}: unknown split {given!r}; use train, val, test, or none")
+        raise UserError(f"--data.csv={file}, line {line}: unknown split {given!r}; use train, val or test")
     return split_named(given)
 
 
