@@ -214,3 +214,31 @@ def test_without_flips_left_stays_left(policy):
     assert flipped(False) < 8 < flipped(True) < 32  # strong rotates too, and inverts colours
     mirrored = Views("mirrored").view(image, b"", 1, SMALL)
     assert torch.equal(mirrored, preprocess(image, SMALL).flip(-1))
+
+
+@pytest.mark.parametrize(("width", "height"), [(300, 100), (100, 300), (3000, 9), (64, 64)])
+def test_pad_and_squash_show_the_whole_picture(width, height):
+    """Marks at the four edges are seen; a crop of a long picture cuts two off."""
+    pixels = np.full((height, width, 3), 128, np.uint8)
+    margin_x, margin_y = width // 4, height // 4
+    pixels[:, :margin_x], pixels[:, -margin_x:] = (255, 0, 0), (0, 0, 255)
+    pixels[:margin_y, margin_x:-margin_x], pixels[-margin_y:, margin_x:-margin_x] = (0, 255, 0), (255, 255, 0)
+    image, shown = Image.fromarray(pixels), {}
+    for fit in ("crop", "pad", "squash"):
+        seen = preprocess(image, Preprocessing().adapted(64, fit)).permute(1, 2, 0).reshape(-1, 3).int()
+        colours = torch.tensor([(255, 0, 0), (0, 0, 255), (0, 255, 0), (255, 255, 0)])
+        shown[fit] = [bool((seen - colour).abs().sum(dim=1).lt(30).any()) for colour in colours]
+    assert all(shown["squash"])
+    assert all(shown["pad"]) or min(width, height) < 10  # of 9 pixels in 3,000 nothing is left
+    assert all(shown["crop"]) == (width == height)
+
+
+def test_the_padding_is_the_mean_and_the_centre_the_picture():
+    preprocessing = Preprocessing().adapted(64, "pad")
+    assert (preprocessing.resize_size, preprocessing.crop_size) == (64, 64)
+    seen = preprocess(Image.new("RGB", (200, 100), "red"), preprocessing)
+    assert [int(value) for value in seen[:, 0, 0]] == [round(255 * value) for value in preprocessing.mean]
+    assert (seen[:, 16:48] == torch.tensor([255, 0, 0])[:, None, None]).all()
+    assert (seen[1, :16] > 0).all()
+    view = augment(Image.new("RGB", (200, 100), "red"), "none", preprocessing, seed=1, flip=False)
+    assert (view == seen).all()

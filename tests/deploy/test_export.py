@@ -2,6 +2,7 @@ import io
 import json
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from torchvision import models
 
 from headstart import DatasetData, ImageFolderData, TransferClassifier
 from headstart.cli import main
-from headstart.deploy.check import _drawing
+from headstart.deploy.check import _drawing, check_files
+from headstart.deploy.onnx import to_onnx
 from headstart.verbs import export as exporting
 from support import REPOSITORY
 
@@ -112,6 +114,25 @@ def test_the_check_pictures_tell_another_decoding(checkpoint, refused, monkeypat
     line = refused("export", f"--ckpt_path={checkpoint}", "--output=second.onnx")
     assert "second.onnx.check: is there already" in line
     assert not Path("second.onnx").exists()
+
+
+def test_the_script_pads_and_squashes(monkeypatch, capsys):
+    module = TransferClassifier(["a", "b", "c"], weights="random", image_size=32, fit="pad").eval()
+    preprocessing = module.backbone.preprocessing
+    preprocessing.bits = 16
+    model = onnx.load_from_string(to_onnx(module))
+    for fit in ("pad", "squash"):
+        preprocessing.fit = fit
+        (entry,) = (entry for entry in model.metadata_props if entry.key == "preprocessing")
+        entry.value = json.dumps(asdict(preprocessing))
+        onnx.save(model, "model.onnx")
+        files = check_files(module)
+        wanted = json.loads(files.pop("expected.json"))["probabilities"]
+        for name, data in files.items():
+            Path(name).write_bytes(data)
+        found = by_the_documented_script([Path(name) for name in wanted], monkeypatch, capsys)
+        probabilities = [max(row) for row in wanted.values()]
+        assert [probability for _, probability in found] == pytest.approx(probabilities, abs=1e-3)
 
 
 def opened(path: Path) -> Image.Image:

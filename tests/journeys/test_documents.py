@@ -153,7 +153,7 @@ def test_the_accuracy_benchmark_in_a_small_form(run, copy):
     small = ["--splits=1", "--model.image_size=32", "--trainer.max_epochs=1"]
     done = run("python", "benchmarks/accuracy.py", *small)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "| bundled | 0." in done.stdout
+    assert "| resnet18, bundled, `layers=all` | 0." in done.stdout
 
 
 def test_the_speed_benchmark_in_a_small_form(run, copy, tmp_path):

@@ -10,10 +10,14 @@ from torch import nn
 from torchvision import models
 
 from headstart import FrozenBackbone, TransferClassifier
+from headstart.cli import main
 from headstart.errors import UserError
+from headstart.model import weights
 from headstart.model.backbone import check_frozen, combined, tensor_digests
+from headstart.model.checkpoints import FIRST_EDITION
 from headstart.model.families import Torchvision
-from headstart.model.weights import SHA256
+from headstart.model.weights import DEMO, SHA256, for_data
+from support import newest_run
 
 
 @pytest.fixture
@@ -195,3 +199,101 @@ def test_the_digest_is_of_names_types_shapes_and_values():
     b = nn.Linear(3, 2)
     b.weight.data, b.bias.data = a.weight.data.view(2, 3), a.bias.data
     assert combined(tensor_digests(a)) != combined(tensor_digests(b))
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The addresses that a download was tried from; each fails."""
+    found = []
+
+    def fails(url, *_, **__):
+        found.append(url)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", fails)
+    return found
+
+
+@pytest.mark.fault("no network, and weights=auto")
+def test_auto_takes_the_bundled_weights_where_imagenets_cannot_be_had(
+    stand_in_for_imagenet, asked, colours, train, capsys, monkeypatch
+):
+    """It asks once an hour, and never where the environment forbids it; a run keeps what was decided."""
+    assert train(colours, "--trainer.max_epochs=1")["weights"] == "bundled"
+    assert "the bundled ones, since ImageNet's cannot be had" in capsys.readouterr().out
+    config = newest_run() / "config.yaml"
+    assert "weights: bundled" in config.read_text()
+    assert FrozenBackbone().weights == "bundled"
+    assert len(asked) == 1
+    monkeypatch.setattr(weights, "SECONDS_OF_FAILURE", 0)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    FrozenBackbone()
+    assert len(asked) == 1
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    FrozenBackbone()
+    assert len(asked) == 2
+    assert main(["train", f"--config={config}", "--name=again"])["weights"] == "bundled"
+    assert len(asked) == 2
+
+
+def test_auto_takes_imagenets_weights_where_they_can_be_had(stand_in_for_imagenet, colours, train, capsys):
+    result = train(colours, "--trainer.max_epochs=1")
+    assert result["weights"] == "imagenet"
+    assert "weights:  ImageNet's, from" in capsys.readouterr().out
+    best = next(newest_run().glob("checkpoints/best.ckpt"))
+    assert TransferClassifier.load_from_checkpoint(best).backbone.weights == "imagenet"
+    assert FrozenBackbone(weights="pretrained").digest() == FrozenBackbone().digest() == result["digest"]
+
+
+def test_auto_is_bundled_for_the_demo_and_official_for_other_backbones(stand_in_for_imagenet, asked):
+    assert for_data("auto", str(DEMO)) == for_data("auto", None) == "bundled"
+    assert for_data("auto", "photos") == "auto"
+    assert for_data("random", str(DEMO)) == "random"
+    with pytest.raises(UserError, match="could not be downloaded"):
+        FrozenBackbone("resnet50")
+    assert len(asked) == 1
+
+
+def test_a_head_of_the_first_bundled_weights_says_so():
+    module = TransferClassifier(["a", "b"], weights="bundled")
+    made = {"class_names": ["a", "b"], "digest": FIRST_EDITION, "backbone": "resnet18", "weights": "bundled"}
+    with pytest.raises(UserError, match="first edition of the bundled weights"):
+        module.take({"headstart": made, "state_dict": {f"head.{k}": v for k, v in module.head.state_dict().items()}})
+
+
+@pytest.mark.parametrize("mirror", [True, False])
+def test_features_of_all_stages(mirror, pixels):
+    """The signed root of each stage's mean, in the order of the network, also in the copy for extraction."""
+    backbone = FrozenBackbone(weights="random", image_size=64, layers="all", mirror=mirror)
+    torch.manual_seed(0)
+    plain = models.resnet18().eval()
+    means: list[torch.Tensor] = []
+    for name in ("layer1", "layer2", "layer3", "layer4"):
+        plain.get_submodule(name).register_forward_hook(lambda *given: means.append(given[2].mean(dim=(2, 3))))
+
+    def of_plain(images):
+        means.clear()
+        plain((images - backbone.mean) / backbone.std)
+        return torch.cat(means, dim=1).sqrt()
+
+    with torch.no_grad():
+        wanted = of_plain(pixels)
+        if mirror:
+            wanted = (wanted + of_plain(pixels.flip(-1))) / 2
+        torch.testing.assert_close(backbone(pixels), wanted, rtol=1e-4, atol=1e-4)
+        fast = backbone.for_extraction(torch.float32, torch.device("cpu"))
+        torch.testing.assert_close(fast(pixels), wanted, rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
+    assert backbone.num_features == 64 + 128 + 256 + 512
+
+
+def test_a_head_on_all_stages_through_the_commands(colours, train, refused):
+    """Where left and right matter, the features are not averaged over the mirrored image."""
+    train(colours, "--model.layers=all", "--data.flip=false", "--trainer.max_epochs=2")
+    best = newest_run() / "checkpoints/best.ckpt"
+    module = TransferClassifier.load_from_checkpoint(best)
+    assert (module.backbone.layers, module.hparams["mirror"]) == ("all", False)
+    assert main(["evaluate", f"--ckpt_path={best}"])["test/acc"] == 1.0
+    assert "no stages" in refused(
+        "train", f"--data.root={colours}", "--model.backbone=swin_t", "--model.weights=random", "--model.layers=all"
+    )

@@ -103,7 +103,7 @@ class TrainCLI(LightningCLI):
             self.resume_from = Path(self.config.ckpt_path)
             self.checkpoint = read_checkpoint(self.resume_from, self.logs)
             self._keep_the_split(Run.of(self.resume_from).splits_file)
-        if self.config.model.backbone == "resnet18":
+        if self.config.model.backbone == "resnet18":  # the bundled weights are of no other
             self.config.model.weights = for_data(
                 self.config.model.weights, self.config.data.get("csv") or self.config.data.root
             )

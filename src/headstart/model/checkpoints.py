@@ -22,6 +22,8 @@ from headstart.model.sealed import read_sealed
 from headstart.ranges import arguments_of, plain
 from headstart.terminal import say, told
 
+# Digest of the former bundled weights.
+FIRST_EDITION = "caf123c9de10807f929b849a9b4f292b02712456f4c027e8660a46977aed2d56"
 LAYOUT = 2  # 2: adds the temperature
 
 
@@ -121,6 +123,11 @@ class HeadModule(LightningModule):
         found = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items() if name not in learnt}
         if found != (own := {f"head.{name}": tuple(value.shape) for name, value in self.head.state_dict().items()}):
             raise UserError(f"checkpoint: its head has parameters {found}, but this one has {own}")
+        if made["digest"] == FIRST_EDITION and self.backbone.weights == "bundled":
+            raise UserError(
+                "checkpoint: its head belongs to the first edition of the bundled weights, since replaced; "
+                "train it again, or use headstart 0.1.0"
+            )
         if made["digest"] != self.weights_digest:
             raise UserError(
                 f"checkpoint: its head belongs to the backbone {made['backbone']}, {made['weights']} "
