@@ -265,7 +265,7 @@ def test_the_report_is_that_of_the_fine_tuned_head(head):
 
 def test_a_mistake_is_one_line(head, refused, tmp_path):
     assert "--ckpt_path is missing" in refused("finetune")
-    assert "no file" in refused("finetune", "--ckpt_path=nowhere.ckpt")
+    assert "is not a file" in refused("finetune", "--ckpt_path=nowhere.ckpt")
     assert "no unfinished run" in refused("finetune", "--ckpt_path=last")
     assert "--unfreeze=layer9" in refused("finetune", f"--ckpt_path={head}", "--unfreeze=layer9")
     assert "--model.layer_decay" in refused("finetune", f"--ckpt_path={head}", "--model.layer_decay=2")

@@ -138,7 +138,7 @@ def test_a_dry_run_leaves_nothing(colours, train):
         ("--model.backbone=squeezenet1_0", "no linear classifier"),
         ("--model.backbone=resnet50", "bundled"),
         ("--model.weights=missing.pth", "missing.pth"),
-        ("--data.augment=light", "--data.views=8, or augment without limit with --data.cache=false"),
+        ("--data.augment=light", "--data.views=8, or augment in every epoch with --data.cache=false"),
         ("--data.views=8", "--data.augment=light"),
         ("--data.val_fraction=0.6 --data.test_fraction=0.5", "leave no images to train on"),
         ("--ckpt_path=missing.ckpt", "missing.ckpt: is not a file"),

@@ -39,7 +39,7 @@ class ImageData(LightningDataModule):
         cache: compute the features of each image once and store them; false: decode the images in every epoch.
         views: number of cached views per training image: the image itself, and views - 1 augmented ones.
         view_seed: random seed of the augmented views.
-        flip: mirror half of the augmented views; false if left and right matter, as in letters, arrows or hands.
+        flip: mirror half of the augmented views; false if left and right matter, also for layers=all.
         cache_dir: where to store features; None: $HEADSTART_CACHE, else the user's cache folder.
         feature_precision: precision of cached features; auto: bf16 if the device computes it fast, else fp32.
         val_fraction: fraction of the images used for validation.
@@ -163,7 +163,7 @@ class ImageData(LightningDataModule):
         policy, cache = self.augment.policy, self.store.cache
         if cache and policy != "none" and self.views == 1:
             raise UserError(
-                f"--data.augment={policy}: cached images have one view by default; cache more with "
+                f"--data.augment={policy}: cached images have one view by default; add "
                 "--data.views=8, or augment in every epoch with --data.cache=false"
             )
         if self.views > 1 and (policy == "none" or not cache):
@@ -219,7 +219,7 @@ class ImageFolderData(ImageData):
     Args:
         root: folder of class folders.
         csv: CSV file that lists images, instead of root; columns: path, label, and optionally split and group.
-        source: kind of data at root: folder, or another name in ``SOURCES``; None: folder.
+        source: kind of data at root: folder, csv, or another key of SOURCES; None: folder.
         kwargs: as ``ImageData``.
 
     Raises:

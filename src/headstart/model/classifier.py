@@ -34,8 +34,8 @@ class TransferClassifier(HeadModule):
         class_names: class names by label.
         backbone: torchvision classification model (resnet18, efficientnet_b0, vit_b_16, …), or timm/NAME.
         weights: auto (ImageNet's if available), bundled, imagenet, pretrained (timm), random, or a file.
-        image_size: side of the square input of the backbone, in pixels; None (mostly best): the size of its weights.
-        fit: crop keeps the centre square of an image, pad and squash keep all of it; None: the choice of the weights.
+        image_size: side of the backbone's square input, in pixels; None (usually best): as its weights were trained.
+        fit: crop keeps the centre square of an image, pad and squash keep all of it; None: as its weights were trained.
         layers: features to use: last (before the classifier) or all (means of all stages, concatenated).
         mirror: with layers=all, average the features of the image and its mirror image.
         head: kind of head: linear, mlp or cosine.
