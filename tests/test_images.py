@@ -163,7 +163,7 @@ def test_a_large_jpeg_is_decoded_at_a_reduced_scale():
         (encode(gradient(), "JPEG")[:-200], "damaged"),
         (encode(gradient())[:-30], "damaged"),
         (encode(gradient())[:60] + b"\xff" + encode(gradient())[61:], "damaged"),
-        (encode(gradient(size=(7, 30))), "smaller than 8 a side"),
+        (encode(gradient(size=(7, 30))), "smaller than 8 per side"),
     ],
 )
 def test_what_cannot_be_read_says_why(data, reason):

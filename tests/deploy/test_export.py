@@ -75,7 +75,7 @@ def test_what_cannot_be_done_is_refused(checkpoint, refused, monkeypatch):
     Path("empty").mkdir()
     line = refused("export", f"--ckpt_path={checkpoint}", "--output=a.pth", "--data.root=empty")
     assert "no readable image" in line
-    assert "no file" in refused("export", "--ckpt_path=nowhere.ckpt", "--output=a.onnx")
+    assert "is not a file" in refused("export", "--ckpt_path=nowhere.ckpt", "--output=a.onnx")
     monkeypatch.setattr(exporting, "NEEDED", ("not_installed",))
     assert "pip install -e '.[export]'" in refused("export", f"--ckpt_path={checkpoint}", "--output=a.onnx")
 

@@ -183,7 +183,7 @@ def test_the_fit_of_a_head_refuses_a_backbone_that_was_fine_tuned(head, stripes,
     finetune(head, "--trainer.max_epochs=1")
     best = newest_run() / "checkpoints/best.ckpt"
     options = f"--data.root={stripes}", "--model.image_size=32", f"--ckpt_path={best}", "--trainer.max_epochs=3"
-    assert "its backbone was fine-tuned; fine-tuning resumes it" in refused("train", *options)
+    assert "its backbone was fine-tuned; use finetune to resume" in refused("train", *options)
 
 
 def test_fine_tuning_goes_on_from_fine_tuned_layers(head):
@@ -265,12 +265,12 @@ def test_the_report_is_that_of_the_fine_tuned_head(head):
 
 def test_a_mistake_is_one_line(head, refused, tmp_path):
     assert "--ckpt_path is missing" in refused("finetune")
-    assert "no file" in refused("finetune", "--ckpt_path=nowhere.ckpt")
+    assert "is not a file" in refused("finetune", "--ckpt_path=nowhere.ckpt")
     assert "no unfinished run" in refused("finetune", "--ckpt_path=last")
     assert "--unfreeze=layer9" in refused("finetune", f"--ckpt_path={head}", "--unfreeze=layer9")
     assert "--model.layer_decay" in refused("finetune", f"--ckpt_path={head}", "--model.layer_decay=2")
     draw(tmp_path / "others", images=5)
-    assert "its classes are 2" in refused("finetune", f"--ckpt_path={head}", f"--data.root={tmp_path / 'others'}")
+    assert "has 2 classes" in refused("finetune", f"--ckpt_path={head}", f"--data.root={tmp_path / 'others'}")
     shutil.copy(head, "lone.ckpt")
     assert "--data.root" in refused("finetune", "--ckpt_path=lone.ckpt")
 
