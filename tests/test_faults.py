@@ -340,6 +340,7 @@ def test_cached_features_that_are_wrong_are_found(colours, train, own_cache, cap
 @pytest.mark.fault("code in a file that is given")
 def test_no_file_that_lies_about_executes_code(colours, train, refused, own_cache, stand_in_for_imagenet, monkeypatch):
     """The cache, the folder of downloaded weights, files to predict, configurations, a run's splits."""
+    monkeypatch.setenv("HEADSTART_OFFLINE", "1")
     evil = pickle.dumps(Evil())
     train(colours, "--trainer.max_epochs=1")
     for path in [*own_cache.glob("features/*/*.safetensors"), *own_cache.glob("index/*"), *own_cache.rglob("key.json")]:
