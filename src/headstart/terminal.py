@@ -58,8 +58,8 @@ def one_line(message: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], printable)
 
 
-def told(names: Sequence[str], others: Sequence[str] = ()) -> str:
-    """Lists the first five names, with code points where one looks like another in ``names`` or ``others``."""
+def listing(names: Sequence[str], others: Sequence[str] = ()) -> str:
+    """The first five names, with code points where one looks like another in ``names`` or ``others``."""
     looks = Counter(map(_look, {*names, *others}))
     doubtful = {name for name in names if looks[_look(name)] > 1 and not name.isascii()}
     shown = [f"{name} ({name!a})" if name in doubtful else name for name in names[:5]]
@@ -70,7 +70,7 @@ def say_look_alikes(names: Sequence[str]) -> None:
     """Warns of class names that differ only in case or Unicode form."""
     looks = Counter(map(_look, names))
     if found := sorted((name for name in names if looks[_look(name)] > 1), key=_look):
-        say(f"data: {len(found)} classes have names that differ only in case or Unicode form: {told(found)}")
+        say(f"data: {len(found)} classes have names that differ only in case or Unicode form: {listing(found)}")
 
 
 def _look(name: str) -> str:

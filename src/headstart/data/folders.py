@@ -14,7 +14,7 @@ from headstart.decoding import decode, image_suffixes
 from headstart.errors import UserError
 from headstart.files import RUNS_MARK, in_either_form, patiently, read_regular
 from headstart.images import Preprocessing
-from headstart.terminal import say, told
+from headstart.terminal import listing, say
 
 # Words that name the folder of a split, alone or as in training_set, seg_train or test-images.
 SPLIT_WORDS: Mapping[str, Split] = {
@@ -164,7 +164,7 @@ def class_names(folders: Mapping[Path, Split | None]) -> list[str]:
     first, expected = next(iter(names.items()))
     for folder, found in names.items():
         if different := set(found) ^ set(expected):
-            raise UserError(f"{folder} and {first} contain different classes: {told(sorted(different))}")
+            raise UserError(f"{folder} and {first} contain different classes: {listing(sorted(different))}")
     if len(expected) < 2:
         raise UserError(
             f"{first}: {len(expected)} class folder(s), but at least 2 are needed; give one folder of images per "
@@ -180,7 +180,7 @@ def _refuse_two_readings(root: Path, names: Sequence[str]) -> None:
     inner, straight = _straight_in(root / names[0])
     if len(inner) > 1 and not straight and all(_straight_in(root / name) == (inner, False) for name in names):
         raise UserError(
-            f"{root}: the classes are either {told(names)}, or {told(inner)}, which are in each of these; in the first "
-            "case put the images directly into the class folders, in the second name the outer folders train, val and "
-            "test; or list the images in --data.csv"
+            f"{root}: the classes are either {listing(names)}, or {listing(inner)}, which are in each of these; in the "
+            "first case put the images directly into the class folders, in the second name the outer folders train, "
+            "val and test; or list the images in --data.csv"
         )

@@ -20,7 +20,7 @@ from headstart.errors import UserError
 from headstart.features.hashes import ContentIndex
 from headstart.files import patiently
 from headstart.images import Preprocessing
-from headstart.terminal import images_bar, say_look_alikes, told
+from headstart.terminal import images_bar, listing, say_look_alikes
 
 
 class Source(ABC):
@@ -129,7 +129,7 @@ class DatasetSource(Source):
         for name, (dataset, _) in datasets.items():
             own = list(getattr(dataset, "classes", self.class_names))
             if class_names is None and own != self.class_names:
-                differ = f"{len(own)}: {told(own)}", f"{len(self.class_names)}: {told(self.class_names)}"
+                differ = f"{len(own)}: {listing(own)}", f"{len(self.class_names)}: {listing(self.class_names)}"
                 raise UserError(
                     f"DatasetData: {name} has different classes ({differ[0]}) from train ({differ[1]}), "
                     "so its labels differ in meaning; use the same classes in both"

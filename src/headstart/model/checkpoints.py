@@ -20,7 +20,7 @@ from headstart.model.backbone import FrozenBackbone, check_frozen, combined, ten
 from headstart.model.metrics import defined
 from headstart.model.sealed import read_sealed
 from headstart.ranges import arguments_of, plain
-from headstart.terminal import say, told
+from headstart.terminal import listing, say
 
 # Digest of the former bundled weights.
 FIRST_EDITION = "caf123c9de10807f929b849a9b4f292b02712456f4c027e8660a46977aed2d56"
@@ -53,7 +53,7 @@ class HeadModule(LightningModule):
         """Refuses data with other classes."""
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", self.class_names)
         if list(names) != self.class_names:
-            raise UserError(f"class_names: {told(self.class_names)} in the module, {told(list(names))} in the data")
+            raise UserError(f"class_names: {listing(self.class_names)} (model), {listing(list(names))} (data)")
 
     def on_fit_start(self) -> None:
         check_frozen(self.backbone.digests(), self.digests, but=self.learning)
@@ -116,8 +116,8 @@ class HeadModule(LightningModule):
         own_names, theirs = self.class_names, made["class_names"]
         if own_names != theirs:
             raise UserError(
-                f"checkpoint: has {len(theirs)} classes ({told(theirs, own_names)}), but the data has "
-                f"{len(own_names)} ({told(own_names, theirs)})"
+                f"checkpoint: has {len(theirs)} classes ({listing(theirs, own_names)}), but the data has "
+                f"{len(own_names)} ({listing(own_names, theirs)})"
             )
         learnt = {f"backbone.{name}" for name in tuned}
         found = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items() if name not in learnt}
