@@ -431,7 +431,7 @@ def test_what_may_pass_is_tried_again_and_never_remembered(where, failure, colou
     failures["left"] = 10**9
     line = refused("train", f"--data.root={colours}", *SMALL)
     assert re.search(r"/colours/\w+/\d+.png: cannot be read now", line)
-    assert "start again" in line
+    assert "try again" in line
     failures["left"] = 2
     assert train(colours, "--trainer.max_epochs=1", "--data.num_workers=1")["skipped"] == 0
 
