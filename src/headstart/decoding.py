@@ -27,6 +27,7 @@ FORMATS = (
     *("SGI", "TIFF", "WEBP", "XBM", "XPM", "TGA"),  # TGA last: its files have no signature
 )
 
+Measured = tuple[int, float]
 Picture = str | Path | Image.Image | np.ndarray  # accepted by ``as_rgb``
 
 
@@ -125,20 +126,21 @@ def _reasons(max_pixels: int = MAX_PIXELS) -> Iterator[None]:
         raise UnreadableImage(f"damaged: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
-def peak(data: bytes) -> int:
-    """The largest value in an image file of more than 8 bits, given its content; 0 for any other or a damaged file.
+def measured(data: bytes) -> Measured:
+    """As ``measured_of``, given the content of an image file; (0, 1.0) if it is damaged.
 
-    It gives the scale of a data set before anything is computed.
+    It gives the scale and the shape of a data set before anything is computed.
     """
     with suppress(UnreadableImage), _reasons():
-        return peak_of(_opened(data, MAX_PIXELS))
-    return 0
+        return measured_of(_opened(data, MAX_PIXELS))
+    return 0, 1.0
 
 
-def peak_of(image: Image.Image) -> int:
-    """As ``peak``, for a PIL image; raises ``UnreadableImage`` if it is damaged."""
+def measured_of(image: Image.Image) -> Measured:
+    """The largest value if the image has more than 8 bits, else 0; and its longer side divided by its shorter one."""
     with _reasons():
-        return max(0, int(np.asarray(image).max())) if image.mode.startswith("I") else 0
+        largest = max(0, int(np.asarray(image).max())) if image.mode.startswith("I") else 0
+        return largest, max(image.size) / min(image.size)
 
 
 def bits_of(largest: int) -> int:

@@ -489,3 +489,12 @@ def test_the_order_of_training_images_has_a_seed(colours, monkeypatch):
 
     assert first_batch("7") == first_batch("3", order_seed=7)
     assert first_batch("7") != first_batch("3")
+
+
+def test_long_pictures_that_a_crop_would_cut_are_counted(colours, train, capsys):
+    for number in range(7):
+        Image.new("RGB", (40, 120), "red").save(colours / f"red/long{number}.png")
+    train(colours, "--trainer.max_epochs=1")
+    assert "7 of 67 images are at least twice as long as wide" in capsys.readouterr().out
+    train(colours, "--trainer.max_epochs=1", "--model.fit=pad")
+    assert "twice as long" not in capsys.readouterr().out

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from headstart.data import folders
 from headstart.data.splits import Item, Split
 from headstart.data.table import read_table
-from headstart.decoding import UnreadableImage, content_digest, decode_opened, peak, peak_of
+from headstart.decoding import Measured, UnreadableImage, content_digest, decode_opened, measured, measured_of
 from headstart.errors import UserError
 from headstart.features.hashes import ContentIndex
 from headstart.files import patiently
@@ -32,7 +32,7 @@ class Source(ABC):
     has_test = False  # whether they are never assigned to test
     label_of: dict[str, int]  # label by path of each image, readable or not; set by ``scan``
     all_in: Split | None = None  # the split of all images; None: their own, or assigned
-    peak = 0  # largest value in images of more than 8 bits; 0: there are none; set by ``scan``
+    measured: Sequence[Measured] = ()  # largest value and aspect ratio of each image; set by ``scan``
 
     @abstractmethod
     def scan(self, remembered: Path | None) -> tuple[list[Item], dict[str, str]]:
@@ -59,9 +59,9 @@ class FileSource(Source):
         listed = self.listed()
         self.label_of = {item.path: item.label for item in listed}
         with images_bar("scan", len(listed)) as advance:
-            index = ContentIndex(self.root, remembered, peak)
+            index = ContentIndex(self.root, remembered, measured)
             digests, unreadable = index.digests([item.path for item in listed], advance)
-        self.peak = index.peak
+        self.measured = index.measured
         return [replace(item, digest=digests[item.path]) for item in listed if item.path in digests], unreadable
 
     def read(self, item: Item, preprocessing: Preprocessing, max_pixels: int) -> Image.Image:
@@ -142,18 +142,19 @@ class DatasetSource(Source):
             for name, (dataset, split) in self._datasets.items()
             for index in range(len(dataset))  # type: ignore[arg-type]
         ]
-        items, unreadable, self.label_of = list[Item](), dict[str, str](), {}
+        items, unreadable, self.label_of, found = list[Item](), dict[str, str](), {}, list[Measured]()
         with images_bar("scan", len(samples)) as advance:
             for name, index, split in samples:
                 image, label = self._sample(name, index)
                 path = f"{name}/{index}"
                 self.label_of[path] = label
                 try:
-                    self.peak = max(self.peak, peak_of(image))
+                    found.append(measured_of(image))
                     items.append(Item(path, label, content_digest(image), split))
                 except UnreadableImage as error:
                     unreadable[path] = str(error)
                 advance(1)
+        self.measured = found
         return items, unreadable
 
     def read(self, item: Item, preprocessing: Preprocessing, max_pixels: int) -> Image.Image:

@@ -22,6 +22,7 @@ from headstart.images import Preprocessing, Views, preprocess
 from headstart.model.backbone import FrozenBackbone
 from headstart.terminal import Seconds, images_bar, say
 
+LONG, MANY_LONG = 2.0, 0.1  # an aspect ratio, and the share of such images that is reported
 # More skipped images than this number and this share are an error.
 MAX_SKIPPED, MAX_SKIPPED_SHARE = 5, 0.05
 
@@ -63,6 +64,7 @@ class FeatureStore:
             if self.source.all_in:
                 found = [replace(item, split=self.source.all_in) for item in found]
         self._choose_bits()
+        self._say_what_is_cut_off()
         if self.cache:
             failures = self._fill({item.digest: item for item in found}, Views(), 0)
             self.skipped |= {item.path: failures[item.digest] for item in found if item.digest in failures}
@@ -75,10 +77,19 @@ class FeatureStore:
 
     def _choose_bits(self) -> None:
         """Chooses the scale of images of more than 8 bits by the largest value, unless the checkpoint has one."""
-        preprocessing, largest = self.backbone.preprocessing, self.source.peak
+        preprocessing, largest = self.backbone.preprocessing, max((peak for peak, _ in self.source.measured), default=0)
         preprocessing.bits = preprocessing.bits or bits_of(largest)
         if largest:
             say(f"data: images of more than 8 bits have values up to {largest}; {preprocessing.white} becomes white")
+
+    def _say_what_is_cut_off(self) -> None:
+        """Reports images of which a centre crop shows less than half, if they are many."""
+        long = sum(aspect >= LONG for _, aspect in self.source.measured)
+        if self.backbone.preprocessing.fit == "crop" and long > MANY_LONG * len(self.source.measured):
+            say(
+                f"data: {long} of {len(self.source.measured)} images are at least twice as long as wide, and a centre "
+                "crop shows less than half of them; try --model.fit=pad"
+            )
 
     def read(self, item: Item) -> Image.Image:
         """Decodes an image to RGB, at least as large as the backbone needs it."""

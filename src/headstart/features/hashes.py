@@ -16,7 +16,7 @@ from headstart.files import in_either_form, patiently, read_regular, write_atomi
 # A file modified this recently could change again within the resolution of its timestamps, unnoticed.
 GRAIN_NS = 2 * 10**9
 
-Entry = tuple[list[int], str, int]  # stamp, hash and largest value of a file
+Entry = tuple[list[int], str, int, float]  # stamp, hash, largest value and aspect ratio of a file
 
 
 def cache_folder(chosen: str | None = None) -> Path:
@@ -39,13 +39,14 @@ class ContentIndex:
     """The hashes of the files below ``root``, stored in ``folder`` between runs; None: not stored.
 
     A stored hash is valid while the file's size, mtime, ctime and inode are the same; ctime cannot be set back, so a
-    change hidden from mtime is detected too. The index has its own checksum; a damaged one is rebuilt. ``peak_in``
-    computes from a file's content the largest value of an image of more than 8 bits, which is stored with the hash.
+    change hidden from mtime is detected too. The index has its own checksum; a damaged one is rebuilt. With the
+    hash is stored what ``measure`` finds in a file's content: the largest value of an image of more than 8 bits, and
+    how many times as long as wide it is.
     """
 
-    def __init__(self, root: Path, folder: Path | None, peak_in: Callable[[bytes], int]) -> None:
-        self.root, self._peak_in = root, peak_in
-        self.peak = 0  # the largest value in all files, after ``digests``
+    def __init__(self, root: Path, folder: Path | None, measure: Callable[[bytes], tuple[int, float]]) -> None:
+        self.root, self._measure = root, measure
+        self.measured: list[tuple[int, float]] = []  # of all readable files, after ``digests``
         self._file = folder / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.json" if folder else None
         self._known: dict[str, Entry] = self._load()
 
@@ -64,8 +65,8 @@ class ContentIndex:
             advance(1)
         if found != self._known:
             self._save(found)
-        self.peak = max((peak for _, _, peak in found.values()), default=0)
-        return {path: bytes.fromhex(digest) for path, (_, digest, _) in found.items()}, unreadable
+        self.measured = [entry[2:] for entry in found.values()]
+        return {path: bytes.fromhex(entry[1]) for path, entry in found.items()}, unreadable
 
     def _entry(self, path: str, now: int) -> Entry:
         stat = in_either_form(self.root / path).stat()
@@ -75,7 +76,7 @@ class ContentIndex:
             return known
         settled = max(stat.st_mtime_ns, stat.st_ctime_ns) < now - GRAIN_NS
         data = read_regular(self.root / path)
-        return stamp if settled else [], hashlib.sha256(data).hexdigest(), self._peak_in(data)
+        return stamp if settled else [], hashlib.sha256(data).hexdigest(), *self._measure(data)
 
     def _load(self) -> dict[str, Entry]:
         if self._file is None:
@@ -84,7 +85,9 @@ class ContentIndex:
             checksum, body = read_regular(self._file).split(b"\n", 1)
             if checksum.decode() != hashlib.sha256(body).hexdigest():
                 return {}
-            known = {path: (stamp, digest, int(peak)) for path, (stamp, digest, peak) in json.loads(body).items()}
+            known: dict[str, Entry] = {}
+            for path, (stamp, digest, peak, aspect) in json.loads(body).items():
+                known[path] = stamp, digest, int(peak), float(aspect)
             return {path: entry for path, entry in known.items() if len(bytes.fromhex(entry[1])) == 32}
         except (OSError, MemoryError, ValueError, TypeError, AttributeError):  # damaged, or another format
             return {}
