@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
-from PIL import Image
 
 from headstart.cli import VERBS, main
-from headstart.decoding import MAX_PIXELS
 from headstart.parser import SHORT_HELP, OptionParser
 from support import COLOURS, at_most
 
@@ -170,7 +168,6 @@ def test_no_command_line_ends_in_a_traceback_or_hangs(cases, work, trained, monk
     for case in range(cases):
         verb = draws.choice(sorted(VERBS))
         words = command(draws, verb, options[verb], work | {"case": str(case)})
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", MAX_PIXELS)  # which a command sets for its own process
         monkeypatch.setattr(sys, "stdin", io.StringIO("colours/red/000.png\n"))
         ended = outcome(words)
         counts[ended if ended in ("done", "refused") else "failed"] += 1

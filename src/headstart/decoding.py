@@ -97,7 +97,8 @@ def decode_opened(image: Image.Image, preprocessing: Preprocessing) -> Image.Ima
 
 def _opened(data: bytes, max_pixels: int) -> Image.Image:
     """Opens an image from a file's content; reads only the header."""
-    Image.MAX_IMAGE_PIXELS = max_pixels  # checked by PIL when opening
+    if Image.MAX_IMAGE_PIXELS is not None:  # PIL's own limit holds for the whole process, so it is only ever raised
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     if not data:
         raise UnreadableImage("empty file")
     image = Image.open(io.BytesIO(data), formats=_formats())

@@ -15,7 +15,8 @@ from headstart import ImageFolderData, TransferClassifier
 from headstart.cli import main
 from headstart.errors import UserError
 from headstart.features.cache import FeatureCache
-from headstart.finetune.module import FineTunedClassifier, layer_of, learning_names
+from headstart.finetune.cut import cut, learning_names
+from headstart.finetune.module import FineTunedClassifier, layer_of
 from headstart.model.backbone import FrozenBackbone, tensor_digests
 from headstart.model.checkpoints import finetuned_in
 from support import draw, killed_at, newest_run
@@ -100,6 +101,60 @@ def test_other_backbones_are_divided_or_do_without(name):
     changed = {name for name, parameter in module.backbone.named_parameters() if parameter.grad is not None}
     assert changed <= set(module.learning)
     assert any(name.startswith(f"net.{layer}.") for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "shape"),
+    [
+        ("timm/test_vit", "blocks.5", (17, 64)),
+        ("timm/test_vit", "norm", (17, 64)),
+        ("swin_t", "features.7", (2, 2, 768)),
+        ("convnext_tiny", "features.7", (768, 2, 2)),
+        ("densenet121", "features.denseblock4", (512, 2, 2)),
+    ],
+)
+def test_what_fx_cannot_split_is_cut_by_running_it(name, layer, shape):
+    module = FineTunedClassifier(["a", "b"], layer, backbone=name, weights="random", image_size=64).eval()
+    net, images = module.backbone.net, torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    cached = module.front(images)
+    assert module.front.shape == shape
+    assert torch.allclose(module.features(cached), module.features(images), atol=1e-5)
+    frozen = {id(tensor) for key, tensor in net.named_parameters() if f"net.{key}" not in module.learning}
+    assert {id(tensor) for tensor in module.front.parameters()} == frozen
+    module.features(cached).sum().backward()
+    assert {f"net.{key}" for key, tensor in net.named_parameters() if tensor.grad is not None} <= set(module.learning)
+    assert not any(each._forward_pre_hooks for each in net.modules())
+
+
+@pytest.mark.parametrize("layer", ["blocks.5.attn", "blocks.5.mlp", "patch_embed"])
+def test_a_cut_that_more_than_one_tensor_crosses_is_not_made(layer):
+    """Past the layers of a block leads its residual connection; before the first layer there is nothing to cache."""
+    assert cut(FrozenBackbone("timm/test_vit", "random", 32), layer) is None
+
+
+def test_a_vision_transformer_learns_on_its_cached_front(colours, train, monkeypatch):
+    train(colours, "--model.backbone=timm/test_vit", "--model.weights=random", "--trainer.max_epochs=2")
+    head, filled, compute = newest_run() / "checkpoints/best.ckpt", list[str](), FeatureCache._compute
+
+    def counting(self, missing, size, extractor):
+        filled.append(f"{len(missing)} {extractor.backbone.name}")
+        compute(self, missing, size, extractor)
+
+    monkeypatch.setattr(FeatureCache, "_compute", counting)
+    before = tensor_digests(TransferClassifier.load_from_checkpoint(head).backbone)
+    for precision in ("32-true", "bf16-mixed"):
+        finetune(head, "--unfreeze=blocks.5", "--model.lr=0.01", f"--trainer.precision={precision}")
+        tuned = TransferClassifier.load_from_checkpoint(newest_run() / "checkpoints/last.ckpt").backbone
+        after = tensor_digests(tuned)
+        changed = {name for name in before if before[name] != after[name]}
+        assert changed == {name for name in before if name.startswith(("net.blocks.5.", "net.norm."))}
+    assert filled == ["60 timm/test_vit before blocks.5"]
+
+
+def test_features_of_all_stages_are_refused(colours, train, refused):
+    train(colours, "--model.layers=all", "--trainer.max_epochs=1")
+    line = refused("finetune", f"--ckpt_path={newest_run() / 'checkpoints/best.ckpt'}")
+    assert "--model.layers=all: fine-tuning is for the last layer's features; train with --model.layers=last" in line
 
 
 def test_an_unknown_layer_is_refused():
