@@ -33,8 +33,8 @@ BASE = {
 # Values of text, by the end of the option's name; two devices would start this program again.
 TEXT = {
     "ckpt_path": ["{best}", "{last}", "last"],
-    "backbone": ["resnet18", "squeezenet1_0", "lenet"],
-    "weights": ["bundled", "random", "broken.pth"],
+    "backbone": ["resnet18", "timm/test_vit", "squeezenet1_0", "timm/lenet", "lenet"],
+    "weights": ["auto", "bundled", "random", "pretrained", "broken.pth"],
     "accelerator": ["auto", "cpu", "gpu", "tpu", "abacus"],
     "devices": ["1", "auto", "0", "-1", "[]", "[0]"],
     "head": ["linear", "mlp", "cosine", "all"],

@@ -117,7 +117,7 @@ def test_the_check_pictures_tell_another_decoding(checkpoint, refused, monkeypat
 
 
 def test_the_script_pads_and_squashes(monkeypatch, capsys):
-    module = TransferClassifier(["a", "b", "c"], weights="random", image_size=32, fit="pad").eval()
+    module = TransferClassifier(["a", "b", "c"], "timm/test_efficientnet", "random", image_size=32, fit="pad")
     preprocessing = module.backbone.preprocessing
     preprocessing.bits = 16
     model = onnx.load_from_string(to_onnx(module))
