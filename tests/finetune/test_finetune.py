@@ -84,7 +84,16 @@ def test_the_front_and_the_rest_give_what_the_whole_gives(unfreeze, front):
     assert not any(parameter.requires_grad for parameter in module.front.parameters())
 
 
-@pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenet_v3_large", "convnext_tiny", "vit_b_16", "densenet121"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "efficientnet_b0",
+        "mobilenet_v3_large",
+        "convnext_tiny",
+        "densenet121",
+        pytest.param("vit_b_16", marks=pytest.mark.slow),
+    ],
+)
 def test_other_backbones_are_divided_or_do_without(name):
     net = FrozenBackbone(name, "random").net
     layer = [child for child, module in net.named_modules() if child and len(list(module.parameters())) > 4][-1]
@@ -170,8 +179,7 @@ def test_layers_learn_at_falling_rates():
     assert held == {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
 
 
-@pytest.mark.parametrize("batch_norm", ["eval", "train"])
-@pytest.mark.parametrize("cache", ["true", "false"])
+@pytest.mark.parametrize(("cache", "batch_norm"), [("true", "eval"), ("false", "train")])
 def test_what_is_before_the_layer_keeps_its_digest(head, cache, batch_norm):
     before = tensor_digests(TransferClassifier.load_from_checkpoint(head).backbone)
     finetune(head, f"--data.cache={cache}", f"--batch_norm={batch_norm}", "--model.lr=0.01")
@@ -254,12 +262,12 @@ def test_fine_tuning_goes_on_from_fine_tuned_layers(head):
     assert result["before/val/acc"] == pytest.approx(scores["val/acc"])
 
 
-@pytest.mark.parametrize("kind", ["cached", "images", "norms"])
+@pytest.mark.parametrize("kind", ["cached", "images"])
 def test_interrupted_fine_tuning_ends_with_the_same_bits(kind, head):
+    norms = ["--unfreeze=all", "--batch_norm=train"]
     ways = {
         "cached": ["--data.views=2", "--data.augment=light"],
-        "images": ["--data.cache=false", "--data.augment=strong", "--data.num_workers=0"],
-        "norms": ["--unfreeze=all", "--batch_norm=train", "--data.num_workers=0"],
+        "images": ["--data.cache=false", "--data.augment=strong", "--data.num_workers=0", *norms],
     }
     options = [*ways[kind], "--trainer.max_epochs=3", "--model.layer_decay=0.7"]
     finetune(head, "--name=whole", *options)
