@@ -21,6 +21,8 @@ from headstart.model.timm import FITS
 from support import draw, killed_at, newest_run
 
 TINY = ["test_resnet", "test_vit", "test_convnext", "test_efficientnet"]
+LAST = {"test_resnet": "layer4", "test_vit": "blocks.5", "test_convnext": "stages.3", "test_efficientnet": "conv_head"}
+ONE_OR_ALL = [pytest.param(name, marks=[pytest.mark.slow] * (name != "test_vit")) for name in TINY]
 REPOSITORY = "timm/test_vit.r160_in1k"
 OPTIONS = ("--model.weights=random", "--model.image_size=32", "--trainer.max_epochs=2", "--report=false")
 
@@ -44,7 +46,7 @@ def test_features_are_timms_own(name):
         assert (found - wanted).norm() <= 1e-4 * wanted.norm()
 
 
-@pytest.mark.parametrize("name", ["test_vit", *(pytest.param(name, marks=pytest.mark.slow) for name in TINY[::2])])
+@pytest.mark.parametrize("name", ONE_OR_ALL)
 def test_every_command(name, colours, capsys, tmp_path):
     options = [f"--data.root={colours}", f"--model.backbone=timm/{name}", *OPTIONS]
     whole = main(["train", *options, "--name=whole"])
@@ -66,17 +68,33 @@ def test_every_command(name, colours, capsys, tmp_path):
     )
 
 
+@pytest.mark.wing("finetune")
+@pytest.mark.parametrize("name", ONE_OR_ALL)
+def test_its_last_layers_learn(name, colours, capsys):
+    main(["train", f"--data.root={colours}", f"--model.backbone=timm/{name}", *OPTIONS])
+    best = newest_run() / "checkpoints/best.ckpt"
+    capsys.readouterr()
+    for _ in range(2):
+        main(
+            ["finetune", f"--ckpt_path={best}", f"--unfreeze={LAST[name]}", "--trainer.max_epochs=1", "--report=false"]
+        )
+    assert "HIT" in capsys.readouterr().out
+
+
 @pytest.mark.wing("deploy")
-def test_its_exports(colours, tmp_path, capsys):
+@pytest.mark.parametrize("name", ONE_OR_ALL)
+def test_its_exports(name, colours, tmp_path, capsys):
     """ONNX, compared when it is written; and timm's own state dict, with an input of another size."""
-    options = [f"--data.root={colours}", "--model.backbone=timm/test_vit", *OPTIONS]
+    options = [f"--data.root={colours}", f"--model.backbone=timm/{name}", *OPTIONS]
     main(["train", *options])
     best = newest_run() / "checkpoints/best.ckpt"
-    main(["predict", f"--ckpt_path={best}", f"{colours}/red", "--output=rows.csv"])
+    main(["predict", f"--ckpt_path={best}", f"{colours}/red", "--output=rows.csv", "--explain=maps"])
     assert "red" in Path("rows.csv").read_text()
+    assert len(list(Path("maps").iterdir())) == 20
     main(["export", f"--ckpt_path={best}", "--output=model.onnx"])
     main(["export", f"--ckpt_path={best}", "--output=model.pth"])
-    net = timm.create_model("test_vit", num_classes=3, img_size=32).eval()
+    size = {"img_size": 32} if name == "test_vit" else {}
+    net = timm.create_model(name, num_classes=3, **size).eval()
     net.load_state_dict(torch.load("model.pth", weights_only=True))
     module = TransferClassifier.load_from_checkpoint(best)
     image = Image.open(colours / "red/000.png")
