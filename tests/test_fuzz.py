@@ -35,6 +35,7 @@ BASE = {
 # Values of text, by the end of the option's name; two devices would start this program again.
 TEXT = {
     "ckpt_path": ["{best}", "{last}", "last"],
+    "backbones": ["resnet18,resnet18@random", "resnet18@random", "resnet18,resnet18@bundled", "resnet18,lenet"],
     "backbone": ["resnet18", "squeezenet1_0", "lenet"],
     "weights": ["bundled", "random", "broken.pth"],
     "accelerator": ["auto", "cpu", "gpu", "tpu", "abacus"],

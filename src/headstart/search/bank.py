@@ -44,6 +44,11 @@ class TrainedHead:
     loss: float  # validation loss, unsmoothed
     epoch: int = 0  # the epoch of the lowest loss, from 0
 
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Its place among others by validation: the lowest is the best."""
+        return -self.acc, self.loss
+
 
 class Bank:
     """H linear heads on the same features, each with AdamW settings of its own, trained in one pass.
