@@ -77,9 +77,9 @@ def check_backbones(backbones: Iterable[FrozenBackbone]) -> None:
 def compare(
     data: ImageData, backbones: Iterable[FrozenBackbone], device: torch.device, fit_heads: Callable[[], Heads]
 ) -> list[Trial]:
-    """Fits heads on the features of one backbone after the other, to which the data are loaded in turn.
+    """Loads the features of one backbone after the other, and fits heads on them.
 
-    They must be loaded for the first already; no other backbone may change which images there are.
+    The data must be loaded for the first already; all the others have to see the same images in the same splits.
     """
     trials, spent, items = [], 0.0, data.items
     for backbone in backbones:
