@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
-from PIL import Image
 
 from headstart.cli import VERBS, main
-from headstart.decoding import MAX_PIXELS
 from headstart.parser import SHORT_HELP, OptionParser
 from support import COLOURS, at_most
 
@@ -36,8 +34,8 @@ BASE = {
 TEXT = {
     "ckpt_path": ["{best}", "{last}", "last"],
     "backbones": ["resnet18,resnet18@random", "resnet18@random", "resnet18,resnet18@bundled", "resnet18,lenet"],
-    "backbone": ["resnet18", "squeezenet1_0", "lenet"],
-    "weights": ["bundled", "random", "broken.pth"],
+    "backbone": ["resnet18", "timm/test_vit", "squeezenet1_0", "timm/lenet", "lenet"],
+    "weights": ["auto", "bundled", "random", "pretrained", "broken.pth"],
     "accelerator": ["auto", "cpu", "gpu", "tpu", "abacus"],
     "devices": ["1", "auto", "0", "-1", "[]", "[0]"],
     "head": ["linear", "mlp", "cosine", "all"],
@@ -171,7 +169,6 @@ def test_no_command_line_ends_in_a_traceback_or_hangs(cases, work, trained, monk
     for case in range(cases):
         verb = draws.choice(sorted(VERBS))
         words = command(draws, verb, options[verb], work | {"case": str(case)})
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", MAX_PIXELS)  # which a command sets for its own process
         monkeypatch.setattr(sys, "stdin", io.StringIO("colours/red/000.png\n"))
         ended = outcome(words)
         counts[ended if ended in ("done", "refused") else "failed"] += 1

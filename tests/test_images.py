@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from headstart.decoding import UnreadableImage, bits_of, content_digest, decode, decode_opened, peak
+from headstart.decoding import UnreadableImage, bits_of, content_digest, decode, decode_opened, measured
 from headstart.images import Preprocessing, Views, augment, preprocess
 
 SMALL = Preprocessing(resize_size=36, crop_size=32)
@@ -45,7 +45,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped():
 def test_the_scale_is_that_of_the_largest_value(largest, bits):
     ramp = np.linspace(0, largest, 64).astype(np.int32)[None].repeat(48, 0)
     data = encode(Image.fromarray(ramp), "TIFF") if largest > 65535 else encode(Image.fromarray(ramp.astype(np.uint16)))
-    assert peak(data) == largest
+    assert measured(data) == (largest, 64 / 48)
     assert bits_of(largest) == bits
     pixels = np.asarray(decode(data, replace(SMALL, bits=bits)))
     assert len(np.unique(pixels)) > 60
@@ -54,8 +54,8 @@ def test_the_scale_is_that_of_the_largest_value(largest, bits):
 
 def test_images_of_8_bits_and_damaged_ones_have_no_largest_value():
     deep = encode(Image.fromarray(np.full((48, 64), 4000, np.uint16)))
-    assert peak(deep) == 4000
-    assert [peak(data) for data in (b"", b"<html>", encode(gradient()), deep[:60])] == [0] * 4
+    assert measured(deep)[0] == 4000
+    assert [measured(data)[0] for data in (b"", b"<html>", encode(gradient()), deep[:60])] == [0] * 4
     assert bits_of(0) == 16
 
 
@@ -163,7 +163,7 @@ def test_a_large_jpeg_is_decoded_at_a_reduced_scale():
         (encode(gradient(), "JPEG")[:-200], "damaged"),
         (encode(gradient())[:-30], "damaged"),
         (encode(gradient())[:60] + b"\xff" + encode(gradient())[61:], "damaged"),
-        (encode(gradient(size=(7, 30))), "smaller than 8 a side"),
+        (encode(gradient(size=(7, 30))), "smaller than 8 per side"),
     ],
 )
 def test_what_cannot_be_read_says_why(data, reason):

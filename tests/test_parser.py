@@ -21,12 +21,12 @@ DRY = ["--model.image_size=32", "--trainer.fast_dev_run=true"]
         ("nam: x\n", "a.yaml, line 1: --nam: no such option; did you mean --name?"),
         ("model:\n  lr: fast\n", "a.yaml, line 2: --model.lr: 'fast': is not a number"),
         ("# rates\nmodel:\n  lr: 9999\n", "a.yaml, line 3: --model.lr: 9999: must be a number >0 and <=1000"),
-        ("data: 3\n", "a.yaml, line 1: --data: is a group of options; write them below it, indented"),
-        ("model:\n  lr: 1\n  lr: 2\n", "a.yaml, line 3: lr is in line 2 already; keep one"),
-        ("trainer:\n  callbacks: [{a: 1, a: 2}]\n", "a.yaml, line 2: a is in line 2 already; keep one"),
-        ("", "a.yaml: empty; write options into it, such as `model: {lr: 0.01}`"),
-        ("# nothing\n", "a.yaml: empty; write options into it, such as `model: {lr: 0.01}`"),
-        ("- model\n", "a.yaml: no options in it; write them as `name: value`"),
+        ("data: 3\n", "a.yaml, line 1: --data: is a group of options; write them indented below it"),
+        ("model:\n  lr: 1\n  lr: 2\n", "a.yaml, line 3: lr is already in line 2; keep one"),
+        ("trainer:\n  callbacks: [{a: 1, a: 2}]\n", "a.yaml, line 2: a is already in line 2; keep one"),
+        ("", "a.yaml: is empty; add options, such as `model: {lr: 0.01}`"),
+        ("# nothing\n", "a.yaml: is empty; add options, such as `model: {lr: 0.01}`"),
+        ("- model\n", "a.yaml: contains no options; write them as `name: value`"),
         ("model:\n  lr: 1\n wd: 2\n", "a.yaml, line 3: not YAML (expected <block end>, but found"),
         ("[" * 3000, "a.yaml: not YAML (maximum recursion depth exceeded"),
         (b"# caf\xe9\nmodel: {}\n", "a.yaml, line 1: not UTF-8; save the file as UTF-8"),
@@ -123,7 +123,7 @@ def test_options_of_the_wings_may_be_typed_without_dashes(monkeypatch):
         ("train lrr=0.01", "--lrr: no such option; did you mean --model.lr?"),
         ("train model.lrr=0.01", "--model.lrr: no such option; did you mean --model.lr?"),
         ("train --lr=0.01", "--lr: no such option; did you mean --model.lr?"),
-        ("tune lr=0.01", "lr: 2 options end so; give one in full: --model.lr, --tune.lr"),
+        ("tune lr=0.01", "lr: matches 2 options; give one in full: --model.lr, --tune.lr"),
         ("runs lgs=x", "--lgs: no such option; did you mean --logs?"),
         ("train qqqqqqqqqq=1", "--qqqqqqqqqq: no such option; --help lists them"),
         ("train photos", "photos: no such option; --help lists them"),
@@ -156,4 +156,4 @@ def test_typed_both_ways_a_run_is_the_same(tmp_path):
 @pytest.mark.parametrize("name", ["a/b", "..", ".", "", "/tmp/x", "../x", "a\\b"])
 def test_a_name_stays_below_the_logs(name, refused):
     for verb in ("train", "tune", "evaluate"):
-        assert "is no folder's name; leave out / and .." in refused(verb, f"--name={name}")
+        assert "is not a valid folder name; leave out / and .." in refused(verb, f"--name={name}")

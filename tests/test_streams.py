@@ -79,7 +79,7 @@ def test_an_empty_list_is_refused_before_a_file_is_made(data, checkpoint, refuse
 @pytest.mark.wing("deploy")
 def test_an_unknown_format_leaves_no_file(checkpoint, trained, refused):
     line = refused("predict", f"--ckpt_path={checkpoint}", str(trained), "--output=rows.csv", "--format=xml")
-    assert "--format: xml: is none of Literal['csv', 'jsonl']" in line
+    assert "--format: xml: is not one of Literal['csv', 'jsonl']" in line
     assert not Path("rows.csv").exists()
 
 
@@ -162,7 +162,7 @@ def test_a_cache_that_may_not_be_read_is_said(place, work, train, refused, capsy
     with without_roots_rights():
         assert train(Path("colours"), "--trainer.max_epochs=1")["test/acc"] > 0
         if place != "cache/index":  # the hashes alone
-            assert capsys.readouterr().out.count("computed for this run alone") == 1
+            assert capsys.readouterr().out.count("computed for this run only") == 1
             for action in ("list", "verify", "prune"):
                 assert "Permission denied" in refused("cache", action, "--days=0")
         folder.chmod(0o500)
@@ -272,7 +272,7 @@ def test_a_piece_of_another_form_is_computed_again(tensors, metadata, work, trai
     piece.with_name(f"{piece.name[:24]}-{hashlib.sha256(data).hexdigest()}.safetensors").write_bytes(data)
     main(["cache"])
     train(Path("colours"), "--trainer.fast_dev_run=true")
-    assert "is damaged and will be computed again" in capsys.readouterr().out
+    assert "is damaged and will be recomputed" in capsys.readouterr().out
 
 
 @pytest.mark.fault("message that thousands of classes would repeat")

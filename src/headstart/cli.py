@@ -1,4 +1,4 @@
-"""The command `headstart`: which verb does what, and how it ends."""
+"""The program `headstart`: its commands, and its exit statuses."""
 
 import io
 import os
@@ -12,49 +12,49 @@ from typing import Any, NoReturn, TextIO
 from headstart.errors import UserError
 from headstart.terminal import one_line
 
-# Each verb is a function of its name in a module of its name in `verbs/`.
+# Each command is a function in `verbs/`, in a module of the same name.
 VERBS = {
-    "train": "train a head on a folder of images, test it, and say where the run is",
-    "tune": "train a grid of heads at once, then one with the winner's settings",
-    "finetune": "continue from a trained head, with the backbone's last layers learning too",  # wing: finetune
+    "train": "train a head on a folder of images, test it, and write a report",
+    "tune": "search a grid of settings at once, then train a head with the best ones",
+    "finetune": "continue from a trained head and train the last layers of the backbone too",  # wing: finetune
     "evaluate": "score a trained head on its test split, or on another folder",
-    "predict": "the class of each of your files",  # wing: deploy
-    "export": "a trained head as one ONNX file, or as weights for torchvision",  # wing: deploy
-    "check": "duplicates, likely wrong labels, outliers and damaged files of a folder",  # wing: audit
-    "fewshot": "learn new classes from a few examples each; meta-train, compare, save",  # wing: fewshot
-    "runs": "list the runs with their scores and the settings in which they differ",
-    "cache": "list, verify or prune the features that are kept between runs",
+    "predict": "predict the class of each image file",  # wing: deploy
+    "export": "export a trained head as one ONNX file, or as weights for torchvision",  # wing: deploy
+    "check": "find duplicates, likely wrong labels, outliers and damaged files in a folder",  # wing: audit
+    "fewshot": "learn new classes from a few examples each: meta-train, compare, save",  # wing: fewshot
+    "runs": "list runs with their scores and the settings that differ between them",
+    "cache": "list, verify or prune the cached features",
 }
 
 WORKER_KILLED = (
-    "--data.num_workers: a process that decodes images was killed, for lack of memory or of shared memory (/dev/shm); "
+    "--data.num_workers: a process that decodes images was killed, for lack of memory or shared memory (/dev/shm); "
     "lower it, or decode in the main process with --data.num_workers=0"
 )
 
 
 def main(args: Sequence[str] | None = None, root: Path | None = None) -> Any:
-    """Runs a verb; a user's mistake ends in one line and exit status 2.
+    """Runs a command; a user's mistake ends in one line and exit status 2.
 
     Args:
-        args: the verb and its options; None: the process's own.
-        root: the data that `train` takes when none is given.
+        args: the command and its options; None: those of the process.
+        root: default of `--data.root` for `train` and `tune`.
 
     Returns:
-        What the verb gives; of `train`, the content of its `result.json`.
+        What the command returns; for `train`, the content of `result.json`.
     """
     _prepare_streams()
     try:
         try:
             return _run(list(sys.argv[1:] if args is None else args) or ["--help"], root)
         finally:
-            sys.stdout.flush()  # a device that is full says so now
+            sys.stdout.flush()  # a full device is reported here
     except (KeyboardInterrupt, SystemExit) as ended:
         _end_as_signalled(ended)
     except UserError as error:
         sys.exit(_say_error(str(error)))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else "standard output: " if _stdout_is_broken() else ""
-        if isinstance(error, BrokenPipeError):  # who read our output, such as `head`, has enough
+        if isinstance(error, BrokenPipeError):  # the reader of our output, such as `head`, stopped reading
             sys.exit(141)
         sys.exit(_say_error(f"{where}{error.strerror or error}"))
     except RuntimeError as error:
@@ -67,27 +67,27 @@ def _run(arguments: list[str], root: Path | None) -> Any:
     verb, *options = arguments
     if verb in ("-h", "--help"):
         verbs = "\n".join(f"  {name:10}{what}" for name, what in VERBS.items())
-        print(f"usage: headstart VERB [options]\n\n{verbs}\n\nheadstart VERB --help lists the options of a verb.")
+        print(f"usage: headstart COMMAND [options]\n\n{verbs}\n\nheadstart COMMAND --help lists its options.")
         return None
     if verb not in VERBS:
-        raise UserError(f"headstart {verb}: no such verb; headstart --help lists them")
-    # torch takes seconds to import, so a verb is imported when it is used.
+        raise UserError(f"headstart {verb}: no such command; headstart --help lists them")
+    # torch takes seconds to import, so a command is imported when it is used.
     run = getattr(import_module(f"headstart.verbs.{verb}"), verb)
     return run(options, root) if verb in ("train", "tune") else run(options)
 
 
 def _prepare_streams() -> None:
-    """Opens what the caller closed, and takes names and paths in any encoding."""
+    """Opens streams that the caller closed, and accepts names and paths in any encoding."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # the next file that is opened would take its number
+        if getattr(sys, name) is None:  # the next file opened would get its descriptor
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
         if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
-            with suppress(OSError):  # a pipe that was read from already cannot be sought
+            with suppress(OSError):  # a pipe that was already read from cannot seek
                 stream.reconfigure(errors="surrogateescape" if name == "stdin" else "backslashreplace")
 
 
 def _stdout_is_broken() -> bool:
-    """Whether its device is full or its reader is gone; then what it holds is dropped, or the exit would fail too."""
+    """Whether its device is full or its reader is gone; if so, drops its buffer, which would make the exit fail too."""
     try:
         print(flush=True)
     except OSError:
@@ -101,22 +101,22 @@ def _drop(stream: TextIO) -> None:
 
 
 def _say_error(message: str) -> int:
-    """Prints it as one line; gives the exit status of a user's mistake."""
+    """Prints a message as one line; returns the exit status of a user's mistake."""
     try:
         print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
-    except OSError:  # where nothing can be said, the status tells
+    except OSError:  # nothing can be printed; the exit status remains
         _drop(sys.stderr)
     return 2
 
 
 def _end_as_signalled(ended: BaseException) -> NoReturn:
-    """Ends with 130 at Ctrl-C and 143 at SIGTERM; Lightning, which ends a fit in good order, would give 1 and 0."""
+    """Exits with 130 after Ctrl-C and 143 after SIGTERM; Lightning, which ends the fit itself, would give 1 and 0."""
     status = None
     if isinstance(ended, KeyboardInterrupt) or isinstance(ended.__context__, KeyboardInterrupt):
         status = 130
     elif type(ended).__name__ == "SIGTERMException":  # Lightning's, which this module does not import
         status = 143
-    elif isinstance(ended.__context__, BrokenPipeError):  # rich met it
+    elif isinstance(ended.__context__, BrokenPipeError):  # raised while rich was printing
         sys.exit(141)
     if status is None:
         raise ended
@@ -125,5 +125,5 @@ def _end_as_signalled(ended: BaseException) -> NoReturn:
 
 
 def console() -> None:
-    """The installed command; what a verb returns is for Python alone, not an exit status."""
+    """The installed program; what a command returns is for Python only, not an exit status."""
     main()

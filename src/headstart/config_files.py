@@ -1,4 +1,4 @@
-"""Configuration files, with what is wrong in them by file and line."""
+"""Reads configuration files; errors give file and line."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from headstart.files import read_regular
 
 
 def read_config(file: Path) -> yaml.MappingNode:
-    """The content of a YAML file as nodes, which know their lines; a key that is there twice is refused."""
+    """Parses a YAML file into nodes, which keep their line numbers; a duplicate key is an error."""
     try:
         content = read_regular(file)
         found = yaml.compose(content.decode(), yaml.SafeLoader)
@@ -25,16 +25,16 @@ def read_config(file: Path) -> yaml.MappingNode:
         why = getattr(error, "problem", None) or " ".join(str(error).split())
         raise UserError(f"{file}{line}: not YAML ({why})") from error
     if found is None:
-        raise UserError(f"{file}: empty; write options into it, such as `model: {{lr: 0.01}}`")
+        raise UserError(f"{file}: is empty; add options, such as `model: {{lr: 0.01}}`")
     if not isinstance(found, yaml.MappingNode):
-        raise UserError(f"{file}: no options in it; write them as `name: value`")
+        raise UserError(f"{file}: contains no options; write them as `name: value`")
     for node in _below(found):
         _check_unique(node, file)
     return found
 
 
 def _below(root: yaml.Node) -> Iterator[yaml.Node]:
-    """The node and all in it, each once: an alias may stand for what it lies in."""
+    """The node and its descendants, each once, since an alias may refer to its own ancestor."""
     waiting, seen = [root], set[int]()
     while waiting:
         if id(node := waiting.pop()) in seen:
@@ -52,10 +52,10 @@ def _check_unique(node: yaml.Node, file: Path) -> None:
     for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
         name, line = str(key.value), line_of(key)
         if name in lines:
-            raise UserError(f"{file}, line {line}: {name} is in line {lines[name]} already; keep one")
+            raise UserError(f"{file}, line {line}: {name} is already in line {lines[name]}; keep one")
         lines[name] = line
 
 
 def line_of(node: yaml.Node) -> int:
-    """The line in which it begins, from 1."""
+    """The first line of a node, from 1."""
     return int(node.start_mark.line) + 1

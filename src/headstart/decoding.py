@@ -1,4 +1,4 @@
-"""From the content of a file to an RGB image, whatever its format, depth, orientation and transparency."""
+"""Decodes image files of any format, depth, orientation and transparency to RGB."""
 
 import hashlib
 import io
@@ -16,58 +16,59 @@ from headstart.files import may_pass, read_regular
 from headstart.images import Preprocessing
 from headstart.terminal import say_once
 
-# Part of the cache's key: raise it when the same bytes would give other pixels.
-DECODER_VERSION = 2  # 2: float TIFFs, images of more than 8 bits by the data set's own scale
+# Part of the cache key: increase it when the same bytes decode to different pixels.
+DECODER_VERSION = 2  # 2: float TIFFs, images of more than 8 bits scaled per data set
 MIN_SIDE = 8
-MAX_PIXELS = 89_478_485  # PIL's own limit against decompression bombs
+MAX_PIXELS = 89_478_485  # PIL's default limit against decompression bombs
 
-# What PIL may open: formats that start no program (EPS starts Ghostscript) and read no other file.
+# Formats that PIL may open: they start no program (EPS starts Ghostscript) and read no other file.
 FORMATS = (
     *("AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "MSP", "PCX", "PNG", "PPM", "QOI"),
-    *("SGI", "TIFF", "WEBP", "XBM", "XPM", "TGA"),  # TGA last: its files do not say what they are
+    *("SGI", "TIFF", "WEBP", "XBM", "XPM", "TGA"),  # TGA last: its files have no signature
 )
 
-Picture = str | Path | Image.Image | np.ndarray  # what ``as_rgb`` takes
+Measured = tuple[int, float]
+Picture = str | Path | Image.Image | np.ndarray  # accepted by ``as_rgb``
 
 
 class UnreadableImage(UserError):
-    """An image that is left out; the message is the reason, in a few words."""
+    """An image is skipped; the message is a short reason."""
 
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those that this PIL was built with."""
+    """The formats that the installed PIL supports."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def image_suffixes() -> frozenset[str]:
-    """The suffixes of files that are taken for images."""
+    """The file suffixes that are treated as images."""
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _formats())
 
 
 def decode(data: bytes, preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decodes the content of an image file in full, to RGB, as ``to_rgb``.
+    """Decodes the content of an image file to RGB, as ``to_rgb``.
 
-    An animation gives its first frame. A JPEG is decoded at a reduced scale where that leaves ``resize_size`` pixels.
+    Of an animation, the first frame. A JPEG is decoded at a reduced scale that keeps at least ``resize_size`` pixels.
 
     Raises:
-        UnreadableImage: it is no image, damaged, too small, or of more than ``max_pixels`` pixels.
+        UnreadableImage: not an image, damaged, too small, or more than ``max_pixels`` pixels.
     """
     with _reasons(max_pixels):
         image = _opened(data, max_pixels)
         if getattr(image, "is_animated", False):
-            say_once("data: of animations the first frame is taken")
+            say_once("data: only the first frame of animations is used")
         size = preprocessing.resize_size
         image.draft(None, (size, size))  # None keeps the mode
         return to_rgb(image, preprocessing)
 
 
 def as_rgb(picture: Picture, preprocessing: Preprocessing) -> Image.Image:
-    """A file, a PIL image or an array [H, W, 3] of uint8 as RGB, with the pixels that its file gives in training.
+    """Converts a path, a PIL image or an array [H, W, 3] of uint8 to RGB, with the same pixels as in training.
 
     Raises:
-        UserError: it is none of these, or its file cannot be read.
+        UserError: another type, or the file cannot be read.
     """
     if isinstance(picture, str | Path):
         try:
@@ -79,24 +80,25 @@ def as_rgb(picture: Picture, preprocessing: Preprocessing) -> Image.Image:
     if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3:
         return Image.fromarray(picture)
     found = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
-    raise UserError(f"an image is a path, a PIL image or a uint8 array [H, W, 3], not {found}")
+    raise UserError(f"an image must be a path, a PIL image or a uint8 array [H, W, 3], not {found}")
 
 
 def decode_opened(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """A PIL image to RGB: what ``decode`` makes of its file, where it was not loaded from there yet."""
+    """Converts a PIL image to RGB; one that is not loaded yet is decoded from its file, as by ``decode``."""
     with _reasons():
         if not (isinstance(image, JpegImageFile) and image.tile and image.fp and not image.tell()):
             return to_rgb(image, preprocessing)
         place = image.fp.tell()
         image.fp.seek(0)
-        data = image.fp.read()  # opened again, since the reduced scale would stay with the caller's image
+        data = image.fp.read()  # reopened: the reduced scale would change the caller's image
         image.fp.seek(place)
         return decode(data, preprocessing)
 
 
 def _opened(data: bytes, max_pixels: int) -> Image.Image:
-    """The image in a file's content, of which no more than the header is read."""
-    Image.MAX_IMAGE_PIXELS = max_pixels  # PIL's own guard, at opening
+    """Opens an image from a file's content; reads only the header."""
+    if Image.MAX_IMAGE_PIXELS is not None:  # PIL's own limit holds for the whole process, so it is only ever raised
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     if not data:
         raise UnreadableImage("empty file")
     image = Image.open(io.BytesIO(data), formats=_formats())
@@ -104,13 +106,13 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
     if width * height > max_pixels:
         raise UnreadableImage(f"{width} x {height} pixels, more than --data.max_pixels={max_pixels}")
     if min(width, height) < MIN_SIDE:
-        raise UnreadableImage(f"{width} x {height} pixels, smaller than {MIN_SIDE} a side")
+        raise UnreadableImage(f"{width} x {height} pixels, smaller than {MIN_SIDE} per side")
     return image
 
 
 @contextmanager
 def _reasons(max_pixels: int = MAX_PIXELS) -> Iterator[None]:
-    """Whatever PIL raises as ``UnreadableImage``, unless it is no property of the image."""
+    """Converts any exception of PIL to ``UnreadableImage``, except transient errors."""
     try:
         yield
     except UnreadableImage:
@@ -125,40 +127,41 @@ def _reasons(max_pixels: int = MAX_PIXELS) -> Iterator[None]:
         raise UnreadableImage(f"damaged: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
-def peak(data: bytes) -> int:
-    """The largest value in the content of an image file of more than 8 bits; 0 for any other, or where it is damaged.
+def measured(data: bytes) -> Measured:
+    """As ``measured_of``, given the content of an image file; (0, 1.0) if it is damaged.
 
-    So the scale of a data set is known before anything is computed.
+    It gives the scale and the shape of a data set before anything is computed.
     """
     with suppress(UnreadableImage), _reasons():
-        return peak_of(_opened(data, MAX_PIXELS))
-    return 0
+        return measured_of(_opened(data, MAX_PIXELS))
+    return 0, 1.0
 
 
-def peak_of(image: Image.Image) -> int:
-    """As ``peak``, of a PIL image; ``UnreadableImage`` where it is damaged."""
+def measured_of(image: Image.Image) -> Measured:
+    """The largest value if the image has more than 8 bits, else 0; and its longer side divided by its shorter one."""
     with _reasons():
-        return max(0, int(np.asarray(image).max())) if image.mode.startswith("I") else 0
+        largest = max(0, int(np.asarray(image).max())) if image.mode.startswith("I") else 0
+        return largest, max(image.size) / min(image.size)
 
 
 def bits_of(largest: int) -> int:
-    """The bits of a data set with that largest value: 8, 10, 12, and so on; 16 where it has no such images."""
+    """The bit depth of a data set with this largest value: 8, 10, 12, …; 16 without images of more than 8 bits."""
     bits = largest.bit_length()
     return max(8, bits + bits % 2) if largest else 16
 
 
 def content_digest(image: Image.Image) -> bytes:
-    """sha256 of a PIL image: of the pixels that are decoded, whatever the palette, transparency and orientation."""
+    """sha256 of the decoded pixels of a PIL image, after palette, transparency and orientation."""
     with _reasons():
         upright = ImageOps.exif_transpose(image)
-        seen = upright if upright.mode[0] in "IF" else to_rgb(upright, Preprocessing())  # their scale is not known yet
+        seen = upright if upright.mode[0] in "IF" else to_rgb(upright, Preprocessing())  # not scaled yet
         return hashlib.sha256(f"{seen.mode} {seen.size} ".encode() + seen.tobytes()).digest()
 
 
 def to_rgb(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """Any mode and orientation to RGB: EXIF's orientation is applied, and transparency laid on white.
+    """Converts any mode to RGB; applies the EXIF orientation and composites transparency on white.
 
-    Values of more than 8 bits, up to ``white``, are scaled to 8 bits, and so are floating-point values in [0, 1].
+    Values of more than 8 bits are scaled from [0, ``white``] to 8 bits, floating-point values from [0, 1].
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # which PIL would clip to white
@@ -179,5 +182,5 @@ def to_rgb(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
 
 def _scaled(values: np.ndarray, white: int) -> Image.Image:
     if values.max() > white:
-        say_once(f"data: values above {white}, the largest that the training data may have, become white")
+        say_once(f"data: values above {white}, the maximum of the training data's scale, become white")
     return Image.fromarray((values.clip(0, white) * 255 // white).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""On what to compute: a Trainer that says nothing, and the device that it would take."""
+"""The compute device, and a Trainer without files or output."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from pytorch_lightning import Trainer
 
 from headstart.errors import UserError
 
-# Of every Trainer here: the data shares itself out among ranks, each image once, and a sanity check would draw
-# random numbers, which would end the exact resume that determinism is for.
+# For every Trainer: the data module distributes the images over ranks, each once; a sanity check would draw random
+# numbers, so that a resumed run would differ.
 COMMON: dict[str, Any] = {
     "deterministic": True,
     "num_sanity_val_steps": 0,
@@ -20,13 +20,13 @@ QUIET = COMMON | {"devices": 1, "logger": False, "enable_checkpointing": False, 
 
 
 def quiet_trainer(accelerator: str = "auto", **options: Any) -> Trainer:
-    """A Trainer on one device, without files, progress or messages; further ``options`` of the Trainer's win."""
+    """A Trainer on one device, without files, progress or messages; ``options`` override these settings."""
     try:
         return Trainer(accelerator=accelerator, **QUIET | options)
     except (MisconfigurationException, ValueError, ImportError) as error:
-        raise UserError(f"--accelerator={accelerator}: not on this machine; auto takes what it has") from error
+        raise UserError(f"--accelerator={accelerator}: not available on this machine; use auto") from error
 
 
 def device_of(accelerator: str) -> torch.device:
-    """The device of that name, or with auto what the machine has."""
-    return quiet_trainer(accelerator, deterministic=None).strategy.root_device  # determinism would hold for all
+    """The device of an accelerator name; auto: the best available."""
+    return quiet_trainer(accelerator, deterministic=None).strategy.root_device  # True would be global

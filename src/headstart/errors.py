@@ -1,8 +1,8 @@
-"""The one exception that is the user's to mend."""
+"""The exception for mistakes that the user can fix."""
 
 
 class UserError(Exception):
-    """A mistake in an option, a file or a folder. The message is one line: what is wrong, where, and what to do.
+    """A mistake in an option, a file or a folder; the message is one line: what is wrong, where, and what to do.
 
-    The command line prints it and exits with status 2; from Python it is raised as it is.
+    The command line prints the message and exits with status 2; Python code gets the exception.
     """

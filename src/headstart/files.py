@@ -1,4 +1,4 @@
-"""Files of any kind: written whole or not at all, never written over, read with errors of one line."""
+"""Reading and writing files: atomic, never overwriting, with one-line errors."""
 
 import csv
 import errno
@@ -17,14 +17,14 @@ from headstart.errors import UserError
 
 T = TypeVar("T")
 
-RUNS_MARK = ".headstart-runs"  # the file by which a folder of runs is known, so that it is never taken for a class
-# What a network disk, or a process that has too much open, reports for a while: it says nothing of the file.
+RUNS_MARK = ".headstart-runs"  # marks a folder of runs, so that it is not taken for a class
+# Transient errors of a network disk or an overloaded process, which say nothing about the file.
 PASSING = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT}
-PAUSES = (0.1, 1.0)  # seconds before it is tried again
+PAUSES = (0.1, 1.0)  # seconds before each new attempt
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a whole file or nothing: a temporary file in the same folder, flushed to disk, then renamed."""
+    """Writes a file atomically: to a temporary file in the same folder, flushed to disk, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -37,12 +37,12 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            error.filename = str(path)  # a full disk names none
+            error.filename = str(path)  # the error of a full disk names no file
         raise
 
 
 def _flush_folder(folder: Path) -> None:
-    """Makes a rename last through a power failure, where the system can."""
+    """Makes a rename survive a power failure, on POSIX systems."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -52,7 +52,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def read_regular(path: Path) -> bytes:
-    """The content of a regular file, after links; reading a FIFO would wait, and a device would fill the memory."""
+    """Reads a regular file, following links; a FIFO would block, and a device could fill the memory."""
     if "\0" in str(path):
         raise OSError(errno.EINVAL, "a NUL byte in its name")
     path = in_either_form(path)
@@ -62,7 +62,7 @@ def read_regular(path: Path) -> bytes:
 
 
 def in_either_form(path: Path) -> Path:
-    """The path, or what is there under its other Unicode form: composed, as on Linux, or decomposed, as on a Mac."""
+    """The path, or the existing one in the other Unicode form: composed as on Linux, or decomposed as on a Mac."""
     if str(path).isascii() or path.exists() or path == path.parent:
         return path
     parent = in_either_form(path.parent)
@@ -71,16 +71,16 @@ def in_either_form(path: Path) -> Path:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether an error says nothing of the file that was read, so that it must not be remembered as the file's."""
+    """Whether an error is transient, so that the file must not be recorded as damaged."""
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in PASSING)
 
 
 class Unavailable(UserError):
-    """A file that could not be read for a reason that may pass."""
+    """A file could not be read because of a transient error."""
 
 
 def patiently(path: Path, read: Callable[[], T]) -> T:
-    """What ``read`` makes of a file; after an error that may pass it is tried again, then ``Unavailable``."""
+    """Calls ``read``, again after a transient error, and raises ``Unavailable`` if the error persists."""
     for pause in (*PAUSES, None):
         try:
             return read()
@@ -89,7 +89,7 @@ def patiently(path: Path, read: Callable[[], T]) -> T:
                 raise
             if pause is None:
                 why = getattr(error, "strerror", None) or "out of memory"
-                raise Unavailable(f"{path}: cannot be read now ({why}), which may pass; start again") from error
+                raise Unavailable(f"{path}: cannot be read now ({why}); this may be temporary, so try again") from error
             time.sleep(pause)
     raise AssertionError
 
@@ -114,7 +114,7 @@ def write_new(option: str, given: str | Path, data: bytes) -> Path:
 
 @contextmanager
 def claim_by_rename(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which appears under its name when it is whole; who comes second finds the first one's."""
+    """Yields a temporary folder, renamed to ``folder`` when complete; the second of two concurrent ones is dropped."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     temporary.mkdir()
@@ -130,30 +130,30 @@ def claim_by_rename(folder: Path) -> Iterator[Path]:
 
 
 def csv_bytes(rows: Iterable[Iterable[object]]) -> bytes:
-    """Rows as the content of a CSV file; a file name that is not Unicode keeps its bytes."""
+    """Formats rows as CSV; file names that are not Unicode keep their bytes."""
     text = io.StringIO()
     csv.writer(text).writerows(rows)
     return text.getvalue().encode("utf-8", "surrogateescape")
 
 
 def read_csv(option: str, file: Path, columns: Sequence[str], errors: str = "strict") -> list[dict[str, str]]:
-    """The rows of a CSV file by column name; ``columns`` must be there, ``errors`` is for bytes that are not UTF-8."""
+    """Reads a CSV file with at least ``columns``, as rows by column name; ``errors`` is that of ``bytes.decode``."""
     try:
         text = read_regular(file).decode("utf-8-sig", errors)
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         names = [name.strip() for name in reader.fieldnames or []]
         if len(set(names)) < len(names):
-            raise UserError(f"{option}={file}: its first line names a column twice; rename one")
+            raise UserError(f"{option}={file}: a column name appears twice in its first line; rename one")
         rows = [dict(zip(names, (value or "" for value in row.values()), strict=False)) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{option}={file}: cannot be read as CSV ({error})") from error
     if missing := [name for name in columns if name not in names]:
-        raise UserError(f"{option}={file}: lacks {', '.join(missing)}; its first line names {', '.join(columns)}")
+        raise UserError(f"{option}={file}: lacks {', '.join(missing)}; its first line must name {', '.join(columns)}")
     return rows
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by their dotted names."""
+    """Flattens nested values to dotted names."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}

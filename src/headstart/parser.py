@@ -1,4 +1,4 @@
-"""What every verb's options have in common: short help, errors of one line, ranges checked before any work."""
+"""The options of every command: short help, one-line errors, ranges checked before any work."""
 
 import difflib
 import os
@@ -15,30 +15,30 @@ from headstart.errors import UserError
 from headstart.files import flat
 from headstart.ranges import RunName, arguments_of
 
-# The trainer's options that the short help shows.
+# The Trainer's options in the short help.
 SHORT_HELP = ("max_epochs", "accelerator", "devices", "precision")
 
 
 class OptionParser(ArgumentParser):
-    """Short help, and errors of one line with the nearest valid name."""
+    """Short help, and one-line errors that suggest the nearest valid name."""
 
-    usage_line = "headstart VERB [options]"  # the first line of the help
+    usage_line = "headstart COMMAND [options]"  # the first line of the help
     last_line = ""  # the last line of the short help; empty: none
-    full = False  # whether the help is jsonargparse's own page of every option
+    full = False  # whether to print jsonargparse's own help, with every option
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises ``UserError``, which names the file and the line if the option is from one."""
+        """Raises ``UserError``, with the file and line if the option comes from a file."""
         line = self._one_line(message)
         place = self._places.get(line.split(":")[0])
         raise UserError(f"{place}: {line}" if place else line) from ex
 
     def print_help(self, file: Any = None) -> None:
-        """As argparse's, which does not say that the help could not be written."""
+        """As in argparse, but raises if the help cannot be written."""
         print(self.format_help(), end="", file=file)
 
     def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
-        """As jsonargparse's, for options with or without the dashes; configuration files are checked first."""
-        self._places: dict[str, str] = {}  # file and line of the options that are from a file
+        """As in jsonargparse, with or without leading dashes; configuration files are checked first."""
+        self._places: dict[str, str] = {}  # file and line of each option from a file
         args = self._with_dashes(args or [])
         for place, given in enumerate(args):
             name, equals, file = given.partition("=")
@@ -46,16 +46,16 @@ class OptionParser(ArgumentParser):
             whole = name in ("-c", "--config")
             if not whole and not self._is_group(name):
                 self._places.pop(name, None)
-            elif os.path.exists(file):  # noqa: PTH110  # pathlib's raises for text that can be no path
+            elif os.path.exists(file):  # noqa: PTH110  # pathlib raises for text that cannot be a path
                 self._check_config(Path(file), read_config(Path(file)), "" if whole else f"{name[2:]}.")
         try:
             return super().parse_args(args, *others, **options)
         except UnicodeError as error:
             odd = next((given for given in args if not _is_unicode(given)), "an option")
-            raise UserError(f"{odd}: not UTF-8; the values of options are text") from error
+            raise UserError(f"{odd}: not UTF-8; option values must be text") from error
 
     def _with_dashes(self, args: Sequence[str]) -> list[str]:
-        """`model.lr=0.01`, the habit of other templates, as `--model.lr=0.01`; unless bare words are paths."""
+        """Reads `model.lr=0.01`, as in other templates, as `--model.lr=0.01`, unless bare words are paths."""
         if any(action.nargs == "*" for action in self._actions if not action.option_strings):
             return list(args)
         found = []
@@ -69,24 +69,24 @@ class OptionParser(ArgumentParser):
         return found
 
     def _full_name(self, name: str) -> str:
-        """The option of that name, or the one option that ends so."""
+        """The option with this name, or the only option that ends in it."""
         options, full = self._options(), f"--{name}"
         if any(full == option or full.startswith(f"{option}.") for option in options):
             return full
         ending = [option for option in options if option.endswith(f".{name}")]
         if len(ending) > 1:
-            raise UserError(f"{name}: {len(ending)} options end so; give one in full: {', '.join(ending)}")
+            raise UserError(f"{name}: matches {len(ending)} options; give one in full: {', '.join(ending)}")
         return ending[0] if ending else self.error(f"Unrecognized arguments: {full}")
 
     def _check_config(self, file: Path, found: yaml.MappingNode, group: str = "") -> None:
-        """Refuses keys that are no options, and notes the places of the others."""
-        known = {f"--{action.dest}" for action in self._actions} | {f"--{group}<<"}  # a merge
+        """Refuses unknown keys, and records the line of each known one."""
+        known = {f"--{action.dest}" for action in self._actions} | {f"--{group}<<"}  # a YAML merge
         for key, value in found.value:
             name = f"--{group}{key.value}"
             self._places[name] = f"{file}, line {line_of(key)}"
             if self._is_group(name):
                 if not isinstance(value, yaml.MappingNode):
-                    self.error(f"{name}: is a group of options; write them below it, indented")
+                    self.error(f"{name}: is a group of options; write them indented below it")
                 self._check_config(file, value, f"{name[2:]}.")
             elif name not in known:
                 self.error(f"Unrecognized arguments: {name}")
@@ -98,14 +98,14 @@ class OptionParser(ArgumentParser):
         return any(option.startswith(f"{name}.") and option != f"{name}.help" for option in self._options())
 
     def dump(self, cfg: Any, *others: Any, **options: Any) -> str:
-        """As jsonargparse's; YAML cannot hold a path that is not Unicode."""
+        """As in jsonargparse; refuses a path that is not Unicode, which YAML cannot hold."""
         for name, value in flat(cfg.as_dict()).items():
             if isinstance(value, str) and not _is_unicode(value):
-                raise UserError(f"--{name}={value}: not UTF-8, so the run's config.yaml could not hold it; rename it")
+                raise UserError(f"--{name}={value}: not UTF-8, so config.yaml cannot record it; rename it")
         return str(super().dump(cfg, *others, **options))
 
     def format_help(self, formatter: Any = None) -> str:
-        """One line per option; of the Trainer's, those that are often used."""
+        """One line per option; only the most used options of the Trainer."""
         if self.full:
             return super().format_help(formatter)
         lines = [f"usage: {self.usage_line}", ""]
@@ -122,7 +122,7 @@ class OptionParser(ArgumentParser):
         return "\n".join([*lines, *filter(None, ["", self.last_line])]) + "\n"
 
     def _one_line(self, message: str) -> str:
-        """jsonargparse's message, which lists every type that was tried, as: option, value, what is wrong."""
+        """Shortens jsonargparse's message, which lists every type tried, to: option, value, what is wrong."""
         message = " ".join(message.split())
         if unknown := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
             return self._unknown(unknown[1].split("=")[0])
@@ -137,9 +137,9 @@ class OptionParser(ArgumentParser):
         if number := re.search(r"invalid literal for int|could not convert string to float", message):
             return f"{option}: {given}is not {'a whole' if 'int' in number[0] else 'a'} number"
         if "does not match regular expression" in message:
-            return f"{option}: {given}is no folder's name; leave out / and .."
+            return f"{option}: {given}is not a valid folder name; leave out / and .."
         if union := re.search(r"Union subtypes Subtypes: \[(.*)\] Errors", message):
-            message = f"{option}: {given}is none of {union[1]}"
+            message = f"{option}: {given}is not one of {union[1]}"
         return re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.(?=\w)", r"\1", message)
 
     def _unknown(self, given: str) -> str:
@@ -150,44 +150,44 @@ class OptionParser(ArgumentParser):
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether it came from bytes that are UTF-8."""
+    """Whether the text came from valid UTF-8."""
     return text == text.encode(errors="replace").decode()
 
 
 def parser_of(verb: str, arguments: str = "") -> OptionParser:
-    """An empty parser for a verb; ``arguments`` is what its usage line shows beside the options."""
+    """An empty parser for a command; ``arguments`` follows the options in its usage line."""
     parser = OptionParser(allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="a file of options; later ones win")
+    parser.add_argument("--config", action="config", help="file of options; later options override earlier ones")
     parser.usage_line = f"headstart {verb} [options]{f' {arguments}' if arguments else ''}"
     return parser
 
 
 def add_options(parser: OptionParser, of: type, group: str, names: Sequence[str]) -> None:
-    """Adds some of a class's arguments, as ``--group.name``, with their types, defaults and descriptions."""
+    """Adds some arguments of a class as ``--group.name``, with their types, defaults and descriptions."""
     parser.add_class_arguments(of, group, skip=arguments_of(of) - set(names), as_group=False)
 
 
 def add_checkpoint(parser: OptionParser) -> None:
-    """Adds ``--ckpt_path``, of a trained head."""
-    parser.add_argument("--ckpt_path", type=str | None, help="a trained head, such as logs/…/checkpoints/best.ckpt")
+    """Adds ``--ckpt_path``, a trained head."""
+    parser.add_argument("--ckpt_path", type=str | None, help="trained head, such as logs/…/checkpoints/best.ckpt")
 
 
 def add_accelerator(parser: OptionParser) -> None:
     """Adds ``--accelerator``."""
     parser.add_argument(
-        "--accelerator", type=str, default="auto", help="auto, cpu, gpu, or another of Lightning's names"
+        "--accelerator", type=str, default="auto", help="device: auto, cpu, gpu, or another Lightning name"
     )
 
 
 def add_run(parser: OptionParser, name: str) -> None:
-    """Adds where a verb works and where its folder goes; ``name`` describes the folder's default name in the help."""
+    """Adds ``--accelerator``, ``--name`` and ``--logs``; ``name`` describes the default name of the run in the help."""
     add_accelerator(parser)
     parser.add_argument("--name", type=RunName | None, help=f"name of the run; None: {name}")
-    parser.add_argument("--logs", type=str, default="logs", help="where the run's folder goes")
+    parser.add_argument("--logs", type=str, default="logs", help="where to write the folder of the run")
 
 
 def required(given: Any, *options: str) -> None:
-    """Stops where an option is missing without which the verb cannot work."""
+    """Raises ``UserError`` if an option that the command needs is missing."""
     for option in options:
         if given[option.removeprefix("--")] is None:
             raise UserError(f"{option} is missing; --help lists the options")

@@ -1,4 +1,4 @@
-"""The ranges that options may take: checked when the command line and the config files are read."""
+"""Ranges of options, checked when the command line and the config files are read."""
 
 import inspect
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 
 from headstart.errors import UserError
 
-if TYPE_CHECKING:  # to a type checker they are the plain numbers
+if TYPE_CHECKING:  # plain types to a type checker
     Count = int
     Seed = int
     Positive = int
@@ -21,28 +21,28 @@ else:
     from jsonargparse import typing
 
     Count = typing.NonNegativeInt
-    Seed = typing.restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])  # what numpy takes
+    Seed = typing.restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])  # the seeds numpy accepts
     Positive = typing.PositiveInt
     OpenFraction = typing.OpenUnitInterval
     Share = typing.ClosedUnitInterval
     ImageSize = typing.restricted_number_type("ImageSize", int, [(">=", 32), ("<=", 2048)])
-    # An upper bound, since infinity is above zero too.
+    # The upper bound excludes infinity.
     Rate = typing.restricted_number_type("Rate", float, [(">", 0), ("<=", 1000)])
     NonNegative = typing.restricted_number_type("NonNegative", float, [(">=", 0), ("<=", 1000)])
     Fraction = typing.restricted_number_type("Fraction", float, [(">=", 0), ("<", 1)])
-    RunName = typing.restricted_string_type("RunName", r"(?!\.{0,2}$)[^/\\\0]*$")  # one folder below the logs
+    RunName = typing.restricted_string_type("RunName", r"(?!\.{0,2}$)[^/\\\0]*$")  # a single folder name
 
 
 def arguments_of(of: type) -> set[str]:
-    """The names that a class's ``__init__`` takes, along its bases too, whose arguments may come as ``**kwargs``."""
+    """The argument names of ``__init__``, including those of the bases, which may be passed as ``**kwargs``."""
     return {name for base in of.__mro__ if "__init__" in vars(base) for name in inspect.signature(base).parameters}
 
 
 def check_arguments(of: type, values: Mapping[str, Any]) -> None:
-    """Refuses what the command line would: a number out of its range, a word that is none of the choices.
+    """Refuses what the command line refuses: a number out of range, a word that is not among the choices.
 
     Raises:
-        UserError: the first such argument, with what it may be.
+        UserError: an argument is invalid; the message names it and its valid values.
     """
     for name, hint in get_type_hints(vars(of)["__init__"]).items():
         value = values.get(name)
@@ -52,7 +52,7 @@ def check_arguments(of: type, values: Mapping[str, Any]) -> None:
             if value is None or not (choices or restriction):
                 continue
             if choices and value not in choices:
-                raise UserError(f"{of.__name__}: {name}={value!r} is none of {', '.join(map(str, choices))}")
+                raise UserError(f"{of.__name__}: {name}={value!r} is not one of {', '.join(map(str, choices))}")
             try:
                 kind(value) if restriction else None
             except (TypeError, ValueError) as error:
@@ -60,7 +60,7 @@ def check_arguments(of: type, values: Mapping[str, Any]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Numbers of the ranges above, and of numpy, as Python's own: a checkpoint and a YAML file hold nothing else."""
+    """Converts numbers of the types above, and of numpy, to Python's own, for checkpoints and YAML files."""
     if isinstance(value, dict):
         return {name: plain(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):

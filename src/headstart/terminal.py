@@ -1,4 +1,4 @@
-"""What the user reads while a command runs: plain lines, tables and a progress bar, from rank zero alone."""
+"""Output for the user while a command runs: lines, tables and a progress bar, from rank zero only."""
 
 import logging
 import os
@@ -21,12 +21,12 @@ from rich.table import Table
 
 
 def rank() -> int:
-    """The number of this process among those that train together; 0 where there is one."""
+    """The rank of this process in distributed training; 0 for a single process."""
     return getattr(rank_zero_only, "rank", 0)
 
 
 def say(message: str | Table) -> None:
-    """Prints a line, as it is: a path with brackets is not markup, and a long one is not broken."""
+    """Prints a message verbatim: brackets are not markup, and long lines are not wrapped."""
     if rank() != 0:
         return
     shown = one_line(message) if isinstance(message, str) else message
@@ -35,17 +35,17 @@ def say(message: str | Table) -> None:
 
 @cache
 def say_once(message: str) -> None:
-    """Prints a line that a process has not printed yet."""
+    """Prints a message once per process."""
     say(message)
 
 
 def program(verb: str) -> str:
-    """How the verb is called, as this command was, so that what is suggested can be typed."""
+    """How to call a command in the way this process was called, for suggestions that can be pasted."""
     return "python train.py" if verb == "train" and Path(sys.argv[0]).name == "train.py" else f"headstart {verb}"
 
 
 def say_all(messages: Sequence[str], shown: int = 5) -> None:
-    """Prints messages of one kind: the first few, and how many more there are."""
+    """Prints the first few messages of one kind, and the number of the others."""
     for message in messages[:shown]:
         say(message)
     if len(messages) > shown:
@@ -53,13 +53,13 @@ def say_all(messages: Sequence[str], shown: int = 5) -> None:
 
 
 def one_line(message: str) -> str:
-    """The message with control characters escaped: a file's name may hold line breaks, and codes for the terminal."""
+    """Escapes control characters: a file name may contain line breaks and terminal codes."""
     printable = message.encode("utf-8", "backslashreplace").decode()
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], printable)
 
 
-def told(names: Sequence[str], others: Sequence[str] = ()) -> str:
-    """The first five names; one that looks like another, among these or the others, with its code points."""
+def listing(names: Sequence[str], others: Sequence[str] = ()) -> str:
+    """The first five names, with code points where one looks like another in ``names`` or ``others``."""
     looks = Counter(map(_look, {*names, *others}))
     doubtful = {name for name in names if looks[_look(name)] > 1 and not name.isascii()}
     shown = [f"{name} ({name!a})" if name in doubtful else name for name in names[:5]]
@@ -67,10 +67,10 @@ def told(names: Sequence[str], others: Sequence[str] = ()) -> str:
 
 
 def say_look_alikes(names: Sequence[str]) -> None:
-    """Says which classes have names that differ by case or Unicode form alone."""
+    """Warns of class names that differ only in case or Unicode form."""
     looks = Counter(map(_look, names))
     if found := sorted((name for name in names if looks[_look(name)] > 1), key=_look):
-        say(f"data: {len(found)} classes have names that differ by case or Unicode form alone: {told(found)}")
+        say(f"data: {len(found)} classes have names that differ only in case or Unicode form: {listing(found)}")
 
 
 def _look(name: str) -> str:
@@ -79,7 +79,7 @@ def _look(name: str) -> str:
 
 @contextmanager
 def images_bar(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A progress bar with images a second and the time left; what it gives is called with the images newly done."""
+    """A progress bar with images per second and time left; call its value with the number of images just processed."""
     hidden = rank() != 0 or not rich.get_console().is_terminal
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.0f} images/s"), TimeRemainingColumn()
     started, done = time.perf_counter(), 0
@@ -95,7 +95,7 @@ def images_bar(description: str, total: int | None) -> Iterator[Callable[[int], 
 
 
 class Seconds(dict[str, float]):
-    """What the parts of a run took, by name, and with ``total`` the time since it was made."""
+    """Durations of the parts of a run, by name, in seconds."""
 
     def __init__(self, *parts: str) -> None:
         super().__init__(dict.fromkeys(parts, 0.0))
@@ -103,7 +103,7 @@ class Seconds(dict[str, float]):
 
     @contextmanager
     def of(self, part: str) -> Iterator[None]:
-        """Adds what happens within."""
+        """Adds the duration of the block to a part."""
         started = time.perf_counter()
         try:
             yield
@@ -111,19 +111,19 @@ class Seconds(dict[str, float]):
             self[part] = self.get(part, 0.0) + (time.perf_counter() - started)
 
     def with_total(self) -> dict[str, float]:
-        """The parts and the total."""
+        """The parts, and ``total``: the time since construction."""
         return self | {"total": time.perf_counter() - self._started}
 
 
 def score_rows(scores: Mapping[str, Any], splits: Sequence[str] = ("val", "test")) -> list[tuple[str, list[str]]]:
-    """Each score's name with its values of the splits, where they are there."""
+    """Each score's name and its values for the splits, empty where missing."""
     names = dict.fromkeys(name.split("/")[1] for name in scores if name.startswith(("val/", "test/")))
     rows = [(name, [scores.get(f"{split}/{name}") for split in splits]) for name in names]
     return [(name, ["" if value is None else f"{value:.3f}" for value in values]) for name, values in rows]
 
 
 def say_scores(result: Mapping[str, Any], title: str) -> None:
-    """A table of the scores in a run's result, one column per split."""
+    """Prints a table of the scores in a run's result, one column per split."""
     splits = [split for split in ("val", "test") if f"{split}/acc" in result]
     table = Table("", *splits, title=title)
     for name, values in score_rows(result, splits):
@@ -132,22 +132,22 @@ def say_scores(result: Mapping[str, Any], title: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Hides what Lightning and its libraries say that a user can do nothing about."""
+    """Hides messages of Lightning and its libraries that a user cannot act on."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Lightning 2.6 makes calls that jsonargparse 5 drops; the floor and the ceiling in pyproject.toml see to it.
+    # Lightning 2.6 makes calls that jsonargparse 5 drops; pyproject.toml bounds their versions.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     for message in (
-        ".*in eval mode at the start of training.*",  # the backbone is, on purpose
+        ".*in eval mode at the start of training.*",  # intended for the backbone
         ".*does not have many workers.*",  # features need none
-        ".*No positive samples in targets.*",  # of a class that a split lacks: it is left out of the mean
+        ".*No positive samples in targets.*",  # a class missing from a split is left out of the mean
         ".*No negative samples in targets.*",
-        ".*exists and is not empty.*",  # the folder of a run that goes on
-        ".*The dirpath has changed.*",  # a new run that goes on from an old one's checkpoint keeps its own best
-        ".*smaller than the logging interval.*",  # the loss is logged once an epoch
-        ".*could not find the monitored key.*",  # `fit` says that nothing was validated
-        ".*Total length of `list` across ranks is zero.*",  # a split without images, whose table says so
-        ".*AMP with fp16 is not supported.*",  # refused in our own words
-        ".*LeafSpec.*",  # a call of Lightning's that torch will drop
+        ".*exists and is not empty.*",  # the folder of a resumed run
+        ".*The dirpath has changed.*",  # a new run from an old checkpoint keeps its own best
+        ".*smaller than the logging interval.*",  # the loss is logged once per epoch
+        ".*could not find the monitored key.*",  # `fit` reports that nothing was validated
+        ".*Total length of `list` across ranks is zero.*",  # a split without images, as the table shows
+        ".*AMP with fp16 is not supported.*",  # refused with our own message
+        ".*LeafSpec.*",  # deprecated in torch, called by Lightning
     ):
         warnings.filterwarnings("ignore", message)

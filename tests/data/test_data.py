@@ -452,10 +452,10 @@ def test_a_list_may_give_splits(splits, counts, bursts, tmp_path):
         ("file,label\na.png,x\n", "lacks path"),
         ("path,label\na.png,x\nb.png,x\n", "1 class(es)"),
         ("path,label\na.png,x\nb.png,\n", "line 3: no label"),
-        ("path,label\na.png,x\na.png,y\n", "line 3: a.png was listed before"),
+        ("path,label\na.png,x\na.png,y\n", "line 3: a.png is listed twice"),
         ("path,label,split\na.png,x,holdout\nb.png,y,val\n", "line 2: unknown split 'holdout'"),
         ("path,label,split,group\na.png,x,train,g\nb.png,y,val,g\n", "group 'g' is in several splits"),
-        ("path,label,label\na.png,x,y,z\n", "names a column twice"),
+        ("path,label,label\na.png,x,y,z\n", "a column name appears twice in its first line"),
         ("path,label\na.png,x\nb.png,y\n", "2 of 2 images"),
         ("\xff\xfe", "cannot be read as CSV"),
     ],
@@ -475,8 +475,8 @@ def test_a_root_and_a_list_are_too_much(colours, refused):
 
 def test_an_unknown_kind_of_data_is_refused_by_name(colours, refused):
     line = refused("train", f"--data.root={colours}", "--data.source=cloud")
-    assert "--data.source=cloud: no such kind of data; there are folder, csv" in line
-    assert "is not data of the kind folder" in refused("train", "--data.csv=list.csv", "--data.source=folder")
+    assert "--data.source=cloud: no such kind of data; choose from folder, csv" in line
+    assert "conflicts with --data.source=folder" in refused("train", "--data.csv=list.csv", "--data.source=folder")
 
 
 def test_the_order_of_training_images_has_a_seed(colours, monkeypatch):
@@ -489,3 +489,12 @@ def test_the_order_of_training_images_has_a_seed(colours, monkeypatch):
 
     assert first_batch("7") == first_batch("3", order_seed=7)
     assert first_batch("7") != first_batch("3")
+
+
+def test_long_pictures_that_a_crop_would_cut_are_counted(colours, train, capsys):
+    for number in range(7):
+        Image.new("RGB", (40, 120), "red").save(colours / f"red/long{number}.png")
+    train(colours, "--trainer.max_epochs=1")
+    assert "7 of 67 images are at least twice as long as wide" in capsys.readouterr().out
+    train(colours, "--trainer.max_epochs=1", "--model.fit=pad")
+    assert "twice as long" not in capsys.readouterr().out

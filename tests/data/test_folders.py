@@ -56,7 +56,7 @@ def test_a_train_folder_beside_what_is_no_split_is_refused(beside, tmp_path, ref
     shutil.copy(tmp_path / "photos/train/red/000.png", tmp_path / "photos" / beside / "x.png")
     line = refused("train", f"--data.root={tmp_path / 'photos'}")
     assert f"--data.root={tmp_path / 'photos/train'}" in line
-    assert "put its images straight into it" in line
+    assert "put its images directly into it" in line
     assert beside.split("/")[0] in line
 
 
@@ -64,7 +64,7 @@ def test_what_is_beside_clear_splits_is_said(tmp_path, capsys):
     for split in ("train", "val", "unlabeled"):
         draw(tmp_path / "photos" / split, images=3, seed=len(split))
     assert len(loaded(tmp_path / "photos").items) == 18
-    assert "beside the splits there are unlabeled, which are left out" in capsys.readouterr().out
+    assert "folders other than the splits are left out: unlabeled" in capsys.readouterr().out
 
 
 @pytest.mark.fault("class folders that hold the same folders each")
@@ -73,7 +73,7 @@ def test_two_readings_are_refused_with_both(outer, tmp_path, refused):
     for name in outer:
         draw(tmp_path / "photos" / name, images=3)
     line = refused("train", f"--data.root={tmp_path / 'photos'}")
-    assert f"either the classes are {', '.join(outer)}, or they are blue, green, red" in line
+    assert f"the classes are either {', '.join(outer)}, or blue, green, red" in line
     assert "--data.csv" in line
     # One folder each, as in Tiny ImageNet's n01443537/images, is no second reading.
     for name in outer:
@@ -132,7 +132,7 @@ def test_class_names_that_look_alike_are_said(names, source, tmp_path, capsys):
     else:
         ImageFolderData(str(tmp_path / "photos"))
     out = capsys.readouterr().out
-    assert "2 classes have names that differ by case or Unicode form alone" in out
+    assert "2 classes have names that differ only in case or Unicode form" in out
     assert ("'cafe\\u0301'" in out) == ("'caf\\xe9'" in out) == (names[0] == COMPOSED)
 
 

@@ -75,7 +75,7 @@ def test_what_cannot_be_done_is_refused(checkpoint, refused, monkeypatch):
     Path("empty").mkdir()
     line = refused("export", f"--ckpt_path={checkpoint}", "--output=a.pth", "--data.root=empty")
     assert "no readable image" in line
-    assert "no file" in refused("export", "--ckpt_path=nowhere.ckpt", "--output=a.onnx")
+    assert "is not a file" in refused("export", "--ckpt_path=nowhere.ckpt", "--output=a.onnx")
     monkeypatch.setattr(exporting, "NEEDED", ("not_installed",))
     assert "pip install -e '.[export]'" in refused("export", f"--ckpt_path={checkpoint}", "--output=a.onnx")
 
@@ -117,7 +117,7 @@ def test_the_check_pictures_tell_another_decoding(checkpoint, refused, monkeypat
 
 
 def test_the_script_pads_and_squashes(monkeypatch, capsys):
-    module = TransferClassifier(["a", "b", "c"], weights="random", image_size=32, fit="pad").eval()
+    module = TransferClassifier(["a", "b", "c"], "timm/test_efficientnet", "random", image_size=32, fit="pad")
     preprocessing = module.backbone.preprocessing
     preprocessing.bits = 16
     model = onnx.load_from_string(to_onnx(module))

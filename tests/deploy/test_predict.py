@@ -13,7 +13,7 @@ from PIL import Image
 
 from headstart import TransferClassifier, files
 from headstart.cli import main
-from headstart.deploy.explain import ClassActivation
+from headstart.deploy.explain import explainer
 from headstart.features import stream
 from headstart.features.stream import FileStream
 from headstart.verbs.predict import Predictor
@@ -145,30 +145,78 @@ def test_the_input_is_read_as_it_is_needed(checkpoint, photos):
         assert taken <= number + 1 + 2 * 32
 
 
-def test_maps_are_exact(checkpoint, photos):
-    module = TransferClassifier.load_from_checkpoint(checkpoint)
-    backbone = module.backbone.for_extraction(torch.float32, torch.device("cpu"))
-    activation = ClassActivation(backbone, module.head.weight.detach())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "swin_t", "timm/test_resnet", "timm/mixer_s32_224"])
+def test_maps_are_exact_where_features_are_a_mean_over_places(name, dtype):
+    module = TransferClassifier(list("abc"), backbone=name, weights="random", image_size=64)
+    backbone = module.backbone.for_extraction(dtype, torch.device("cpu"))
+    explain = explainer(module, backbone)
+    assert explain.method == "exact class activation"
     images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
         logits = module.head(backbone(images))
     for label in range(3):
-        maps = activation(torch.full((3,), label))
-        torch.testing.assert_close(maps.mean(dim=(1, 2)) + module.head.bias[label].detach(), logits[:, label])
+        means = explain(torch.full((3,), label)).mean(dim=(1, 2)) + module.head.bias[label].detach()
+        assert torch.allclose(means, logits[:, label], atol=1e-5 if dtype == torch.float32 else 0.01)
 
 
-def test_explained_files_get_a_picture(checkpoint, photos):
-    main(["predict", f"--ckpt_path={checkpoint}", str(photos / "red"), "--explain=maps", "--output=p.csv"])
-    assert len(list(Path("maps").glob("*.png"))) == len(list((photos / "red").iterdir()))
-    with Image.open(min(Path("maps").iterdir())) as image:
-        assert image.size == (32, 32)
+@pytest.mark.parametrize(
+    ("name", "head", "side", "grid"),
+    [
+        ("timm/test_vit", "linear", 64, 4),  # read at its class token
+        ("timm/test_vit2", "linear", 64, 4),  # read at the mean of its tokens, and normalised
+        ("timm/test_vit", "mlp", 96, 6),
+        ("timm/test_convnext", "linear", 128, 4),  # normalised after pooling
+        ("resnet18", "cosine", 128, 4),
+    ],
+)
+def test_other_maps_are_those_of_gradients(name, head, side, grid):
+    """A head that tells images with a red quadrant from plain ones looks at that quadrant."""
+    module = TransferClassifier(["red", "plain"], backbone=name, weights="random", image_size=side, head=head).eval()
+    backbone, half = module.backbone.for_extraction(torch.float32, torch.device("cpu")), side // 2
+    images = torch.full((5, 3, 2, half, 2, half), 128, dtype=torch.uint8)
+    for number in range(4):
+        images[number, :, number // 2, :, number % 2] = torch.tensor([250, 20, 20]).view(3, 1, 1)
+    images = images.reshape(5, 3, side, side)
+    with torch.no_grad():
+        features = backbone(images)
+        if head == "linear":
+            module.head.weight[0] = features[:4].mean(dim=0) - features[4]
+    explain = explainer(module, backbone)
+    backbone(images)
+    assert explain.method == "gradient x activation"
+    maps = explain(torch.zeros(4, dtype=torch.long))
+    assert maps.shape == (4, grid, grid)
+    assert not torch.allclose(maps, explain(torch.ones(4, dtype=torch.long)))
+    if head == "linear":
+        evidence = maps.clamp(min=0).view(4, 2, grid // 2, 2, grid // 2).sum(dim=(2, 4)).flatten(1)
+        assert evidence.argmax(dim=1).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "method"), [("resnet18", "exact class activation"), ("timm/test_vit", "gradient x activation")]
+)
+def test_explained_files_get_a_picture(backbone, method, colours, train, capsys):
+    options = [f"--model.backbone={backbone}", "--model.weights=random", "--model.image_size=64"]
+    train(colours, *options, "--trainer.max_epochs=1")
+    checkpoint = newest_run() / "checkpoints/last.ckpt"
+    capsys.readouterr()
+    main(["predict", f"--ckpt_path={checkpoint}", str(colours / "red"), "--explain=maps", "--output=p.csv"])
+    assert f"maps ({method})" in capsys.readouterr().out
+    pictures = list(Path("maps").glob(f"*-{method.replace(' ', '_')}.png"))
+    assert len(pictures) == len(list((colours / "red").iterdir()))
+    with Image.open(pictures[0]) as image:
+        assert image.size == (64, 64)
         assert np.asarray(image).std() > 1
 
 
-def test_a_backbone_without_places_has_no_maps(colours, train, refused):
-    train(
-        colours, "--trainer.max_epochs=1", "--model.backbone=alexnet", "--model.weights=random", "--model.image_size=64"
-    )
-    checkpoint = newest_run() / "checkpoints/last.ckpt"
+def test_maps_that_cannot_be_drawn_are_refused(colours, train, refused, monkeypatch):
     image = str(colours / "red/000.png")
-    assert "not a spatial mean" in refused("predict", f"--ckpt_path={checkpoint}", image, "--explain=maps")
+    train(colours, "--trainer.max_epochs=1", "--model.layers=all")
+    options = "predict", f"--ckpt_path={newest_run() / 'checkpoints/last.ckpt'}", image, "--explain=maps"
+    assert "train with --model.layers=last" in refused(*options)
+    train(colours, "--trainer.max_epochs=1", "--model.backbone=timm/test_vit", "--model.weights=random", "--name=vit")
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    (run,) = Path("logs/vit").iterdir()
+    line = refused("predict", f"--ckpt_path={run / 'checkpoints/last.ckpt'}", image, "--explain=maps")
+    assert "pip install -e '.[explain]'" in line

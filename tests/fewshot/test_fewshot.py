@@ -556,8 +556,8 @@ def test_a_checkpoint_that_is_no_such_heads_is_refused(fewshot, refused, shapes)
     options = ["fewshot", f"--data.root={shapes}", "--data.source=folder", "--model.image_size=32", "--n_query=5"]
     options += ["--train", "--data.val_episodes=20", "--data.train_episodes=40"]
     same = [*options, "--head=projection", "--n_way=3"]
-    assert "is no file" in refused(*same, "--ckpt_path=nowhere.ckpt")
+    assert "is not a file" in refused(*same, "--ckpt_path=nowhere.ckpt")
     Path("torn.ckpt").write_bytes(last.read_bytes()[:500])
-    assert "corrupt or no checkpoint" in refused(*same, "--ckpt_path=torn.ckpt")
+    assert "corrupt or not a checkpoint" in refused(*same, "--ckpt_path=torn.ckpt")
     assert "'head': 'projection'" in refused(*options, "--head=anil", "--n_way=3", f"--ckpt_path={last}")
     assert main([*same, "--max_epochs=2", f"--ckpt_path={last}"])["test/acc"] > 0.3

@@ -15,7 +15,8 @@ from headstart import ImageFolderData, TransferClassifier
 from headstart.cli import main
 from headstart.errors import UserError
 from headstart.features.cache import FeatureCache
-from headstart.finetune.module import FineTunedClassifier, layer_of, learning_names
+from headstart.finetune.cut import cut, learning_names
+from headstart.finetune.module import FineTunedClassifier, layer_of
 from headstart.model.backbone import FrozenBackbone, tensor_digests
 from headstart.model.checkpoints import finetuned_in
 from support import draw, killed_at, newest_run
@@ -83,7 +84,16 @@ def test_the_front_and_the_rest_give_what_the_whole_gives(unfreeze, front):
     assert not any(parameter.requires_grad for parameter in module.front.parameters())
 
 
-@pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenet_v3_large", "convnext_tiny", "vit_b_16", "densenet121"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "efficientnet_b0",
+        "mobilenet_v3_large",
+        "convnext_tiny",
+        "densenet121",
+        pytest.param("vit_b_16", marks=pytest.mark.slow),
+    ],
+)
 def test_other_backbones_are_divided_or_do_without(name):
     net = FrozenBackbone(name, "random").net
     layer = [child for child, module in net.named_modules() if child and len(list(module.parameters())) > 4][-1]
@@ -102,6 +112,60 @@ def test_other_backbones_are_divided_or_do_without(name):
     assert any(name.startswith(f"net.{layer}.") for name in changed)
 
 
+@pytest.mark.parametrize(
+    ("name", "layer", "shape"),
+    [
+        ("timm/test_vit", "blocks.5", (17, 64)),
+        ("timm/test_vit", "norm", (17, 64)),
+        ("swin_t", "features.7", (2, 2, 768)),
+        ("convnext_tiny", "features.7", (768, 2, 2)),
+        ("densenet121", "features.denseblock4", (512, 2, 2)),
+    ],
+)
+def test_what_fx_cannot_split_is_cut_by_running_it(name, layer, shape):
+    module = FineTunedClassifier(["a", "b"], layer, backbone=name, weights="random", image_size=64).eval()
+    net, images = module.backbone.net, torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    cached = module.front(images)
+    assert module.front.shape == shape
+    assert torch.allclose(module.features(cached), module.features(images), atol=1e-5)
+    frozen = {id(tensor) for key, tensor in net.named_parameters() if f"net.{key}" not in module.learning}
+    assert {id(tensor) for tensor in module.front.parameters()} == frozen
+    module.features(cached).sum().backward()
+    assert {f"net.{key}" for key, tensor in net.named_parameters() if tensor.grad is not None} <= set(module.learning)
+    assert not any(each._forward_pre_hooks for each in net.modules())
+
+
+@pytest.mark.parametrize("layer", ["blocks.5.attn", "blocks.5.mlp", "patch_embed"])
+def test_a_cut_that_more_than_one_tensor_crosses_is_not_made(layer):
+    """Past the layers of a block leads its residual connection; before the first layer there is nothing to cache."""
+    assert cut(FrozenBackbone("timm/test_vit", "random", 32), layer) is None
+
+
+def test_a_vision_transformer_learns_on_its_cached_front(colours, train, monkeypatch):
+    train(colours, "--model.backbone=timm/test_vit", "--model.weights=random", "--trainer.max_epochs=2")
+    head, filled, compute = newest_run() / "checkpoints/best.ckpt", list[str](), FeatureCache._compute
+
+    def counting(self, missing, size, extractor):
+        filled.append(f"{len(missing)} {extractor.backbone.name}")
+        compute(self, missing, size, extractor)
+
+    monkeypatch.setattr(FeatureCache, "_compute", counting)
+    before = tensor_digests(TransferClassifier.load_from_checkpoint(head).backbone)
+    for precision in ("32-true", "bf16-mixed"):
+        finetune(head, "--unfreeze=blocks.5", "--model.lr=0.01", f"--trainer.precision={precision}")
+        tuned = TransferClassifier.load_from_checkpoint(newest_run() / "checkpoints/last.ckpt").backbone
+        after = tensor_digests(tuned)
+        changed = {name for name in before if before[name] != after[name]}
+        assert changed == {name for name in before if name.startswith(("net.blocks.5.", "net.norm."))}
+    assert filled == ["60 timm/test_vit before blocks.5"]
+
+
+def test_features_of_all_stages_are_refused(colours, train, refused):
+    train(colours, "--model.layers=all", "--trainer.max_epochs=1")
+    line = refused("finetune", f"--ckpt_path={newest_run() / 'checkpoints/best.ckpt'}")
+    assert "--model.layers=all: fine-tuning is for the last layer's features; train with --model.layers=last" in line
+
+
 def test_an_unknown_layer_is_refused():
     with pytest.raises(UserError, match="conv1, bn1, layer1, layer2, layer3, layer4"):
         learning_names(FrozenBackbone(image_size=32).net, "layer5")
@@ -115,8 +179,7 @@ def test_layers_learn_at_falling_rates():
     assert held == {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
 
 
-@pytest.mark.parametrize("batch_norm", ["eval", "train"])
-@pytest.mark.parametrize("cache", ["true", "false"])
+@pytest.mark.parametrize(("cache", "batch_norm"), [("true", "eval"), ("false", "train")])
 def test_what_is_before_the_layer_keeps_its_digest(head, cache, batch_norm):
     before = tensor_digests(TransferClassifier.load_from_checkpoint(head).backbone)
     finetune(head, f"--data.cache={cache}", f"--batch_norm={batch_norm}", "--model.lr=0.01")
@@ -183,7 +246,7 @@ def test_the_fit_of_a_head_refuses_a_backbone_that_was_fine_tuned(head, stripes,
     finetune(head, "--trainer.max_epochs=1")
     best = newest_run() / "checkpoints/best.ckpt"
     options = f"--data.root={stripes}", "--model.image_size=32", f"--ckpt_path={best}", "--trainer.max_epochs=3"
-    assert "its backbone was fine-tuned; fine-tuning resumes it" in refused("train", *options)
+    assert "its backbone was fine-tuned; use finetune to resume" in refused("train", *options)
 
 
 def test_fine_tuning_goes_on_from_fine_tuned_layers(head):
@@ -199,12 +262,12 @@ def test_fine_tuning_goes_on_from_fine_tuned_layers(head):
     assert result["before/val/acc"] == pytest.approx(scores["val/acc"])
 
 
-@pytest.mark.parametrize("kind", ["cached", "images", "norms"])
+@pytest.mark.parametrize("kind", ["cached", "images"])
 def test_interrupted_fine_tuning_ends_with_the_same_bits(kind, head):
+    norms = ["--unfreeze=all", "--batch_norm=train"]
     ways = {
         "cached": ["--data.views=2", "--data.augment=light"],
-        "images": ["--data.cache=false", "--data.augment=strong", "--data.num_workers=0"],
-        "norms": ["--unfreeze=all", "--batch_norm=train", "--data.num_workers=0"],
+        "images": ["--data.cache=false", "--data.augment=strong", "--data.num_workers=0", *norms],
     }
     options = [*ways[kind], "--trainer.max_epochs=3", "--model.layer_decay=0.7"]
     finetune(head, "--name=whole", *options)
@@ -265,12 +328,12 @@ def test_the_report_is_that_of_the_fine_tuned_head(head):
 
 def test_a_mistake_is_one_line(head, refused, tmp_path):
     assert "--ckpt_path is missing" in refused("finetune")
-    assert "no file" in refused("finetune", "--ckpt_path=nowhere.ckpt")
+    assert "is not a file" in refused("finetune", "--ckpt_path=nowhere.ckpt")
     assert "no unfinished run" in refused("finetune", "--ckpt_path=last")
     assert "--unfreeze=layer9" in refused("finetune", f"--ckpt_path={head}", "--unfreeze=layer9")
     assert "--model.layer_decay" in refused("finetune", f"--ckpt_path={head}", "--model.layer_decay=2")
     draw(tmp_path / "others", images=5)
-    assert "its classes are 2" in refused("finetune", f"--ckpt_path={head}", f"--data.root={tmp_path / 'others'}")
+    assert "has 2 classes" in refused("finetune", f"--ckpt_path={head}", f"--data.root={tmp_path / 'others'}")
     shutil.copy(head, "lone.ckpt")
     assert "--data.root" in refused("finetune", "--ckpt_path=lone.ckpt")
 

@@ -169,7 +169,7 @@ def test_more_epochs_keep_the_best_and_say_the_leap_of_the_rate(own, train, caps
     began = torch.load(first / CKPT, weights_only=True)["headstart"]["scores"]["val/loss"]
     capsys.readouterr()
     result = train(own, f"--ckpt_path={first / CKPT}", "--trainer.max_epochs=6", "--model.warmup=0.9")
-    assert "the learning rate goes from" in capsys.readouterr().out
+    assert "the learning rate jumps from" in capsys.readouterr().out
     run = newest_run()
     assert result["val/loss"] <= began
     best = torch.load(run / "checkpoints/best.ckpt", weights_only=True)

@@ -56,7 +56,7 @@ def check_head(copy: Path, run: Run) -> None:
     assert (copy / "rows.csv").read_text().count("red") == 2 * 20  # path and label
     done = run("headstart", "export", f"--ckpt_path={best}", "--output=model.pth")
     assert done.returncode == 2
-    assert "this needs a linear head, and the checkpoint's is a Deep" in done.stderr
+    assert "this needs --model.head=linear, but the checkpoint has a Deep" in done.stderr
     done = run("headstart", "export", f"--ckpt_path={best}", "--output=model.onnx")
     assert done.returncode == 0, done.stderr
     # /wing

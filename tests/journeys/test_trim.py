@@ -51,7 +51,7 @@ def test_what_is_left_is_whole(arguments, copy, run, mypy_cache):
         assert verb not in verbs
         assert f"{PACKAGE} {verb} " in run(PACKAGE, verb, "--help").stdout
     for verb in verbs:
-        assert "no such verb" in run(PACKAGE, verb).stderr
+        assert "no such command" in run(PACKAGE, verb).stderr
     done = run("python", "train.py", "--data.root=path/to/photos", "--trainer.max_epochs=2", "--model.image_size=32")
     assert done.returncode == 0, done.stderr[-3000:]
     done = run(*module, "pytest", "-q", "-n0", "--collect-only", "-m", "not slow")

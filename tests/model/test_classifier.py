@@ -144,9 +144,9 @@ def set_names(content):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda c: c["state_dict"].update(extra=torch.zeros(1)), "different parameters"),
-        (lambda c: c["state_dict"].pop("head.bias"), "different parameters"),
-        (lambda c: c.pop("headstart"), "holds no head"),
+        (lambda c: c["state_dict"].update(extra=torch.zeros(1)), "its head has parameters"),
+        (lambda c: c["state_dict"].pop("head.bias"), "its head has parameters"),
+        (lambda c: c.pop("headstart"), "not a headstart checkpoint"),
         (lambda c: c["headstart"].update(layout=0), "layout"),
         (lambda c: c["headstart"].update(digest="0" * 64), "its head belongs to the backbone"),
     ],
@@ -178,8 +178,8 @@ def test_a_damaged_checkpoint_is_one_line(checkpoint, colours, refused):
     for damaged in (b"", b"text", content[: len(content) // 2]):
         path.write_bytes(damaged)
         assert "corrupt" in refused("train", f"--data.root={colours}", "--model.image_size=32", f"--ckpt_path={path}")
-    assert "no file" in refused("train", f"--data.root={colours}", f"--ckpt_path={path.parent}")
-    assert "no file" in refused("train", f"--data.root={colours}", "--ckpt_path=https://example.org/a.ckpt")
+    assert "is not a file" in refused("train", f"--data.root={colours}", f"--ckpt_path={path.parent}")
+    assert "is not a file" in refused("train", f"--data.root={colours}", "--ckpt_path=https://example.org/a.ckpt")
 
 
 def test_a_checkpoint_from_before_heads_had_names_is_loaded(checkpoint):

@@ -22,7 +22,7 @@ def test_a_head_of_that_name_is_trained_saved_and_loaded(name, colours, train):
         torch.equal(content["state_dict"][f"head.{key}"], value) for key, value in module.head.state_dict().items()
     )
     assert main(["evaluate", f"--ckpt_path={best}", "--report=false"])["test/acc"] == 1.0
-    with pytest.raises(UserError, match=f"needs a linear head, and the checkpoint's is a {HEADS[name].__name__}"):
+    with pytest.raises(UserError, match=f"needs --model.head=linear, but the checkpoint has a {HEADS[name].__name__}"):
         linear_head(module.head)
 
 
@@ -34,7 +34,7 @@ def test_the_cosine_head_does_not_see_lengths():
 
 def test_an_unknown_head_is_refused_by_name(colours, refused):
     line = refused("train", f"--data.root={colours}", "--model.head=forest")
-    assert line == f"error: --model.head=forest: no such head; there are {', '.join(HEADS)}"
+    assert line == f"error: --model.head=forest: no such head; choose from {', '.join(HEADS)}"
 
 
 def test_a_linear_head_of_tensors_draws_no_random_numbers():

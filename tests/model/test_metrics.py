@@ -68,4 +68,4 @@ def test_a_split_of_one_class_has_no_auroc(tmp_path, train, capsys):
     assert 0 <= result["test/auroc"] <= 1
     assert "NaN" not in (newest_run() / "result.json").read_text()
     assert json.loads((newest_run() / "result.json").read_text())["val/balanced_acc"] == result["val/balanced_acc"]
-    assert capsys.readouterr().out.count("val/auroc: is left out") == 1
+    assert capsys.readouterr().out.count("val/auroc: is undefined and left out") == 1

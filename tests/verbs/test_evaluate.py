@@ -43,7 +43,7 @@ def test_a_lone_checkpoint_asks_for_a_folder(checkpoint, tmp_path, refused):
     assert "--data.root is missing" in refused("evaluate", f"--ckpt_path={lone}")
     assert "--ckpt_path is missing" in refused("evaluate")
     assert "did you mean --ckpt_path" in refused("evaluate", "--ckpt_pat=x")
-    assert "auto takes what" in refused("evaluate", f"--ckpt_path={checkpoint}", "--accelerator=abacus")
+    assert "use auto" in refused("evaluate", f"--ckpt_path={checkpoint}", "--accelerator=abacus")
 
 
 @pytest.mark.fault("evaluate on images that trained the head")

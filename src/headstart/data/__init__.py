@@ -1,4 +1,4 @@
-"""From files to batches: where images come from, which of them train, and the data module.
+"""Image sources, splits, batches and the data module.
 
-Begin with `module.py`. May import: features, model, and the ground.
+Start with `module.py`. May import: features, model, and the ground.
 """

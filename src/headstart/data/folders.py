@@ -1,4 +1,4 @@
-"""Folders of images: where the splits, the classes and the images are."""
+"""Finds the splits, the classes and the images in a folder."""
 
 import hashlib
 import os
@@ -14,9 +14,9 @@ from headstart.decoding import decode, image_suffixes
 from headstart.errors import UserError
 from headstart.files import RUNS_MARK, in_either_form, patiently, read_regular
 from headstart.images import Preprocessing
-from headstart.terminal import say, told
+from headstart.terminal import listing, say
 
-# The words that name a split's folder, alone or as in training_set, seg_train or test-images.
+# Words that name the folder of a split, alone or as in training_set, seg_train or test-images.
 SPLIT_WORDS: Mapping[str, Split] = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
@@ -26,7 +26,7 @@ SPLIT_NAME = re.compile(
     rf"(?:(?:seg|images?|data(?:set)?)[ _.-]?)?({'|'.join(SPLIT_WORDS)})(?:[ _.-]?(?:set|split|images?|data))?",
     re.IGNORECASE,
 )
-# Folders of systems and network disks, which hold thumbnails and what was deleted; in lower case.
+# Folders of systems and network disks, with thumbnails and deleted files; in lower case.
 IGNORED_FOLDERS = {
     *("__macosx", "__pycache__", ".thumbnails", "lost+found", "$recycle.bin", "recycler", "system volume information"),
     *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@__thumb", "@tmp"),
@@ -34,15 +34,15 @@ IGNORED_FOLDERS = {
 
 
 def split_named(name: str) -> Split | None:
-    """The split that a name stands for, such as train, Testing or training_set."""
+    """The split that a folder name means, such as train, Testing or training_set; None: no split."""
     found = SPLIT_NAME.fullmatch(name)
     return SPLIT_WORDS[found[1].lower()] if found else None
 
 
 def images(folder: Path, others: Counter[str] | None = None) -> list[Path]:
-    """The image files below a folder, in order, without hidden ones; ``others`` counts what else is there.
+    """The image files below a folder, in order, without hidden ones; ``others`` counts everything else.
 
-    Says which folders cannot be read.
+    Warns of unreadable folders.
     """
     found, others, closed = [], Counter() if others is None else others, list[OSError]()
     for parent, folders, files in os.walk(folder, onerror=closed.append):
@@ -55,31 +55,31 @@ def images(folder: Path, others: Counter[str] | None = None) -> list[Path]:
                 others[Path(name).suffix.lower() or "without a suffix"] += 1
     if closed:
         first = ", ".join(f"{error.filename} ({error.strerror})" for error in closed[:3])
-        say(f"data: {len(closed)} folders cannot be read, and what is in them is left out: {first}")
+        say(f"data: {len(closed)} folders cannot be read and are left out: {first}")
     return found
 
 
 def images_of_classes(classes: Sequence[Path]) -> list[list[Path]]:
-    """The image files below each class folder; says what else is there."""
+    """The image files below each class folder; reports everything else in them."""
     others = Counter[str]()
     found = [images(folder, others) for folder in classes]
     for parent in {folder.parent for folder in classes}:
         others.update(f"{path.name}/" for path in parent.iterdir() if path.is_dir() and _is_foreign(path))
     say_left_out(others)
     if nested := sum(path.parent != folder for folder, paths in zip(classes, found, strict=True) for path in paths):
-        say(f"data: {nested} images lie in folders within a class folder; they are of that class")
+        say(f"data: {nested} images are in folders within a class folder; they belong to that class")
     return found
 
 
 def say_left_out(others: Counter[str]) -> None:
-    """Says what is in a folder beside images: files by suffix, and folders that are not looked into."""
+    """Reports what a folder contains besides images: files by suffix, and folders that are not searched."""
     if others:
         said = ", ".join(f"{count} {name}" for name, count in others.most_common(8))
-        say(f"data: left out: {said}    (no images to PIL, or folders of systems and runs)")
+        say(f"data: left out: {said}    (not images for PIL, or folders of systems and runs)")
 
 
 def read(root: Path, item: Item, preprocessing: Preprocessing, max_pixels: int) -> Image.Image:
-    """Decodes an image file, which must still be the one that was scanned; raises ``UnreadableImage`` as ``decode``."""
+    """Decodes an image file, as ``decode``; raises ``UserError`` if it changed since it was scanned."""
 
     def decoded() -> Image.Image:
         data = read_regular(root / item.path)
@@ -94,9 +94,9 @@ def read(root: Path, item: Item, preprocessing: Preprocessing, max_pixels: int) 
 
 
 def existing(root: str) -> Path:
-    """The absolute path of a folder that must exist."""
+    """The absolute path of an existing folder; ``UserError`` if it is missing or unreadable."""
     if not root:
-        raise UserError("--data.root is empty; give a folder, or . for the one that you are in")
+        raise UserError("--data.root is empty; give a folder, or . for the current one")
     path = in_either_form(Path(root).expanduser()).resolve()
     if not path.is_dir():
         nearest = next(parent for parent in path.parents if parent.exists())
@@ -117,27 +117,27 @@ def _ignored(name: str) -> bool:
 
 
 def _is_foreign(folder: Path) -> bool:
-    """Whether it is a system's folder, or one of runs, such as ``logs``, which holds no image."""
-    runs = os.path.isfile(folder / RUNS_MARK)  # noqa: PTH113  # pathlib's raises where it may not look
+    """Whether it is a folder of the system, or a folder of runs without images, such as ``logs``."""
+    runs = os.path.isfile(folder / RUNS_MARK)  # noqa: PTH113  # pathlib raises without permission
     return folder.name.lower() in IGNORED_FOLDERS or (runs and not images(folder))
 
 
 def subfolders(folder: Path) -> list[str]:
-    """The names of the folders in a folder, without hidden ones and those of systems and runs."""
+    """The names of the folders in a folder, except hidden ones and those of systems and runs."""
     folders = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     return sorted(path.name for path in folders if not _is_foreign(path))
 
 
 def _straight_in(folder: Path) -> tuple[list[str], bool]:
-    """The names of the folders in a folder, and whether images lie in it too; nothing where it cannot be read."""
+    """The names of the folders in a folder, and whether it contains images directly; nothing if it is unreadable."""
     _, inner, files = next(os.walk(folder), ("", [], []))
     return sorted(name for name in inner if not _ignored(name)), any(map(_is_image, files))
 
 
 def of_splits(root: Path) -> dict[Path, Split | None]:
-    """The folders that hold class folders, and the split of each; None: to be split.
+    """The folders that contain class folders, and the split of each; None: to be split.
 
-    A folder that is called train but has images straight in it is a class.
+    A folder called train that contains images directly is a class.
     """
     names = subfolders(root)
     places = {root / name: split for name in names if (split := split_named(name))}
@@ -150,25 +150,25 @@ def of_splits(root: Path) -> dict[Path, Split | None]:
     if others and len(named) == 1:
         (train,) = named
         raise UserError(
-            f"{root}: {train.name} has the form of a split, whose folders are the classes, but is beside {others}: if "
-            f"it is one, give --data.root={train}; if it is a class, put its images straight into it"
+            f"{root}: {train.name} looks like a split, with class folders, but is next to {others}: if it is a "
+            f"split, give --data.root={train}; if it is a class, put its images directly into it"
         )
     if others:
-        say(f"data: beside the splits there are {others}, which are left out")
+        say(f"data: folders other than the splits are left out: {others}")
     return {path: None if split == "train" and "val" not in named.values() else split for path, split in named.items()}
 
 
 def class_names(folders: Mapping[Path, Split | None]) -> list[str]:
-    """The names of the class folders: at least two, and the same in every split."""
+    """The names of the class folders, at least two and the same in every split; otherwise ``UserError``."""
     names = {folder: subfolders(folder) for folder in folders}
     first, expected = next(iter(names.items()))
     for folder, found in names.items():
         if different := set(found) ^ set(expected):
-            raise UserError(f"{folder} and {first} hold different classes: {told(sorted(different))}")
+            raise UserError(f"{folder} and {first} contain different classes: {listing(sorted(different))}")
     if len(expected) < 2:
         raise UserError(
-            f"{first}: {len(expected)} class folder(s), and at least 2 are needed; expected is one folder of images "
-            f"per class, as in {first.name}/cat/1.jpg and {first.name}/dog/2.jpg"
+            f"{first}: {len(expected)} class folder(s), but at least 2 are needed; give one folder of images per "
+            f"class, as in {first.name}/cat/1.jpg and {first.name}/dog/2.jpg"
         )
     if len(folders) == 1:
         _refuse_two_readings(first, expected)
@@ -176,11 +176,11 @@ def class_names(folders: Mapping[Path, Split | None]) -> list[str]:
 
 
 def _refuse_two_readings(root: Path, names: Sequence[str]) -> None:
-    """Refuses folders without images that all hold the same folders, since those may be the classes."""
+    """Refuses folders that contain the same folders and no images, since the inner ones may be the classes."""
     inner, straight = _straight_in(root / names[0])
     if len(inner) > 1 and not straight and all(_straight_in(root / name) == (inner, False) for name in names):
         raise UserError(
-            f"{root}: either the classes are {told(names)}, or they are {told(inner)}, which is in each of these; in "
-            "the first case put the images straight into the class folders, in the second call the outer folders "
-            "train, val and test; or list the images in --data.csv"
+            f"{root}: the classes are either {listing(names)}, or {listing(inner)}, which are in each of these; in the "
+            "first case put the images directly into the class folders, in the second name the outer folders train, "
+            "val and test; or list the images in --data.csv"
         )

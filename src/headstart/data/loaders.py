@@ -1,4 +1,4 @@
-"""From splits to batches: the order of an epoch, images decoded as they are needed, features sliced from a matrix."""
+"""Batches of a split: the order of an epoch, images decoded on demand, features sliced from a matrix."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -15,18 +15,18 @@ from headstart.errors import UserError
 from headstart.features.matrix import Labelled
 from headstart.images import Preprocessing, Views
 
-# Rows are gathered for so many batches at once, so that a batch itself is a slice.
+# Number of batches whose rows are gathered at once; each batch is a slice of them.
 BATCHES_A_BLOCK = 64
 
 
 class BatchOrder(Sampler[list[tuple[int, int]]]):
-    """Batches of (index, epoch), whose order is a function of the seed and the epoch alone.
+    """Batches of (index, epoch), in an order that depends only on the seed and the epoch.
 
-    So a resumed run sees the batches that the uninterrupted run would have seen, and every rank knows the others'.
-    In training, ranks get equally many samples, for which fewer samples than there are ranks are left out of an epoch;
-    in evaluation, which has no seed, each sample comes exactly once, in order.
+    A resumed run sees the same batches as an uninterrupted one. In training, all ranks get the same number of samples,
+    so up to world_size - 1 samples are left out of an epoch; in evaluation, with seed None, each sample occurs exactly
+    once, in order.
 
-    ``batch_size`` counts the samples of all ranks; ``epoch`` is asked when a loader wants its first batch.
+    ``batch_size`` counts the samples of all ranks; ``epoch`` is called when a loader starts.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
         self.rank, self.world_size = rank, world_size
 
     def batches(self) -> list[Tensor]:
-        """The indices of this rank's batches in the current epoch."""
+        """The indices of the batches of this rank in the current epoch."""
         if self.seed is None:
             order = torch.arange(self.size)
         else:
@@ -64,7 +64,7 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
-    """Images decoded when they are asked for, by (index, epoch); another epoch, another augmented view."""
+    """Images decoded on demand, by (index, epoch); each epoch has its own augmented view."""
 
     def __init__(
         self, items: Sequence[Item], read: Callable[[Item], Image], preprocessing: Preprocessing, views: Views
@@ -81,23 +81,23 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
 
 class ImageLoader(DataLoader[tuple[Tensor, int]]):
-    """A ``DataLoader`` whose workers start when the first batch is asked for.
+    """A ``DataLoader`` whose workers start when the first batch is requested.
 
-    Lightning makes the iterator before it restores a resumed run's epoch, and workers fetch ahead: the first resumed
-    epoch would see the order of epoch 0 (pytorch-lightning#21938).
+    Lightning creates the iterator before it restores the epoch of a resumed run, and workers prefetch: the first
+    resumed epoch would have the order of epoch 0 (pytorch-lightning#21938).
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         try:
             yield from super().__iter__()
-        except UserError as error:  # of a worker process, whose traceback torch puts before the message
+        except UserError as error:  # torch prepends the traceback of the worker process
             raise UserError(re.sub(r"\ACaught .*\n[\w.]+: ", "", str(error), flags=re.DOTALL).strip()) from error
 
 
 class FeatureLoader:
     """Batches of (features [B, D], labels [B]), sliced from the matrix: no worker, no collation.
 
-    Epoch e takes view e, modulo the number of views.
+    Epoch e uses view e modulo the number of views.
     """
 
     def __init__(self, labelled: Labelled, order: BatchOrder) -> None:
@@ -118,9 +118,9 @@ class FeatureLoader:
 
 
 def trained_epochs(trainer: Trainer) -> int:
-    """How many epochs were trained; unlike ``current_epoch`` right when a resumed run makes its first batch.
+    """The number of completed epochs, correct also when a resumed run loads its first batch, unlike ``current_epoch``.
 
-    With ``overfit_batches`` always 0, since each epoch repeats the same batches.
+    Always 0 with ``overfit_batches``, since each epoch repeats the same batches.
     """
     processed: int = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
     return 0 if trainer.overfit_batches else processed  # type: ignore[attr-defined]

@@ -28,34 +28,34 @@ from headstart.terminal import say
 class ImageData(LightningDataModule):
     """Images of a source, split by content.
 
-    ``setup`` takes the preprocessing from the frozen backbone of the module that the trainer holds. With ``cache`` the
-    batches are (features [B, D], labels [B]), else (images [B, 3, H, W] uint8, labels [B]).
+    ``setup`` takes the preprocessing from the frozen backbone of the trainer's module. Batches are (features [B, D],
+    labels [B]) with ``cache``, else (images [B, 3, H, W] uint8, labels [B]).
 
     Args:
         source: where the images come from.
-        batch_size: images per step, over all devices.
-        num_workers: threads or processes that decode images; None: one per processor core, at most 8.
-        augment: how training images vary: none; light (crops and flips); strong (smaller crops, colours, rotations).
-        cache: compute each image's features once and keep them; false decodes the images in every epoch.
-        views: with the cache, how many views of a training image to keep: itself, and views - 1 augmented ones.
-        view_seed: seed of the augmented views.
-        flip: mirror half of the augmented views; false where left and right matter, as in letters, arrows or hands.
-        cache_dir: where features are kept; None: $HEADSTART_CACHE, else the user's cache folder.
-        feature_precision: arithmetic of cached features; auto: bf16 where the device computes it fast, else fp32.
-        val_fraction: share of the images for validation.
-        test_fraction: share of the images for the test; 0: no test.
-        split_seed: another seed, another split.
-        order_seed: seed of the order of training images; None: the seed of seed_everything.
-        splits: a run's splits.csv, to split as that run did; None: by content and seed.
-        strict: stop where the same image is in two splits, instead of saying so.
-        limit: maximum training images per class; None: all.
-        max_pixels: images of more pixels are left out.
+        batch_size: number of images per step, over all devices.
+        num_workers: number of threads or processes that decode images; None: one per CPU core, at most 8.
+        augment: training augmentation: none, light (crops, flips) or strong (smaller crops, colours, rotations).
+        cache: compute the features of each image once and store them; false: decode the images in every epoch.
+        views: number of cached views per training image: the image itself, and views - 1 augmented ones.
+        view_seed: random seed of the augmented views.
+        flip: mirror half of the augmented views; false if left and right matter, also for layers=all.
+        cache_dir: where to store features; None: $HEADSTART_CACHE, else the user's cache folder.
+        feature_precision: precision of cached features; auto: bf16 if the device computes it fast, else fp32.
+        val_fraction: fraction of the images used for validation.
+        test_fraction: fraction of the images used for testing; 0: no test.
+        split_seed: random seed of the split into train, val and test.
+        order_seed: random seed of the order of training images; None: the value of seed_everything.
+        splits: splits.csv of an earlier run whose split to reuse; None: split by content and seed.
+        strict: stop if an image is in two splits or has two labels, instead of warning.
+        limit: maximum number of training images per class; None: all.
+        max_pixels: maximum number of pixels of an image; larger images are left out.
 
     Attributes:
-        items: the images, each with its split, once they are loaded.
+        items: the images, each with its split, after loading.
 
     Raises:
-        UserError: the options contradict each other.
+        UserError: an option is out of range, or options contradict each other.
     """
 
     def __init__(
@@ -89,15 +89,15 @@ class ImageData(LightningDataModule):
         self.test_fraction = 0.0 if source.has_test else test_fraction
         self.split_seed, self.splits_file = split_seed, Path(splits).expanduser() if splits else None
         self.order_seed, self.strict, self.limit = order_seed, strict, limit
-        self.repeat: Repeat | None = None  # takes the images of a run, exactly those, each in its split
+        self.repeat: Repeat | None = None  # selects exactly the images of a run, each in its split
         self.items: list[Item] = []
         self._features: dict[Split, list[FeatureMatrix]] = {}
         self._check_options(val_fraction, test_fraction)
 
     def setup(self, stage: str) -> None:
-        """Called by Lightning: loads for the module's backbone, on the trainer's device."""
+        """Loads the data for the module's backbone, on the trainer's device; called by Lightning."""
         trainer = self._attached()
-        # `seed_everything` leaves its seed in the environment, for processes that start later.
+        # `seed_everything` stores its seed in the environment, for processes that start later.
         seed = os.environ.get("PL_GLOBAL_SEED", "0") if self.order_seed is None else self.order_seed
         self._seed = int(seed)
         if self.batch_size % trainer.world_size:
@@ -105,14 +105,14 @@ class ImageData(LightningDataModule):
                 f"--data.batch_size={self.batch_size} is over all devices: give a multiple of {trainer.world_size}"
             )
         module: Any = trainer.lightning_module
-        # Only a part of a fine-tuned module is frozen; one of your own may have nothing but a backbone.
+        # Fine-tuned modules are frozen in part; a custom module may define only `backbone`.
         frozen = getattr(module, "frozen", module.backbone) if self.store.cache else module.backbone
         self.load(frozen, trainer.strategy.root_device)
         if stage == "fit":
             splits.check_training(self.items, self.class_names)
 
     def load(self, backbone: FrozenBackbone, device: torch.device) -> None:
-        """Scans, splits, and computes or reads the features; again only for another backbone."""
+        """Scans and splits the images, and computes or reads their features; repeated only for another backbone."""
         before = self.store.items
         if not self.store.load(backbone, device) and self.items:
             return
@@ -125,7 +125,7 @@ class ImageData(LightningDataModule):
                 self._features["train"].append(matrix.to(device))
 
     def items_in(self, split: Split) -> list[Item]:
-        """The images of a split, in the order in which evaluation takes them."""
+        """The images of a split, in the order of evaluation."""
         return [item for item in self.items if item.split == split]
 
     def labels(self, split: Split) -> Tensor:
@@ -152,7 +152,7 @@ class ImageData(LightningDataModule):
     def _attached(self) -> Trainer:
         if self.trainer is None:
             raise UserError(
-                "the data takes its preprocessing from the model: give both to a Trainer, as in docs/python.md"
+                "the data module takes its preprocessing from the model: pass both to a Trainer, as in docs/python.md"
             )
         return self.trainer
 
@@ -160,15 +160,15 @@ class ImageData(LightningDataModule):
         policy, cache = self.augment.policy, self.store.cache
         if cache and policy != "none" and self.views == 1:
             raise UserError(
-                f"--data.augment={policy}: a cached image has one view; keep several with --data.views=8, "
-                "or augment without limit with --data.cache=false"
+                f"--data.augment={policy}: cached images have one view by default; add "
+                "--data.views=8, or augment in every epoch with --data.cache=false"
             )
         if self.views > 1 and (policy == "none" or not cache):
             raise UserError(
-                f"--data.views={self.views}: are augmented and cached; add --data.augment=light, and leave the cache on"
+                f"--data.views={self.views}: needs the cache and augmentation, such as --data.augment=light"
             )
         if val_fraction + test_fraction >= 1:
-            raise UserError("--data.val_fraction and --data.test_fraction leave nothing to train on; lower them")
+            raise UserError("--data.val_fraction and --data.test_fraction leave no images to train on; lower them")
 
     def _split_all(self) -> None:
         """Splits the readable images, and says how many there are."""
@@ -177,7 +177,7 @@ class ImageData(LightningDataModule):
         say(splits.counts_table(self.items, self.class_names))
         trained = self.counts("train")
         if trained.max() > 10 * trained.min().clamp(min=1):
-            say("data: the classes are uneven; watch the balanced accuracy, try --model.class_weights=balanced")
+            say("data: the classes are imbalanced; watch the balanced accuracy, try --model.class_weights=balanced")
 
     def _split(self, items: list[Item]) -> list[Item]:
         if self.repeat:
@@ -203,7 +203,7 @@ class ImageData(LightningDataModule):
         if self.store.cache:
             return FeatureLoader(self.labelled(split), order)
         preprocessing, views = self.store.backbone.preprocessing, self.augment if training else Views()
-        # Not the store's own method, with which each worker process would get the backbone.
+        # Not `store.read`, which would send the backbone to each worker process.
         read = partial(self.source.read, preprocessing=preprocessing, max_pixels=self.store.max_pixels)
         return ImageLoader(
             ImageDataset(items, read, preprocessing, views),
@@ -211,26 +211,25 @@ class ImageData(LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.store.device.type == "cuda",
-            # Without a generator of its own each epoch draws from the global one, and a resumed run differs.
+            # The default generator is global, so that a resumed run would differ.
             generator=torch.Generator().manual_seed(0),
         )
 
 
 class ImageFolderData(ImageData):
-    """A folder of class folders, split by content; or one that holds ``train``, ``val`` and maybe ``test``, used so.
+    """A folder of class folders, split by content, or with folders ``train``, ``val`` and optionally ``test``.
 
-    Without a ``val`` folder, ``train`` is split; without a ``test`` folder there is no test. A CSV file lists images
-    that do not lie in class folders: path (relative to the file) and label, and maybe split and group; images of one
-    group never sit in two splits.
+    Without a ``val`` folder, ``train`` is split; without a ``test`` folder there is no test. A CSV file lists images in
+    the columns path (relative to the file), label, and optionally split and group; a group is never split.
 
     Args:
-        root: a folder of class folders.
-        csv: a file that lists images, instead of a folder: path, label, and maybe split and group.
-        source: how root is read: folder, or another name of ``SOURCES``; None: folder.
+        root: folder of class folders.
+        csv: CSV file that lists images, instead of root; columns: path, label, and optionally split and group.
+        source: kind of data at root: folder, csv, or another key of SOURCES; None: folder.
         kwargs: as ``ImageData``.
 
     Raises:
-        UserError: the folder or the file has another form; the message says what is missing.
+        UserError: the folder or the file has another layout; the message says what is missing.
     """
 
     def __init__(
@@ -240,15 +239,15 @@ class ImageFolderData(ImageData):
 
 
 class DatasetData(ImageData):
-    """Any datasets of (PIL image, label): torchvision's, or your own.
+    """Any map-style datasets of (PIL image, label) pairs, such as torchvision's.
 
-    Images that are opened and not loaded, as by ``ImageFolder(root, loader=Image.open)``, are decoded as their files.
+    Images that are opened but not loaded, as by ``ImageFolder(root, loader=Image.open)``, are decoded from their files.
 
     Args:
-        train: a map-style dataset of (image, label) pairs.
-        val: likewise; None: images of ``train`` validate.
-        test: likewise; None: images of ``train`` test.
-        class_names: by label; None: the dataset's own ``classes``.
+        train: training dataset.
+        val: validation dataset; None: split from ``train``.
+        test: test dataset; None: split from ``train``.
+        class_names: class names by label; None: the ``classes`` of ``train``.
         kwargs: as ``ImageData``.
     """
 

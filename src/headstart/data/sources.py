@@ -1,6 +1,6 @@
-"""Where images come from: a folder of class folders, a list in a CSV file, or a dataset.
+"""Sources of images: a folder of class folders, a list in a CSV file, or a dataset.
 
-Another kind of data is a ``Source`` and a line in ``SOURCES``; every verb then takes it as ``--data.source``.
+To add a kind of data, write a ``Source`` and a line in ``SOURCES``; every command then accepts it as ``--data.source``.
 """
 
 from abc import ABC, abstractmethod
@@ -15,35 +15,35 @@ from torch.utils.data import Dataset
 from headstart.data import folders
 from headstart.data.splits import Item, Split
 from headstart.data.table import read_table
-from headstart.decoding import UnreadableImage, content_digest, decode_opened, peak, peak_of
+from headstart.decoding import Measured, UnreadableImage, content_digest, decode_opened, measured, measured_of
 from headstart.errors import UserError
 from headstart.features.hashes import ContentIndex
 from headstart.files import patiently
 from headstart.images import Preprocessing
-from headstart.terminal import images_bar, say_look_alikes, told
+from headstart.terminal import images_bar, listing, say_look_alikes
 
 
 class Source(ABC):
-    """Which images there are, of which class, and how one is read."""
+    """Lists images with their classes, and reads them."""
 
     class_names: list[str]  # by label
-    path: Path  # what the data is called by, and where it is
-    has_val = False  # whether no image that it gives without a split should validate
-    has_test = False  # whether none should test
-    label_of: dict[str, int]  # by the path of each image, readable or not, once they are scanned
-    all_in: Split | None = None  # the split that every image is used in; None: that which it has, or is given
-    peak = 0  # the largest value of its images of more than 8 bits, once they are scanned; 0: it has none
+    path: Path  # location of the data, which also names it
+    has_val = False  # whether images without a split are never assigned to val
+    has_test = False  # whether they are never assigned to test
+    label_of: dict[str, int]  # label by path of each image, readable or not; set by ``scan``
+    all_in: Split | None = None  # the split of all images; None: their own, or assigned
+    measured: Sequence[Measured] = ()  # largest value and aspect ratio of each image; set by ``scan``
 
     @abstractmethod
     def scan(self, remembered: Path | None) -> tuple[list[Item], dict[str, str]]:
-        """The images with the hash of their content, and the reason for each that cannot be read, by path.
+        """The readable images, with content hashes, and the reason for each unreadable one, by path.
 
-        ``remembered`` is a folder for the hashes of files that did not change; None: all are hashed.
+        ``remembered`` is a folder of stored hashes, reused for unchanged files; None: hash all files.
         """
 
     @abstractmethod
     def read(self, item: Item, preprocessing: Preprocessing, max_pixels: int) -> Image.Image:
-        """Decodes an image to RGB, as ``decoding.decode``; raises ``UnreadableImage``, whose message is the reason."""
+        """Decodes an image to RGB, as ``decoding.decode``; raises ``UnreadableImage``."""
 
 
 class FileSource(Source):
@@ -53,15 +53,15 @@ class FileSource(Source):
 
     @abstractmethod
     def listed(self) -> list[Item]:
-        """The image files, not yet read; paths are relative to the root."""
+        """The image files, without reading them; paths are relative to the root."""
 
     def scan(self, remembered: Path | None) -> tuple[list[Item], dict[str, str]]:
         listed = self.listed()
         self.label_of = {item.path: item.label for item in listed}
         with images_bar("scan", len(listed)) as advance:
-            index = ContentIndex(self.root, remembered, peak)
+            index = ContentIndex(self.root, remembered, measured)
             digests, unreadable = index.digests([item.path for item in listed], advance)
-        self.peak = index.peak
+        self.measured = index.measured
         return [replace(item, digest=digests[item.path]) for item in listed if item.path in digests], unreadable
 
     def read(self, item: Item, preprocessing: Preprocessing, max_pixels: int) -> Image.Image:
@@ -69,7 +69,7 @@ class FileSource(Source):
 
 
 class FolderSource(FileSource):
-    """A folder of class folders; or one that holds ``train``, ``val`` and maybe ``test``, used so."""
+    """A folder of class folders, or with folders ``train``, ``val`` and optionally ``test``."""
 
     def __init__(self, root: str) -> None:
         self.root = self.path = folders.existing(root)
@@ -92,7 +92,7 @@ class FolderSource(FileSource):
 
 
 class ListedSource(FileSource):
-    """Images that are listed already, by their paths below the root."""
+    """A given list of images, by their paths below the root."""
 
     def __init__(self, root: Path, class_names: list[str], items: list[Item], path: Path | None = None) -> None:
         self.root, self.path, self.class_names, self._items = root, path or root, class_names, items
@@ -103,7 +103,7 @@ class ListedSource(FileSource):
 
 
 class TableSource(ListedSource):
-    """A CSV file that lists images: path (relative to the file), label, and maybe split and group."""
+    """A CSV file that lists images: path (relative to the file), label, and optionally split and group."""
 
     def __init__(self, file: str) -> None:
         path = Path(file).expanduser().resolve()
@@ -113,7 +113,7 @@ class TableSource(ListedSource):
 class DatasetSource(Source):
     """Datasets of (PIL image, label) pairs by name, each with its split; None: to be split.
 
-    Without ``class_names`` they are the ``classes`` of the dataset that trains.
+    ``class_names`` defaults to the ``classes`` of the training dataset.
     """
 
     def __init__(
@@ -125,14 +125,14 @@ class DatasetSource(Source):
             raise UserError("DatasetData: give class_names, since the dataset has no `classes`")
         self.class_names, self.path = list(names), Path("dataset")
         if len(set(self.class_names)) < len(self.class_names):
-            raise UserError("DatasetData: class_names holds a name twice; labels are told apart by their names")
+            raise UserError("DatasetData: class_names contains a name twice; give each class a different name")
         for name, (dataset, _) in datasets.items():
             own = list(getattr(dataset, "classes", self.class_names))
             if class_names is None and own != self.class_names:
-                differ = f"{len(own)}: {told(own)}", f"{len(self.class_names)}: {told(self.class_names)}"
+                differ = f"{len(own)}: {listing(own)}", f"{len(self.class_names)}: {listing(self.class_names)}"
                 raise UserError(
-                    f"DatasetData: {name} numbers its classes otherwise ({differ[0]}) than train ({differ[1]}), "
-                    "so its labels mean others; give both the same"
+                    f"DatasetData: {name} has different classes ({differ[0]}) from train ({differ[1]}), "
+                    "so its labels differ in meaning; use the same classes in both"
                 )
         self.has_val, self.has_test = "val" in datasets, "test" in datasets
 
@@ -142,18 +142,19 @@ class DatasetSource(Source):
             for name, (dataset, split) in self._datasets.items()
             for index in range(len(dataset))  # type: ignore[arg-type]
         ]
-        items, unreadable, self.label_of = list[Item](), dict[str, str](), {}
+        items, unreadable, self.label_of, found = list[Item](), dict[str, str](), {}, list[Measured]()
         with images_bar("scan", len(samples)) as advance:
             for name, index, split in samples:
                 image, label = self._sample(name, index)
                 path = f"{name}/{index}"
                 self.label_of[path] = label
                 try:
-                    self.peak = max(self.peak, peak_of(image))
+                    found.append(measured_of(image))
                     items.append(Item(path, label, content_digest(image), split))
                 except UnreadableImage as error:
                     unreadable[path] = str(error)
                 advance(1)
+        self.measured = found
         return items, unreadable
 
     def read(self, item: Item, preprocessing: Preprocessing, max_pixels: int) -> Image.Image:
@@ -166,15 +167,15 @@ class DatasetSource(Source):
             raise UserError(f"{where} is a {type(sample).__name__}, not (image, label); wrap the dataset")
         image, label = sample
         if not isinstance(image, Image.Image):
-            raise UserError(f"{where} gives a {type(image).__name__} and no PIL image; drop transforms")
+            raise UserError(f"{where} gives a {type(image).__name__}, not a PIL image; remove the transform")
         if not 0 <= label < len(self.class_names) or int(label) != label:
             raise UserError(
-                f"{where} has the label {label}; labels are 0 to {len(self.class_names) - 1}, by class_names"
+                f"{where} has the label {label}; labels must be 0 to {len(self.class_names) - 1}, as in class_names"
             )
         return image, int(label)
 
 
-# By the name that --data.source gives; what is called with --data.root.
+# By value of --data.source; called with --data.root.
 SOURCES: dict[str, Callable[[str], Source]] = {
     "folder": FolderSource,
     "csv": TableSource,
@@ -182,14 +183,14 @@ SOURCES: dict[str, Callable[[str], Source]] = {
 
 
 def open_source(root: str | None, csv: str | None, source: str | None) -> Source:
-    """The source that options name; ``csv`` is short for source=csv with that root."""
+    """The source given by the options; ``csv`` is short for source=csv with that root."""
     if (root is None) == (csv is None):
         raise UserError("give either --data.root, a folder of class folders, or --data.csv, a list of images")
     if csv is not None and source not in (None, "csv"):
-        raise UserError(f"--data.csv={csv}: is not data of the kind {source}; give it as --data.root, or drop one")
+        raise UserError(f"--data.csv={csv}: conflicts with --data.source={source}; give it as --data.root")
     kind = source or ("folder" if csv is None else "csv")
     if kind not in SOURCES:
-        raise UserError(f"--data.source={kind}: no such kind of data; there are {', '.join(SOURCES)}")
+        raise UserError(f"--data.source={kind}: no such kind of data; choose from {', '.join(SOURCES)}")
     found = SOURCES[kind](str(root if csv is None else csv))
     say_look_alikes(found.class_names)
     return found

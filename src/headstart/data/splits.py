@@ -1,4 +1,4 @@
-"""Which image trains, which validates, which tests: a function of its content, so that it never moves."""
+"""Splits images into train, val and test by the hash of their content, so that an image never moves."""
 
 import hashlib
 import os
@@ -19,29 +19,29 @@ from headstart.terminal import one_line, say, say_all
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
-Repeat = Callable[[Sequence["Item"], Sequence[str]], list["Item"]]  # ``repeated`` of a run's file
+Repeat = Callable[[Sequence["Item"], Sequence[str]], list["Item"]]  # ``repeated`` with a run's splits.csv
 COLUMNS = ["split", "class", "path", "sha256"]
 TABLE_ROWS = 24
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """An image: where it is, what it shows, what it holds, where it belongs."""
+    """An image: its path, label, content hash, split and group."""
 
-    path: str  # relative to the data's root, with forward slashes; of a dataset, its name and the index
-    label: int  # the index of its class
+    path: str  # relative to the root, with forward slashes; for a dataset, its name and the index
+    label: int  # class index
     digest: bytes = b""  # sha256 of its content
     split: Split | None = None  # None until it is assigned
-    group: str = ""  # name of the images that belong together, such as a burst of one scene; empty: alone
+    group: str = ""  # images of a group, such as a burst of one scene, share a split; empty: no group
 
 
 def assign(items: Sequence[Item], class_names: Sequence[str], val: float, test: float, seed: int) -> list[Item]:
-    """Gives each image without a split its own, by the hash of the seed and its content.
+    """Assigns a split to each image without one, by the hash of the seed and its content.
 
-    A new image never moves an old one, and identical images share a split, as do those of a group. A class that would
-    be missing from a split gets its lowest-hashed image there, or group; that is said, and is the one case in which a
-    new image can move another. ``val`` and ``test`` are shares of the images, in [0, 1). A class with fewer different
-    images or groups than there are splits is an error.
+    A new image never moves an old one; identical images share a split, and so do the images of a group. If a class
+    would be missing from a split, its lowest-hashed image or group is moved there, with a message; only in this case
+    can a new image move another. ``val`` and ``test`` are fractions of the images, in [0, 1). A class with fewer
+    different images or groups than splits is an error.
     """
     present = {item.label for item in items}
     for label, name in enumerate(class_names):
@@ -59,29 +59,29 @@ def assign(items: Sequence[Item], class_names: Sequence[str], val: float, test: 
     for label, of_class in sorted(of_classes.items()):
         moved += _fill(of_class, places, needed, class_names[label], seed)
     say_all(moved)
-    for label, of_class in of_classes.items():  # a group of several classes may have been moved twice
+    for label, of_class in of_classes.items():  # a group with several classes may have been moved twice
         if missing := set(needed) - {places[unit] for unit in of_class}:
             raise UserError(
-                f"class {class_names[label]!r}: its groups leave it without {', '.join(missing)}; add images, "
-                "or give each image its split"
+                f"class {class_names[label]!r}: its groups leave no image for {', '.join(missing)}; add images, "
+                "or give each image a split"
             )
     return [item if item.split else replace(item, split=places[units[_own(item)]]) for item in items]
 
 
 def _own(item: Item) -> bytes:
-    """What an image would be split by, if no other image shared its content or its group."""
+    """The hash that places an image, if no other image shares its content or its group."""
     return hashlib.sha256(b"group " + os.fsencode(item.group)).digest() if item.group else item.digest
 
 
 def _units(items: Sequence[Item]) -> dict[bytes, bytes]:
-    """What is split as a whole, by ``_own``: groups that hold the same image are one.
+    """The units that are split as a whole, by ``_own``: groups that share an image are merged.
 
-    It has the lowest name of its groups, so that an image which joins a group moves nothing.
+    A unit is named by its lowest group, so that an image added to a group moves nothing.
     """
     groups = {_own(item) for item in items if item.group}
     if not groups:
         return {item.digest: item.digest for item in items}
-    from scipy.sparse import coo_array  # where it is used: most data has no groups
+    from scipy.sparse import coo_array  # here, since most data has no groups
     from scipy.sparse.csgraph import connected_components
 
     names = list(dict.fromkeys(name for item in items for name in (_own(item), item.digest)))
@@ -96,13 +96,13 @@ def _units(items: Sequence[Item]) -> dict[bytes, bytes]:
 
 
 def folds_of(items: Sequence[Item], folds: int) -> list[int]:
-    """The fold of each image; identical images share one, and those of a group."""
+    """The fold of each image; identical images share a fold, and so do the images of a group."""
     units = _units(items)
     return [units[_own(item)][-1] % folds for item in items]
 
 
 def _unit_hash(seed: int, digest: bytes) -> float:
-    """A number in [0, 1), uniform over contents."""
+    """A hash in [0, 1), uniform over contents."""
     return int.from_bytes(hashlib.sha256(b"split %d " % seed + digest).digest()[:6], "big") / 2**48
 
 
@@ -114,27 +114,27 @@ def _place(seed: int, digest: bytes, val: float, test: float) -> Split:
 
 
 def _fill(of_class: Set[bytes], places: dict[bytes, Split], needed: Sequence[Split], name: str, seed: int) -> list[str]:
-    """Moves the lowest-hashed image that its split can spare into each split that the class is missing from.
+    """Moves the lowest-hashed image that its split can spare into each split that lacks the class.
 
-    Gives a message per image moved.
+    Returns one message per image moved.
     """
     moved = []
     if len(of_class) < len(needed):
         raise UserError(
-            f"class {name!r}: {len(of_class)} different image(s) or group(s), and {len(needed)} are needed to be in "
-            f"every split ({', '.join(needed)}); add images or remove the class"
+            f"class {name!r}: {len(of_class)} different image(s) or group(s), but {len(needed)} are needed, one for "
+            f"each split ({', '.join(needed)}); add images or remove the class"
         )
     for split in needed:
         sizes = Counter(places[digest] for digest in of_class)
         if not sizes[split]:
             spare = (digest for digest in of_class if sizes[places[digest]] > 1)
             places[min(spare, key=lambda digest: _unit_hash(seed, digest))] = split
-            moved.append(f"data: class {name!r} would be missing from {split}; its lowest-hashed image went there")
+            moved.append(f"data: class {name!r} would be missing from {split}; its lowest-hashed image was moved there")
     return moved
 
 
 def limited(items: Sequence[Item], limit: int) -> list[Item]:
-    """Keeps the ``limit`` lowest-hashed training images of each class; validation and test stay whole."""
+    """Keeps the ``limit`` lowest-hashed training images per class, and all validation and test images."""
     kept: dict[int, int] = Counter()
     left_out: set[int] = set()
     for position, item in sorted(enumerate(items), key=lambda entry: entry[1].digest):
@@ -146,7 +146,7 @@ def limited(items: Sequence[Item], limit: int) -> list[Item]:
 
 
 def check_training(items: Sequence[Item], class_names: Sequence[str]) -> None:
-    """Refuses a class without a training image, and says which other splits lack classes."""
+    """Refuses a class without a training image; warns of other splits that lack classes."""
     for split in SPLITS:
         labels = {item.label for item in items if item.split == split}
         missing = [name for label, name in enumerate(class_names) if label not in labels]
@@ -157,7 +157,7 @@ def check_training(items: Sequence[Item], class_names: Sequence[str]) -> None:
 
 
 def shared_between_splits(items: Iterable[Item]) -> int:
-    """How many contents are in more than one split."""
+    """The number of different images that are in more than one split."""
     seen: dict[bytes, set[str | None]] = defaultdict(set)
     for item in items:
         seen[item.digest].add(item.split)
@@ -165,7 +165,7 @@ def shared_between_splits(items: Iterable[Item]) -> int:
 
 
 def check_labels(items: Iterable[Item], strict: bool) -> None:
-    """Says which images have two labels, byte for byte; refuses them where ``strict``."""
+    """Warns of identical images with two labels; refuses them if ``strict``."""
     first: dict[bytes, Item] = {}
     pairs = [(first[item.digest], item) for item in items if first.setdefault(item.digest, item).label != item.label]
     if pairs:
@@ -177,13 +177,13 @@ def check_labels(items: Iterable[Item], strict: bool) -> None:
 
 
 def to_csv(items: Iterable[Item], class_names: Sequence[str]) -> bytes:
-    """What ``splits.csv`` holds: split, class, path and content hash of each image."""
+    """The content of ``splits.csv``: split, class, path and content hash of each image."""
     rows = ([item.split, class_names[item.label], item.path, item.digest.hex()] for item in items)
     return csv_bytes([COLUMNS, *rows])
 
 
 def frozen(items: Sequence[Item], file: Path) -> list[Item]:
-    """Gives each image the split that it has in a run's ``splits.csv``, found by content; leaves out the others."""
+    """Gives each image its split in a run's ``splits.csv``, found by content; leaves out the others."""
     places = places_of("--data.splits", file)
     known = [replace(item, split=places[item.digest.hex()]) for item in items if item.digest.hex() in places]
     if len(known) < len(items):
@@ -194,7 +194,7 @@ def frozen(items: Sequence[Item], file: Path) -> list[Item]:
 
 
 def places_of(option: str, file: Path) -> dict[str, Split]:
-    """The split of each image of a run's ``splits.csv``, by the hash of its content."""
+    """The split of each image in a run's ``splits.csv``, by content hash."""
     places: dict[str, Split] = {}
     for row in read_csv(option, file, ["split", "sha256"], errors="surrogateescape"):
         split = next((split for split in SPLITS if split == row["split"]), None)
@@ -205,12 +205,12 @@ def places_of(option: str, file: Path) -> dict[str, Split]:
 
 
 def repeated(items: Sequence[Item], class_names: Sequence[str], file: Path, only: Sequence[str] = SPLITS) -> list[Item]:
-    """The images of a run's ``splits.csv``, each in its split and in the run's order, found by class and content.
+    """The images of a run's ``splits.csv``, with the split and order of the run, found by class and content.
 
-    Images that came later are left out, which is said. ``only`` names the splits whose images are needed.
+    Images added since are left out, with a message. ``only`` names the splits whose images are needed.
 
     Raises:
-        UserError: an image of the run is missing, or has another content or class.
+        UserError: an image of the run is missing, or its content or class changed.
     """
     found: dict[tuple[str, str], dict[str, Item]] = defaultdict(dict)
     for item in items:
@@ -222,8 +222,8 @@ def repeated(items: Sequence[Item], class_names: Sequence[str], file: Path, only
         same = found[row["class"], row["sha256"]]
         if not same:
             raise UserError(
-                f"{row['path']}: is missing, damaged or changed since the run, whose splits.csv names it ({file}); "
-                "bring it back, or start a new run without --ckpt_path"
+                f"{row['path']}: is missing, damaged or changed since the run ({file}); restore it, "
+                "or start a new run without --ckpt_path"
             )
         item = same.pop(row["path"] if row["path"] in same else min(same))
         kept.append(replace(item, split=cast(Split, row["split"])))
@@ -233,7 +233,7 @@ def repeated(items: Sequence[Item], class_names: Sequence[str], file: Path, only
 
 
 def counts_table(items: Sequence[Item], class_names: Sequence[str]) -> Table:
-    """Images per class and split, for the terminal; of many classes the first."""
+    """A table of images per class and split; of many classes, only the first ones."""
     counts = {split: Counter(item.label for item in items if item.split == split) for split in SPLITS}
     counts = {split: found for split, found in counts.items() if found}
     table = Table("class", *counts, title=f"{len(items)} images")

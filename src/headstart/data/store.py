@@ -1,4 +1,4 @@
-"""The images of a source and their features, computed once."""
+"""The readable images of a source, and their cached features."""
 
 import hashlib
 import os
@@ -22,14 +22,15 @@ from headstart.images import Preprocessing, Views, preprocess
 from headstart.model.backbone import FrozenBackbone
 from headstart.terminal import Seconds, images_bar, say
 
-# Skipping more images than this, and more than this share, is not an accident of single files.
+LONG, MANY_LONG = 2.0, 0.1  # an aspect ratio, and the share of such images that is reported
+# More skipped images than this number and this share are an error.
 MAX_SKIPPED, MAX_SKIPPED_SHARE = 5, 0.05
 
 
 class FeatureStore:
-    """A source's readable images, and matrices of the features of any of them; the options are ``ImageData``'s.
+    """The readable images of a source, and feature matrices of any of them; the options are those of ``ImageData``.
 
-    Without a cache there are no features, and ``load`` decodes all images once to find those that cannot be read.
+    Without a cache there are no features, and ``load`` decodes all images once to find unreadable ones.
     """
 
     def __init__(
@@ -45,8 +46,8 @@ class FeatureStore:
         self.workers = max(1, min(8, os.cpu_count() or 1) if num_workers is None else num_workers)
         self.cache_dir = cache_folder(cache_dir)
         self.feature_precision: FeaturePrecision = feature_precision
-        self.items: list[Item] = []  # the readable images, once they are loaded
-        self.skipped: dict[str, str] = {}  # the reasons of the others, by path
+        self.items: list[Item] = []  # the readable images, after ``load``
+        self.skipped: dict[str, str] = {}  # the reason for each other image, by path
         self.seconds = Seconds("scan", "features")
         self.backbone: FrozenBackbone
         self.device: torch.device
@@ -54,7 +55,7 @@ class FeatureStore:
         self._loaded: tuple[str, Preprocessing] | None = None
 
     def load(self, backbone: FrozenBackbone, device: torch.device) -> bool:
-        """Scans the source and computes the features that are missing; False: all is there for this backbone."""
+        """Scans the source and computes missing features; False: already loaded for this backbone."""
         if (backbone.digest(), backbone.preprocessing) == self._loaded:
             return False
         self.backbone, self.device, self._caches = backbone, device, {}
@@ -63,6 +64,7 @@ class FeatureStore:
             if self.source.all_in:
                 found = [replace(item, split=self.source.all_in) for item in found]
         self._choose_bits()
+        self._say_what_is_cut_off()
         if self.cache:
             failures = self._fill({item.digest: item for item in found}, Views(), 0)
             self.skipped |= {item.path: failures[item.digest] for item in found if item.digest in failures}
@@ -74,18 +76,27 @@ class FeatureStore:
         return True
 
     def _choose_bits(self) -> None:
-        """Takes the scale of images of more than 8 bits from the largest value, unless the head brings its own."""
-        preprocessing, largest = self.backbone.preprocessing, self.source.peak
+        """Chooses the scale of images of more than 8 bits by the largest value, unless the checkpoint has one."""
+        preprocessing, largest = self.backbone.preprocessing, max((peak for peak, _ in self.source.measured), default=0)
         preprocessing.bits = preprocessing.bits or bits_of(largest)
         if largest:
             say(f"data: images of more than 8 bits have values up to {largest}; {preprocessing.white} becomes white")
 
+    def _say_what_is_cut_off(self) -> None:
+        """Reports images of which a centre crop shows less than half, if they are many."""
+        long = sum(aspect >= LONG for _, aspect in self.source.measured)
+        if self.backbone.preprocessing.fit == "crop" and long > MANY_LONG * len(self.source.measured):
+            say(
+                f"data: {long} of {len(self.source.measured)} images are at least twice as long as wide, and a centre "
+                "crop shows less than half of them; try --model.fit=pad"
+            )
+
     def read(self, item: Item) -> Image.Image:
-        """An image as RGB, at least as large as the backbone needs it."""
+        """Decodes an image to RGB, at least as large as the backbone needs it."""
         return self.source.read(item, self.backbone.preprocessing, self.max_pixels)
 
     def check_skips(self) -> None:
-        """Says what is left out, and stops where it is too much to be an accident."""
+        """Reports the skipped images; ``UserError`` if they are too many."""
         if not self.skipped:
             return
         first = "; ".join(f"{path}: {reason}" for path, reason in list(self.skipped.items())[:3])
@@ -95,7 +106,7 @@ class FeatureStore:
         say(f"data: {len(self.skipped)} of {total} images are left out ({first}); all in skipped.csv")
 
     def matrix(self, items: Sequence[Item], views: Views | None = None, number: int = 0) -> FeatureMatrix:
-        """The features of one view of images, computed if they are missing; view 0 is the images themselves."""
+        """The features of one view of images, computed if missing; view 0 is the image itself."""
         if not number or views is None:
             return self._caches[Views()].matrix([item.digest for item in items])
         keys = [hashlib.sha256(b"view %d " % number + item.digest).digest() for item in items]
@@ -103,7 +114,7 @@ class FeatureStore:
         return self._caches[views].matrix(keys)
 
     def _fill(self, items: dict[Key, Item], views: Views, number: int) -> dict[Key, str]:
-        """Computes what the cache lacks of one view, by key -> why images have none."""
+        """Computes the missing features of one view; returns the reason for each key without features."""
 
         def pixels(key: Key) -> Tensor:
             item = items[key]
@@ -123,7 +134,7 @@ class FeatureStore:
         return cache_key(self.backbone, self.device, dtype, self.max_pixels, described)
 
     def _decode_all(self, items: Sequence[Item]) -> None:
-        """Without a cache, whose extraction finds them, unreadable images are found by decoding all once."""
+        """Finds unreadable images by decoding all once, as the feature extraction does with a cache."""
 
         def reason(item: Item) -> str | None:
             try:

@@ -1,4 +1,4 @@
-"""A CSV file that lists images, their classes, and maybe their splits and groups."""
+"""Reads a CSV file that lists images with their classes, and optionally their splits and groups."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,9 +14,9 @@ NEEDED = ("path", "label")
 
 
 def read_table(file: Path) -> tuple[list[str], list[Item]]:
-    """The class names, sorted, and the images of the columns path and label, and split and group if they are there.
+    """The sorted class names, and the images, from the columns path and label, and optionally split and group.
 
-    Without an image for val, those of train are split; then, or with the empty split, a hash decides.
+    An empty split is assigned by hash; if no image is in val, so are those of train.
     """
     rows = [{name: value.strip() for name, value in row.items()} for row in read_csv("--data.csv", file, NEEDED)]
     for line, row in enumerate(rows, start=2):
@@ -24,31 +24,31 @@ def read_table(file: Path) -> tuple[list[str], list[Item]]:
             raise UserError(f"--data.csv={file}, line {line}: no {empty[0]}; fill it in or remove the line")
     labels = sorted({row["label"] for row in rows})
     if len(labels) < 2:
-        raise UserError(f"--data.csv={file}: {len(labels)} class(es), and at least 2 are needed")
+        raise UserError(f"--data.csv={file}: {len(labels)} class(es), but at least 2 are needed")
     number = {label: place for place, label in enumerate(labels)}
     items: dict[str, Item] = {}
     for line, row in enumerate(rows, start=2):
         item = Item(row["path"], number[row["label"]], split=_split(row, file, line), group=row.get("group") or "")
         if items.setdefault(item.path, item) != item:
-            raise UserError(f"--data.csv={file}, line {line}: {item.path} was listed before, otherwise; keep one")
+            raise UserError(f"--data.csv={file}, line {line}: {item.path} is listed twice; keep one")
     return labels, _ready(list(items.values()), file)
 
 
 def _split(row: Mapping[str, str], file: Path, line: int) -> Split | None:
     given = row.get("split", "")
     if given and not split_named(given):
-        raise UserError(f"--data.csv={file}, line {line}: unknown split {given!r}; use train, val or test, or none")
+        raise UserError(f"--data.csv={file}, line {line}: unknown split {given!r}; use train, val or test")
     return split_named(given)
 
 
 def _ready(items: Sequence[Item], file: Path) -> list[Item]:
-    """Checks that groups keep together, and leaves what trains to be split where nothing validates."""
+    """Checks that no group is in several splits; if no image is in val, leaves those of train to be split."""
     places: dict[str, set[Split | None]] = defaultdict(set)
     for item in items:
         if item.group:
             places[item.group].add(item.split)
     if torn := [group for group, found in places.items() if len(found) > 1]:
-        raise UserError(f"--data.csv={file}: group {torn[0]!r} is in several splits; give its images the same")
+        raise UserError(f"--data.csv={file}: group {torn[0]!r} is in several splits; give it a single one")
     given = {item.split for item in items}
     if "val" in given or not given - {None}:
         return list(items)

@@ -1,4 +1,4 @@
-"""The backbone's output, computed once: extraction, the cache that keeps it, the matrix that it is read as.
+"""Features of the backbone, computed once: extraction, the cache, and the feature matrix.
 
-Begin with `extract.py`. May import: model, and the ground.
+Start with `extract.py`. May import: model, and the ground.
 """

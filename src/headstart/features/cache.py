@@ -1,8 +1,8 @@
-"""The cache: features computed once, kept safely, found again under all that they depend on.
+"""The feature cache: features are computed once and stored under everything that they depend on.
 
-A folder of shards that are written once and never changed. Each belongs to one key, which names all that the numbers
-depend on, and holds rows under the hash of the image's content. Labels and splits are not in the key, so relabelling,
-re-splitting and adding images cost only what is new.
+A folder of immutable shards. Each belongs to one key, which covers everything that the values depend on except the
+image, and stores rows by the hash of the image content. Labels and splits are not part of the key: after relabelling,
+re-splitting or adding images, only new images are computed.
 """
 
 import hashlib
@@ -29,17 +29,17 @@ from headstart.files import flat, write_atomically
 from headstart.model.backbone import FrozenBackbone, combined, tensor_digests
 from headstart.terminal import images_bar, say, say_all
 
-# So many cached rows are computed again whenever a cache is used, in fp32 and without folding. bf16 is off by up to
-# 1.4 % of a row's length on torchvision's families; another image's row by 5 % and more, even with random weights.
+# Number of cached rows recomputed at each use of a cache, in fp32 without folding, and the tolerance relative to the
+# norm of a row. bf16 differs by up to 1.4 % on torchvision's families, another image by 5 % or more, even at random.
 PROBED, PROBE_TOLERANCE = 4, 0.03
-# Another process may prune what was just written; the last attempt stays in memory.
+# Another process may prune new shards; the last attempt keeps them in memory.
 ATTEMPTS = 3
 
 
 def cache_key(
     backbone: FrozenBackbone, device: torch.device, dtype: torch.dtype, max_pixels: int, views: dict[str, Any]
 ) -> dict[str, Any]:
-    """All that the features of an image's content depend on, as plain values."""
+    """Everything that features depend on besides the image content, as plain values."""
     import PIL
     import torchvision
 
@@ -68,16 +68,16 @@ def cache_key(
 
 
 def chunk_size(rows: int) -> int:
-    """64 rows for a small folder, so that processes can share the work, up to 4,096 for a large one."""
+    """The rows per shard: 64 for a small folder, so that processes can share the work, up to 4,096 for a large one."""
     return int(BATCH * 2 ** max(1, min(7, (rows // (64 * BATCH)).bit_length())))
 
 
 class FeatureCache:
-    """The features under one key, which ``cache_key`` makes.
+    """The features stored under one key of ``cache_key``.
 
-    Whoever needs missing rows takes the lock of a chunk of them, computes it and writes it atomically; then it waits
-    for the chunks that others hold, and takes over those whose owner died. Ranks, separate runs and resumed runs are
-    all served by that. Where the folder cannot be written the features are computed for this run alone.
+    A process that needs missing rows locks a chunk of them, computes it and writes it atomically; then it waits for the
+    chunks that other processes hold, and takes over those whose owner died. This works for ranks, separate runs and
+    resumed runs. If the folder is not writable, the features are computed for this run only.
     """
 
     def __init__(self, folder: Path, key: dict[str, Any]) -> None:
@@ -95,9 +95,9 @@ class FeatureCache:
         device: torch.device,
         workers: int,
     ) -> dict[Key, str]:
-        """Computes those of ``rows`` that are missing -> why images among them have no features.
+        """Computes the missing rows; returns the rows without features, each with the reason.
 
-        In ``workers`` threads ``read`` gives the pixels of a row, [3, H, W] uint8; it may raise ``UnreadableImage``.
+        ``read`` is called in ``workers`` threads: row -> pixels [3, H, W] uint8; it may raise ``UnreadableImage``.
         """
         wanted, found = set(rows), self.read()
         if not self._agree(found, wanted, read, backbone):
@@ -120,13 +120,13 @@ class FeatureCache:
         return {row: failures[row] for row in rows if row in failures} if failures else {}
 
     def matrix(self, rows: Sequence[Key]) -> FeatureMatrix:
-        """The features of rows that are there."""
+        """The features of rows that are cached."""
         return FeatureMatrix([*self._opened.values(), *self._unsaved], rows)
 
     def read(self) -> list[Shard]:
-        """All readable shards; a damaged one is deleted, so that its rows are computed again."""
+        """All readable shards; damaged ones are deleted, so that their rows are recomputed."""
         sizes: dict[Path, int] = {}
-        with suppress(OSError):  # a folder that cannot be read
+        with suppress(OSError):  # an unreadable folder
             for path in sorted(self.folder.glob("*.safetensors")):
                 with suppress(FileNotFoundError):  # pruned since it was listed
                     sizes[path] = path.stat().st_size
@@ -141,7 +141,7 @@ class FeatureCache:
             except FileNotFoundError:
                 continue
             except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
-                damaged.append(f"features: {path.name} is damaged and will be computed again ({error})")
+                damaged.append(f"features: {path.name} is damaged and will be recomputed ({error})")
                 with suppress(OSError):
                     path.unlink()
         say_all(damaged)
@@ -150,9 +150,9 @@ class FeatureCache:
     def _agree(
         self, found: Sequence[Shard], wanted: Set[Key], read: Callable[[Key], Tensor], backbone: FrozenBackbone
     ) -> bool:
-        """Whether a random few of the cached rows are what the backbone makes of their images now."""
+        """Whether a few random cached rows match what the backbone computes for their images now."""
         known = [row for shard in found for row in shard.rows if row in wanted]
-        # Not torch's generator, nor the seeded one: a run's numbers should not depend on what is cached.
+        # Not a seeded generator: the results of a run must not depend on what is cached.
         rows = random.SystemRandom().sample(known, min(PROBED, len(known)))
         if not rows:
             return True
@@ -164,8 +164,8 @@ class FeatureCache:
         return bool(((now - then).norm(dim=1) <= PROBE_TOLERANCE * now.norm(dim=1)).all())
 
     def _discard(self) -> list[Shard]:
-        """Deletes all under this key."""
-        say("features: cached rows are not what the backbone makes of their images; all are computed again")
+        """Deletes all shards of this key."""
+        say("features: cached rows differ from what the backbone computes for their images; all are recomputed")
         for path in self._opened:
             with suppress(OSError):
                 path.unlink()
@@ -173,15 +173,15 @@ class FeatureCache:
         return []
 
     def _prepare(self) -> bool:
-        """Makes the folder; False, said once, where it cannot be written."""
+        """Creates the folder; False, with a message, if it is not writable."""
         try:
             (self.folder / "locks").mkdir(parents=True, exist_ok=True)
             described = self.folder / "key.json"
             if not described.exists() or described.read_bytes() != self._key.encode():
                 write_atomically(described, self._key.encode())
-            os.utime(described)  # when it was last used, for `headstart cache prune`
+            os.utime(described)  # time of last use, for `headstart cache prune`
         except OSError as error:
-            say(f"features: {self.folder} cannot be written ({error.strerror}); computed for this run alone")
+            say(f"features: {self.folder} cannot be written ({error.strerror}); computed for this run only")
             return False
         return True
 
@@ -196,11 +196,11 @@ class FeatureCache:
             say(f"features: MISS, {wanted} images to compute ({self._reason()})")
 
     def _reason(self) -> str:
-        """How the nearest key that has features differs from this one."""
+        """How this key differs from the nearest one that has features."""
         if not self._writable:
             return "the cache cannot be used"
         if any(self.folder.glob("*.safetensors")):
-            return "other images so far"
+            return "only other images are cached"
         mine = flat(json.loads(self._key))
         differences = []
         for path in sorted(self.folder.parent.glob("*/key.json")):
@@ -214,20 +214,20 @@ class FeatureCache:
         return f"new: {', '.join(min(differences, key=len)[:4])}"
 
     def _compute(self, missing: Sequence[Key], size: int, extractor: Extractor) -> None:
-        """Computes the chunks that no other process holds, then waits for those that one does."""
+        """Computes the chunks that no other process holds, then waits for the others."""
         chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
         with images_bar("features", len(missing)) as advance:
             held = [chunk for chunk in chunks if not self._compute_chunk(chunk, extractor, advance, wait=False)]
             if held:
-                say(f"features: waiting for {len(held)} pieces that another process computes")
-            for chunk in held:  # one at a time: who waits must hold nothing that others wait for
+                say(f"features: waiting for {len(held)} chunks that another process computes")
+            for chunk in held:  # one at a time: holding a lock while waiting could deadlock
                 self._compute_chunk(chunk, extractor, advance, wait=True)
 
     def _compute_chunk(
         self, keys: Sequence[Key], extractor: Extractor, advance: Callable[[int], None], wait: bool
     ) -> bool:
-        """Computes and writes rows unless they are there; False: another process holds them."""
-        name = hashlib.sha256(b"".join(keys)).hexdigest()[:24]  # the same rows, the same name, in whichever process
+        """Computes and writes rows unless they are cached; False: another process holds them."""
+        name = hashlib.sha256(b"".join(keys)).hexdigest()[:24]  # the same in every process
         try:
             with self._locked(name, wait):
                 if self._writable and next(self.folder.glob(f"{name}-*"), None):
@@ -247,14 +247,14 @@ class FeatureCache:
             yield
 
     def _write(self, name: str, shard: Shard) -> None:
-        """Writes the shard under a name that holds its checksum; keeps it in memory where the disk refuses."""
+        """Writes a shard, with its checksum in the file name; keeps it in memory if it cannot be written."""
         data = shard.to_bytes()
         if self._writable:
             try:
                 write_atomically(self.folder / f"{name}-{hashlib.sha256(data).hexdigest()}.safetensors", data)
                 return
             except OSError as error:
-                say(f"features: cannot be written to {self.folder} ({error.strerror}; {len(data):,} bytes a piece)")
+                say(f"features: cannot be written to {self.folder} ({error.strerror}; {len(data):,} bytes per shard)")
                 self._writable = False
         self._unsaved.append(shard)
 

@@ -1,4 +1,4 @@
-"""From images to rows of features, at the machine's speed."""
+"""Computes the features of images."""
 
 import itertools
 import time
@@ -17,15 +17,15 @@ from headstart.model.backbone import FrozenBackbone
 
 FeaturePrecision = Literal["auto", "bf16", "fp32"]
 
-# Features of an image change in their last bits with the batch size, so it is fixed, and the last batch is padded.
+# Features change in their last bits with the batch size, so it is fixed, and the last batch is padded.
 BATCH = 32
-# Batches that are decoded ahead, while an accelerator computes. On a processor both need the same cores: there a batch
-# is decoded by all threads, then computed by all threads, which is faster than letting them get in each other's way.
+# Batches decoded ahead while an accelerator computes. On a CPU both need the same cores: each batch is decoded by all
+# threads, then computed by all threads, which is faster than competing for the cores.
 BATCHES_AHEAD = 3
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device computes bf16 in hardware; where it is emulated it is far slower than fp32."""
+    """Whether the device computes bf16 in hardware; emulated, it is far slower than fp32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
@@ -35,14 +35,14 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def feature_dtype(precision: FeaturePrecision, device: torch.device) -> torch.dtype:
-    """The arithmetic of the extraction; ``auto`` looks at the device and never times it."""
+    """The dtype of the extraction; ``auto`` depends on the device, not on timing."""
     if precision == "auto":
         precision = "bf16" if has_fast_bf16(device) else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 class NonFiniteFeatures(Exception):
-    """The backbone gave NaN or infinity for the image of ``key``, which is never cached."""
+    """The backbone returned NaN or infinity for the image of ``key``; such features are never cached."""
 
     def __init__(self, key: Key) -> None:
         super().__init__(f"features that are not finite, row {key.hex()}")
@@ -51,20 +51,20 @@ class NonFiniteFeatures(Exception):
 
 @dataclass(frozen=True)
 class Computed:
-    """What the backbone made of a batch."""
+    """The features of a batch."""
 
-    keys: Sequence[Key]  # all of the batch
-    rows: list[Key]  # the keys of those that could be read
+    keys: Sequence[Key]  # of all images in the batch
+    rows: list[Key]  # the keys of the readable images
     features: Tensor  # their features, [rows, D] float32
-    failures: dict[Key, str]  # why the others could not, by key
+    failures: dict[Key, str]  # why the other images could not be read, by key
 
 
 class Extractor:
-    """Decodes in threads and computes; while an accelerator computes, the next batches are decoded.
+    """Decodes images in threads and computes features; an accelerator computes while the next batches are decoded.
 
-    A copy of the backbone computes, which is made here, before any thread starts: torch.fx, which folds it, replaces
-    ``nn.Module.__call__`` for every thread while it traces. ``read`` gives the pixels of a key, [3, H, W] uint8, and
-    may raise ``UnreadableImage``.
+    It uses a copy of the backbone, made before any thread starts: torch.fx, which folds it, replaces
+    ``nn.Module.__call__`` for all threads while it traces. ``read`` maps a key to pixels [3, H, W] uint8, and may raise
+    ``UnreadableImage``.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Extractor:
         self._batch: Tensor | None = None
 
     def __call__(self, keys: Iterable[Key]) -> Iterator[Computed]:
-        """The features of images in batches of 32, in order; keys are taken as they are needed."""
+        """The features of images in batches of 32, in order; ``keys`` is consumed lazily."""
         stream = iter(keys)
         decoding: deque[tuple[list[Key], list[Future[Tensor]]]] = deque()
         with ThreadPoolExecutor(self._workers) as pool:
@@ -93,7 +93,7 @@ class Extractor:
                 yield self._finish(*decoding.popleft())
 
     def shard(self, keys: Sequence[Key], advance: Callable[[int], None]) -> Shard:
-        """The features of images as one piece of the cache; ``NonFiniteFeatures`` where an image has no finite ones."""
+        """The features of images as one shard; raises ``NonFiniteFeatures`` if any is not finite."""
         started, parts = time.perf_counter(), []
         for part in self(keys):
             finite = part.features.isfinite().all(dim=1)
@@ -124,6 +124,6 @@ class Extractor:
         if self._batch is None:
             self._batch = images[0].new_empty(BATCH, *images[0].shape)
         padded = [*images, *[images[0]] * (BATCH - len(images))]
-        torch.stack(padded, out=self._batch)  # into the same memory each time: new pages cost more than the copy
+        torch.stack(padded, out=self._batch)  # reuses memory: new pages cost more than the copy
         computed: Tensor = self.backbone(self._batch.to(self._device))
         return computed[: len(images)].cpu()

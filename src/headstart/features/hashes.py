@@ -1,4 +1,4 @@
-"""Content hashes: of images, remembered between runs, and of the cache's own files. Imports no torch."""
+"""Content hashes of images, stored between runs, and of the cache's own files. Imports no torch."""
 
 import hashlib
 import json
@@ -13,10 +13,10 @@ import platformdirs
 
 from headstart.files import in_either_form, patiently, read_regular, write_atomically
 
-# A file changed this shortly before it was hashed could change again within the clock's grain, unseen.
+# A file modified this recently could change again within the resolution of its timestamps, unnoticed.
 GRAIN_NS = 2 * 10**9
 
-Entry = tuple[list[int], str, int]  # a file's stamp, hash and largest value
+Entry = tuple[list[int], str, int, float]  # stamp, hash, largest value and aspect ratio of a file
 
 
 def cache_folder(chosen: str | None = None) -> Path:
@@ -25,32 +25,33 @@ def cache_folder(chosen: str | None = None) -> Path:
 
 
 def verify(shard: Path) -> None:
-    """Compares a shard's content with the checksum in its name; ``ValueError`` where they differ."""
+    """Compares a shard's content with the checksum in its name; raises ``ValueError`` if they differ."""
     if sha256(shard).hex() != shard.stem.rsplit("-", 1)[-1]:
         raise ValueError("checksum differs")
 
 
 def sha256(path: Path) -> bytes:
-    """The digest of a file's content."""
+    """The sha256 of a file's content."""
     return hashlib.sha256(read_regular(path)).digest()
 
 
 class ContentIndex:
-    """The hashes of the files below ``root``, remembered in ``folder`` between runs; without one nothing is remembered.
+    """The hashes of the files below ``root``, stored in ``folder`` between runs; None: not stored.
 
-    A remembered hash counts only while the file's size, mtime, ctime and inode are the same; ctime cannot be set back,
-    so a change hidden from mtime is seen too. The index has its own checksum, and a damaged one is made anew. With the
-    hash goes what ``peak_in`` finds in the file's content: its largest value, if it has more than 8 bits.
+    A stored hash is valid while the file's size, mtime, ctime and inode are the same; ctime cannot be set back, so a
+    change hidden from mtime is detected too. The index has its own checksum; a damaged one is rebuilt. With the
+    hash is stored what ``measure`` finds in a file's content: the largest value of an image of more than 8 bits, and
+    how many times as long as wide it is.
     """
 
-    def __init__(self, root: Path, folder: Path | None, peak_in: Callable[[bytes], int]) -> None:
-        self.root, self._peak_in = root, peak_in
-        self.peak = 0  # the largest value of all files, once they are hashed
+    def __init__(self, root: Path, folder: Path | None, measure: Callable[[bytes], tuple[int, float]]) -> None:
+        self.root, self._measure = root, measure
+        self.measured: list[tuple[int, float]] = []  # of all readable files, after ``digests``
         self._file = folder / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.json" if folder else None
         self._known: dict[str, Entry] = self._load()
 
     def digests(self, paths: list[str], advance: Callable[[int], None]) -> tuple[dict[str, bytes], dict[str, str]]:
-        """The sha256 of each file by its path, and the reason for each that cannot be read."""
+        """The sha256 of each readable file, and the reason for each unreadable one, by path."""
         found: dict[str, Entry] = {}
         unreadable: dict[str, str] = {}
         now = time.time_ns()
@@ -59,13 +60,13 @@ class ContentIndex:
                 found[path] = patiently(self.root / path, partial(self._entry, path, now))
             except FileNotFoundError:
                 unreadable[path] = "missing, or a broken symbolic link"
-            except (OSError, ValueError) as error:  # a name with a NUL byte is a ValueError
+            except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
                 unreadable[path] = f"unreadable: {getattr(error, 'strerror', error)}"
             advance(1)
         if found != self._known:
             self._save(found)
-        self.peak = max((peak for _, _, peak in found.values()), default=0)
-        return {path: bytes.fromhex(digest) for path, (_, digest, _) in found.items()}, unreadable
+        self.measured = [entry[2:] for entry in found.values()]
+        return {path: bytes.fromhex(entry[1]) for path, entry in found.items()}, unreadable
 
     def _entry(self, path: str, now: int) -> Entry:
         stat = in_either_form(self.root / path).stat()
@@ -75,7 +76,7 @@ class ContentIndex:
             return known
         settled = max(stat.st_mtime_ns, stat.st_ctime_ns) < now - GRAIN_NS
         data = read_regular(self.root / path)
-        return stamp if settled else [], hashlib.sha256(data).hexdigest(), self._peak_in(data)
+        return stamp if settled else [], hashlib.sha256(data).hexdigest(), *self._measure(data)
 
     def _load(self) -> dict[str, Entry]:
         if self._file is None:
@@ -84,14 +85,16 @@ class ContentIndex:
             checksum, body = read_regular(self._file).split(b"\n", 1)
             if checksum.decode() != hashlib.sha256(body).hexdigest():
                 return {}
-            known = {path: (stamp, digest, int(peak)) for path, (stamp, digest, peak) in json.loads(body).items()}
+            known: dict[str, Entry] = {}
+            for path, (stamp, digest, peak, aspect) in json.loads(body).items():
+                known[path] = stamp, digest, int(peak), float(aspect)
             return {path: entry for path, entry in known.items() if len(bytes.fromhex(entry[1])) == 32}
-        except (OSError, MemoryError, ValueError, TypeError, AttributeError):  # or of another form
+        except (OSError, MemoryError, ValueError, TypeError, AttributeError):  # damaged, or another format
             return {}
 
     def _save(self, found: dict[str, Entry]) -> None:
         if self._file is None:
             return
         body = json.dumps(found).encode()
-        with suppress(OSError):  # only the fast path is lost; the features say it if the folder cannot be written
+        with suppress(OSError):  # only speed is lost; an unwritable folder is reported with the features
             write_atomically(self._file, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)

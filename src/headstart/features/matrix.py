@@ -1,4 +1,4 @@
-"""Rows of features: as they lie in the cache's files, and as the matrix that heads are trained on."""
+"""Rows of features: the shards of the cache, and the matrix that heads are trained on."""
 
 import copy
 import json
@@ -11,23 +11,23 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-Key = bytes  # 32 bytes that name a row: the sha256 of an image's content, or of that and a view
+Key = bytes  # 32 bytes that identify a row: the sha256 of an image's content, or of a view and the content
 
-# Up to this size a matrix is read whole, checksums compared; above, it is memory-mapped (`headstart cache verify`).
+# Up to this size, in bytes, shards are verified and read into memory; larger ones are memory-mapped, not verified.
 IN_MEMORY = 2**30
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A piece of the cache."""
+    """A file of the cache."""
 
     rows: list[Key]  # the keys of the rows
     features: Tensor  # [rows, D] float32
-    failures: dict[Key, str] = field(default_factory=dict)  # why images of this shard could not be read, by key
-    seconds: float = 0.0  # what computing it took
+    failures: dict[Key, str] = field(default_factory=dict)  # why images could not be read, by key
+    seconds: float = 0.0  # time to compute it
 
     def to_bytes(self) -> bytes:
-        """The content of its file."""
+        """The content of the shard's file."""
         names = torch.frombuffer(bytearray(b"".join(self.rows)), dtype=torch.uint8) if self.rows else torch.empty(0)
         failures = json.dumps({row.hex(): reason for row, reason in self.failures.items()})
         metadata = {"failures": failures, "seconds": f"{self.seconds:.6f}"}
@@ -36,22 +36,22 @@ class Shard:
 
     @classmethod
     def open(cls, path: Path) -> "Shard":
-        """Memory-maps a shard; its features are read from the disk when they are used.
+        """Memory-maps a shard; its features are read from disk on use.
 
         Raises:
-            ValueError: it is a file of another form.
+            ValueError: the file has another format.
         """
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             features, names = file.get_tensor("features"), file.get_tensor("rows").numpy()
         if metadata is None or features.ndim != 2 or names.shape != (len(features), 32) or names.dtype != "uint8":
-            raise ValueError("not the features of named rows")
+            raise ValueError("not a shard of features")
         failures = {bytes.fromhex(row): reason for row, reason in json.loads(metadata["failures"]).items()}
         return cls([name.tobytes() for name in names], features, failures, float(metadata["seconds"]))
 
 
 class FeatureMatrix:
-    """Rows of features in the order that was asked for; in memory if the shards are small, else mapped from them."""
+    """Features of ``rows``, in that order; in memory if the shards are small, else memory-mapped."""
 
     def __init__(self, shards: Sequence[Shard], rows: Sequence[Key]) -> None:
         place = {row: number for number, row in enumerate(row for shard in shards for row in shard.rows)}
@@ -67,7 +67,7 @@ class FeatureMatrix:
 
     @classmethod
     def of(cls, features: Tensor) -> "FeatureMatrix":
-        """The rows of a tensor, [N, D]."""
+        """A matrix from a tensor [N, D]."""
         rows = [number.to_bytes(32, "big") for number in range(len(features))]
         return cls([Shard(rows, features)], rows)
 
@@ -75,7 +75,7 @@ class FeatureMatrix:
         return len(self._row)
 
     def to(self, device: torch.device) -> "FeatureMatrix":
-        """Moves the features to a device, if they are in memory and take no more than a quarter of what is free."""
+        """Moves the features to a GPU if they are in memory and take at most a quarter of its free memory."""
         if self._whole is not None and device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
             if self._whole.nbytes <= free / 4:
@@ -83,7 +83,7 @@ class FeatureMatrix:
         return self
 
     def take(self, index: Tensor) -> "FeatureMatrix":
-        """The matrix of those rows alone."""
+        """The matrix of the rows ``index``."""
         taken = copy.copy(self)
         taken._shard, taken._row = self._shard[index], self._row[index]
         if self._whole is not None:
@@ -101,7 +101,7 @@ class FeatureMatrix:
         return self.gather(torch.arange(len(self)))
 
     def blocks(self, size: int) -> Iterator[Tensor]:
-        """All rows in order, up to ``size`` at a time; slices, not copies, while they are in memory."""
+        """All rows in order, up to ``size`` at a time; in memory they are slices, not copies."""
         if self._whole is not None:
             yield from torch.split(self._whole, size)
         else:
@@ -121,23 +121,23 @@ class FeatureMatrix:
 class Labelled:
     """Features of images with their labels."""
 
-    views: Sequence[FeatureMatrix]  # one matrix per view of the same N images
-    labels: Tensor  # the class indices, [N]
+    views: Sequence[FeatureMatrix]  # one matrix of N rows per view
+    labels: Tensor  # class indices, [N]
 
     @classmethod
     def of(cls, features: Tensor, labels: Tensor) -> "Labelled":
-        """From tensors, [N, D] and [N]."""
+        """From tensors: features [N, D] and labels [N]."""
         return cls([FeatureMatrix.of(features)], labels)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, index: Tensor) -> "Labelled":
-        """Those images alone."""
+        """The images ``index``."""
         return Labelled([view.take(index) for view in self.views], self.labels[index])
 
     def blocks(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features of the first view and labels, up to ``size`` at a time, on the features' device."""
+        """Features of the first view and labels, up to ``size`` rows at a time, on the device of the features."""
         for block, truth in zip(self.views[0].blocks(size), torch.split(self.labels, size), strict=True):
             yield block, truth.to(block.device)
 

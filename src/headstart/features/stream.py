@@ -1,4 +1,4 @@
-"""Files as a stream of features: memory does not grow with their number."""
+"""Features of a stream of files, in constant memory."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -16,9 +16,9 @@ from headstart.model.backbone import FrozenBackbone
 
 
 class FileStream:
-    """From paths to features, in order, in batches of 32.
+    """Computes the features of files, in order, in batches of 32.
 
-    They are those that training cached, to the bit: the same decoder, arithmetic and batch size.
+    They are bitwise identical to the cached ones: the same decoder, arithmetic and batch size.
     """
 
     def __init__(
@@ -34,21 +34,21 @@ class FileStream:
         self.backbone = self._extractor.backbone
 
     def __call__(self, paths: Iterable[str]) -> Iterator[Computed]:
-        """The features of files; a key is the path's bytes (``os.fsdecode``)."""
+        """The features of files; a key is the path as bytes (``os.fsencode``)."""
         return self._extractor(os.fsencode(path) for path in paths)
 
     def image(self, path: str) -> Image.Image:
-        """The file as RGB; ``UnreadableImage`` where it cannot be read."""
+        """Decodes a file to RGB; raises ``UnreadableImage`` if it cannot be read."""
         file = Path(path)
         try:
             return patiently(file, lambda: decode(read_regular(file), self._preprocessing, self._max_pixels))
         except OSError as error:
             raise UnreadableImage(f"{error.strerror or error}".lower()) from error
-        except Unavailable as error:  # a row tells it, and nothing is kept
+        except Unavailable as error:  # reported in the file's row; nothing is cached
             raise UnreadableImage(str(error)) from error
 
     def pixels(self, path: str) -> Tensor:
-        """The file as the backbone sees it, [3, H, W] uint8."""
+        """The preprocessed pixels of a file, [3, H, W] uint8."""
         return preprocess(self.image(path), self._preprocessing)
 
     def _read(self, key: bytes) -> Tensor:

@@ -4,59 +4,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.fx import symbolic_trace
-from torch.fx.passes.split_module import split_module
 
 from headstart.errors import UserError
+from headstart.finetune.cut import Front, cut, learning_names
 from headstart.model.backbone import FrozenBackbone
 from headstart.model.classifier import TransferClassifier
 from headstart.ranges import Fraction, Rate, Share
-
-
-class Front(FrozenBackbone):
-    """The layers before the unfrozen ones, as a backbone whose output is cached like any features.
-
-    It shares its tensors with the whole backbone. ``shape`` is that of its output per image, such as (256, 8, 8).
-    """
-
-    def __init__(self, whole: FrozenBackbone, layers: nn.Module, before: str) -> None:
-        side = whole.preprocessing.crop_size
-        with torch.no_grad():
-            shape = layers(torch.zeros(1, 3, side, side, device=whole.mean.device)).shape[1:]
-        net = nn.Sequential(layers, nn.Flatten())
-        self.adopt(f"{whole.name} before {before}", whole.weights, net, whole.preprocessing, whole.versions)
-        self.layers, self.shape = whole.layers, tuple(shape)
-
-
-def learning_names(net: nn.Module, unfreeze: str) -> list[str]:
-    """The names of the parameters and buffers from the named layer to the last, in the order of the network."""
-    names = list(net.state_dict())
-    if unfreeze == "all":
-        return names
-    inside = [place for place, name in enumerate(names) if name.startswith(f"{unfreeze}.")]
-    if not inside:
-        layers = [name for name, child in net.named_children() if any(True for _ in child.parameters())]
-        raise UserError(f"--unfreeze={unfreeze}: not a trainable layer; give all, or one such as {', '.join(layers)}")
-    return names[inside[0] :]
-
-
-def cut(backbone: FrozenBackbone, unfreeze: str) -> tuple[Front, nn.Module] | None:
-    """Splits the backbone before the named layer; None if more than one value passes between the two parts.
-
-    This is so for vision transformers, whose tokens are used in several places.
-    """
-    try:
-        traced = symbolic_trace(backbone.net)
-    except Exception:  # fx raises many kinds of errors on data-dependent Python
-        return None
-    place = {node: number for number, node in enumerate(traced.graph.nodes)}
-    own = [number for node, number in place.items() if f"{node.target}.".startswith(f"{unfreeze}.")]
-    first = min(own, default=0)
-    parts: Any = split_module(traced, backbone.net, lambda node: int(place[node] >= first))
-    calls = [node for node in parts.graph.nodes if node.op == "call_module"]
-    if first == 0 or [len(call.args) for call in calls] != [1, 1]:
-        return None
-    return Front(backbone, parts.get_submodule(calls[0].target), unfreeze), parts.get_submodule(calls[1].target)
 
 
 def layer_of(name: str) -> str:
@@ -96,6 +49,10 @@ class FineTunedClassifier(TransferClassifier):
         **kwargs: Any,
     ) -> None:
         super().__init__(class_names, lr=lr, warmup=warmup, **kwargs)
+        if self.backbone.layers == "all":
+            raise UserError(
+                "--model.layers=all: fine-tuning is for the last layer's features; train with --model.layers=last"
+            )
         self.learning = [f"net.{name}" for name in learning_names(self.backbone.net, unfreeze)]
         self.finetuned = sorted(self.learning)
         # In a list, so as not to register a submodule: both halves consist of the backbone's layers.

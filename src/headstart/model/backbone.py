@@ -105,7 +105,10 @@ class FrozenBackbone(nn.Module):
     def for_extraction(self, dtype: torch.dtype, device: torch.device) -> "FrozenBackbone":
         """A copy for inference alone: BatchNorm folded into the convolutions, channels last, in ``dtype``."""
         fast = copy.deepcopy(self).eval()  # torchvision's extractor of stages is copied in train mode
-        fast.net = _fold_batch_norm(fast.net).to(dtype).to(memory_format=torch.channels_last)
+        fast.net = _fold_batch_norm(fast.net).to(dtype)
+        for tensor in (*fast.net.parameters(), *fast.net.buffers()):
+            if tensor.ndim == 4:  # `Module.to` fails at five, which torch.fx makes of some constants
+                tensor.data = tensor.contiguous(memory_format=torch.channels_last)
         return fast.to(device)
 
 

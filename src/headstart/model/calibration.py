@@ -1,4 +1,4 @@
-"""Temperature scaling: makes confidence match accuracy, by one number that is fitted on validation."""
+"""Temperature scaling: calibrates confidence by one number, fitted on the validation split."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-# Of 1 / temperature, searched on a logarithmic scale.
+# Range of 1 / temperature, searched on a logarithmic scale.
 COLDEST, HOTTEST = 1e-2, 1e2
 HALVINGS = 40
 
@@ -17,8 +17,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
     Guo et al., "On Calibration of Modern Neural Networks", ICML 2017. The cross entropy is convex in b = 1 / T, so its
     slope, the mean of <p, z> - <target, z> over the images, has one root, which is found by bisection. The targets are
-    smoothed by 1 / (N + 2), after Platt, "Probabilistic Outputs for Support Vector Machines", 1999: a head that is
-    right on all of a few images is not certain.
+    smoothed by 1 / (N + 2), after Platt, "Probabilistic Outputs for Support Vector Machines", 1999, so that a head
+    that is right on all of a few images does not become certain.
     """
     logits, labels = logits.cpu().double(), labels.cpu()  # Apple's GPUs have no float64
     smoothing = 1 / (len(labels) + 2)
@@ -45,7 +45,7 @@ class Temperature(Metric):
         self.add_state("labels", default=[], dist_reduce_fx="cat")
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Adds a batch: [B, C], [B]."""
+        """Adds a batch: logits [B, C], labels [B]."""
         self.logits.append(logits.detach())
         self.labels.append(labels)
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a head: what of the module they hold, whom they fit, and how they are loaded."""
+"""Checkpoints of a head: their content, compatibility checks, and loading."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,41 +20,40 @@ from headstart.model.backbone import FrozenBackbone, check_frozen, combined, ten
 from headstart.model.metrics import defined
 from headstart.model.sealed import read_sealed
 from headstart.ranges import arguments_of, plain
-from headstart.terminal import say, told
+from headstart.terminal import listing, say
 
-FIRST_EDITION = (
-    "caf123c9de10807f929b849a9b4f292b02712456f4c027e8660a46977aed2d56"  # digest of the former bundled weights
-)
-LAYOUT = 2  # 2: with the temperature
+# Digest of the former bundled weights.
+FIRST_EDITION = "caf123c9de10807f929b849a9b4f292b02712456f4c027e8660a46977aed2d56"
+LAYOUT = 2  # 2: adds the temperature
 
 
 class HeadModule(LightningModule):
-    """What a head and its frozen backbone keep, check and load; ``TransferClassifier`` adds how the head learns."""
+    """A head and its frozen backbone, saved, checked and loaded; ``TransferClassifier`` adds the training."""
 
     class_names: list[str]
     backbone: FrozenBackbone
     head: nn.Module
-    temperature: float  # the logits are divided by it for calibrated probabilities
-    learning: Sequence[str] = ()  # the tensors of the backbone that may change in a fit
+    temperature: float  # divides the logits, for calibrated probabilities
+    learning: Sequence[str] = ()  # backbone tensors that may change in a fit
 
     def remember_backbone(self) -> None:
-        """Notes what must not change."""
-        self.strict_loading = False  # what is frozen is not in a checkpoint
-        self.digests = self.backbone.digests()  # when it was made or loaded
-        self.weights_digest = combined(self.digests)  # of the named weights, before any fine-tuning
-        self.trained_on: list[str] = []  # the sha256 of each image, where no run's folder tells it
-        self.finetuned: list[str] = []  # the tensors that are no longer those of the named weights
+        """Records the digests of the weights that must not change."""
+        self.strict_loading = False  # checkpoints do not contain frozen weights
+        self.digests = self.backbone.digests()  # at construction, or when loaded
+        self.weights_digest = combined(self.digests)  # of the original weights, before any fine-tuning
+        self.trained_on: list[str] = []  # sha256 of each image, unless in the run's folder
+        self.finetuned: list[str] = []  # tensors that differ from the original weights
 
     @property
     def frozen(self) -> FrozenBackbone:
-        """What maps an image to the same numbers in every epoch, which are cached: the whole backbone."""
+        """The part that maps an image to the same features in every epoch, for the cache: the whole backbone."""
         return self.backbone
 
     def setup(self, stage: str) -> None:
-        """Refuses data whose labels mean other classes."""
+        """Refuses data with other classes."""
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", self.class_names)
         if list(names) != self.class_names:
-            raise UserError(f"class_names: the module's are {told(self.class_names)}, the data's {told(list(names))}")
+            raise UserError(f"class_names: {listing(self.class_names)} (model), {listing(list(names))} (data)")
 
     def on_fit_start(self) -> None:
         check_frozen(self.backbone.digests(), self.digests, but=self.learning)
@@ -62,7 +61,7 @@ class HeadModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        if not norm.isfinite() and self.trainer.precision != "16-mixed":  # whose scaler leaves such a step out
+        if not norm.isfinite() and self.trainer.precision != "16-mixed":  # its scaler skips such steps
             raise UserError(f"the gradients are not finite in epoch {self.current_epoch}: lower --model.lr")
         self.log("train/grad_norm", norm, on_step=False, on_epoch=True, sync_dist=True)
 
@@ -70,11 +69,11 @@ class HeadModule(LightningModule):
         self.check_frozen()
 
     def check_frozen(self) -> None:
-        """``RuntimeError`` where a tensor that does not learn is not what it was when it was made or loaded."""
+        """Raises ``RuntimeError`` if a frozen tensor changed since it was created or loaded."""
         check_frozen(tensor_digests(self.backbone), self.digests, but=self.learning)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the head and what was fine-tuned, and says what its features came from."""
+        """Saves only the head and fine-tuned tensors, and records the origin of the features."""
         learnt = {f"backbone.{name}" for name in self.finetuned}
         state = checkpoint["state_dict"].items()
         checkpoint["state_dict"] = {name: value for name, value in state if name.startswith("head.") or name in learnt}
@@ -93,7 +92,7 @@ class HeadModule(LightningModule):
         }
 
     def on_train_start(self) -> None:
-        """A resumed fit of more epochs has another schedule, in which the learning rate can leap."""
+        """Warns of a jump of the learning rate, when a fit is resumed with more epochs."""
         for schedule in (config.scheduler for config in self.trainer.lr_scheduler_configs):
             if not isinstance(schedule, LambdaLR):
                 continue
@@ -101,78 +100,78 @@ class HeadModule(LightningModule):
             now = schedule.base_lrs[0] * schedule.lr_lambdas[0](schedule.last_epoch)
             if not math.isclose(before, now, abs_tol=1e-12):
                 say(
-                    f"--trainer.max_epochs={self.trainer.max_epochs}: the learning rate goes from {before:.3g} to "
-                    f"{now:.3g}, since it falls over all epochs anew; a new run, without --ckpt_path, has no such leap"
+                    f"--trainer.max_epochs={self.trainer.max_epochs}: the learning rate jumps from {before:.3g} to "
+                    f"{now:.3g}, since it depends on all epochs; a new run, without --ckpt_path, has no such jump"
                 )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a head of other classes or another backbone, and fine-tuned layers in a fit of the head."""
-        if finetuned_in(checkpoint):  # the data's features are from before
-            raise UserError("--ckpt_path: its backbone was fine-tuned; fine-tuning resumes it, evaluate scores it")
+        """Refuses another head, other classes, another backbone, and fine-tuned layers in a fit of the head only."""
+        if finetuned_in(checkpoint):  # the cached features are of the original backbone
+            raise UserError("--ckpt_path: its backbone was fine-tuned; use finetune to resume, evaluate to score")
         self.take(checkpoint)
 
     def take(self, checkpoint: Mapping[str, Any]) -> None:
-        """Takes what is not a tensor; a checkpoint of another head, other classes or another backbone is refused."""
+        """Takes all but the tensors; ``UserError`` for another head, other classes or another backbone."""
         made, tuned = checkpoint["headstart"], finetuned_in(checkpoint)
         own_names, theirs = self.class_names, made["class_names"]
         if own_names != theirs:
             raise UserError(
-                f"checkpoint: its classes are {len(theirs)} ({told(theirs, own_names)}), the data's "
-                f"{len(own_names)} ({told(own_names, theirs)})"
+                f"checkpoint: has {len(theirs)} classes ({listing(theirs, own_names)}), but the data has "
+                f"{len(own_names)} ({listing(own_names, theirs)})"
             )
         learnt = {f"backbone.{name}" for name in tuned}
         found = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items() if name not in learnt}
         if found != (own := {f"head.{name}": tuple(value.shape) for name, value in self.head.state_dict().items()}):
-            raise UserError(f"checkpoint: its head has different parameters, {found}, from this one's, {own}")
+            raise UserError(f"checkpoint: its head has parameters {found}, but this one has {own}")
         if made["digest"] == FIRST_EDITION and self.backbone.weights == "bundled":
             raise UserError(
-                "checkpoint: its head belongs to the first edition of the bundled weights, which another one replaced; "
+                "checkpoint: its head belongs to the first edition of the bundled weights, since replaced; "
                 "train it again, or use headstart 0.1.0"
             )
         if made["digest"] != self.weights_digest:
             raise UserError(
                 f"checkpoint: its head belongs to the backbone {made['backbone']}, {made['weights']} "
                 f"({made['digest'][:12]}), not to {self.backbone.name}, {self.backbone.weights} "
-                f"({self.weights_digest[:12]}); give the weights it was trained on"
+                f"({self.weights_digest[:12]}); use the weights it was trained on"
             )
         self.take_bits(checkpoint)
         self.temperature = float(made["temperature"])
         self.finetuned = sorted({*self.finetuned, *tuned})
 
     def take_bits(self, checkpoint: Mapping[str, Any]) -> None:
-        """Takes the scale of images of more than 8 bits, which training chose; before features are computed."""
+        """Takes the scale of images of more than 8 bits, chosen in training, before features are computed."""
         bits = checkpoint["headstart"]["preprocessing"].get("bits") or 16
         now = self.backbone.preprocessing
         if now.bits not in (None, bits):
             raise UserError(
-                f"checkpoint: its images of more than 8 bits were scaled from {bits} bits, the data's from {now.bits}; "
-                "resume it on the images that it was trained on"
+                f"checkpoint: its images of more than 8 bits were scaled from {bits} bits, the data from {now.bits}; "
+                "resume it on the images it was trained on"
             )
         now.bits = bits
 
     def start_from(self, checkpoint: Mapping[str, Any]) -> None:
-        """Takes the head, the temperature and what was fine-tuned from a checkpoint's content, as ``take``."""
+        """Loads the head, the temperature and fine-tuned tensors from a checkpoint's content; raises as ``take``."""
         self.take(checkpoint)
         self.load_state_dict(checkpoint["state_dict"], strict=False)
         self.digests = self.backbone.digests()
 
     @classmethod
     def from_content(cls, checkpoint: Mapping[str, Any], **kwargs: Any) -> Self:
-        """The module that a checkpoint's content describes."""
+        """Creates the module from a checkpoint's content."""
         known = arguments_of(cls)  # a fine-tuned one has more hyper-parameters
         made = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known}
         module = cls(**made | kwargs)
         module.start_from(checkpoint)
         return module
 
-    @classmethod  # the keys that Lightning's has beside these make no sense here
+    @classmethod  # Lightning's other arguments do not apply here
     def load_from_checkpoint(  # type: ignore[override]
         cls, checkpoint_path: Any, map_location: Any = None, **kwargs: Any
     ) -> Self:
-        """As Lightning's, from a local file; no code in it is executed. ``kwargs`` replace its hyper-parameters.
+        """As in Lightning, from a local file, without executing code. ``kwargs`` override hyper-parameters.
 
         Raises:
-            UserError: the file is missing, damaged or no checkpoint of a head; or its backbone is not here any more.
+            UserError: the file is missing, damaged or not a checkpoint of a head; or its backbone is missing.
         """
         return cls.from_content(read_checkpoint(Path(checkpoint_path)), **kwargs).to(map_location)
 
@@ -180,7 +179,7 @@ class HeadModule(LightningModule):
     def predict(self, images: Picture | Sequence[Picture]) -> Tensor:
         """Calibrated class probabilities of one image -> [num_classes], or of several -> [B, num_classes].
 
-        An image is a path, a PIL image, or an array [H, W, 3] of uint8; all are decoded as ``headstart predict`` does.
+        An image is a path, a PIL image, or an array [H, W, 3] of uint8; all are decoded as by `headstart predict`.
         """
         if isinstance(images, Picture) or not isinstance(images, Sequence):
             return self.predict([images])[0]
@@ -194,22 +193,22 @@ class HeadModule(LightningModule):
 
 
 def finetuned_in(checkpoint: Mapping[str, Any]) -> list[str]:
-    """The names of the backbone's tensors that a checkpoint holds, since they were fine-tuned."""
+    """The names of the fine-tuned backbone tensors in a checkpoint."""
     return [name.removeprefix("backbone.") for name in checkpoint["state_dict"] if name.startswith("backbone.")]
 
 
 def read_checkpoint(path: Path, logs: Path = Path("logs")) -> dict[str, Any]:
-    """The content of a checkpoint of a head, as ``read_sealed``."""
+    """Reads a checkpoint of a head, as ``read_sealed``; ``UserError`` if it is not a valid one."""
     checkpoint = read_sealed(path, logs)
     made = checkpoint.get("headstart")
     made = made if isinstance(made, Mapping) else {}
     if made.get("layout") != LAYOUT:
         raise UserError(
-            f"--ckpt_path={path}: holds no head of layout {LAYOUT} (this is headstart {__version__}) but "
-            f"{made.get('layout', 'something else')} (headstart {made.get('version', 'unknown')}); train it again"
+            f"--ckpt_path={path}: not a headstart checkpoint of layout {LAYOUT} (this is headstart {__version__}); its "
+            f"layout is {made.get('layout', 'unknown')} (headstart {made.get('version', 'unknown')}); train it again"
         )
     if lacking := [name for name in ("hyper_parameters", "epoch", "global_step") if name not in checkpoint]:
-        raise UserError(f"--ckpt_path={path}: lacks {', '.join(lacking)}, so nothing can go on from it; train it again")
+        raise UserError(f"--ckpt_path={path}: lacks {', '.join(lacking)}, so it cannot be used; train it again")
     temperature, tensors = made.get("temperature"), checkpoint["state_dict"].values()
     sound = isinstance(temperature, int | float) and math.isfinite(temperature) and temperature > 0
     if not sound or not all(isinstance(tensor, Tensor) and tensor.isfinite().all() for tensor in tensors):

@@ -1,4 +1,4 @@
-"""The module that is trained: a frozen backbone and a head."""
+"""The trained module: a frozen backbone and a head."""
 
 import math
 from collections.abc import Callable
@@ -26,27 +26,27 @@ Batch = tuple[Tensor, Tensor]
 
 
 class TransferClassifier(HeadModule):
-    """A head on a frozen backbone; only the head learns, and only the head is in the checkpoint.
+    """A head on a frozen backbone; only the head is trained and saved in checkpoints.
 
-    A subclass overrides ``configure_head``, ``configure_loss`` and ``configure_metrics``.
+    Subclasses may override ``configure_head``, ``configure_loss`` and ``configure_metrics``.
 
     Args:
-        class_names: by label.
-        backbone: a classification model of torchvision (resnet18, efficientnet_b0, vit_b_16, …), or timm/NAME.
-        weights: auto: ImageNet's if they can be had; bundled; imagenet; pretrained (of timm); random; or a file.
-        image_size: side of the square that the backbone sees, in pixels; None, mostly best: as its weights were made.
-        fit: crop shows the centre square of an image, pad and squash show all of it; None: as its weights were made.
-        layers: last: the features before the classifier; all: the means of all stages, joined.
-        mirror: with layers=all, average the features over the mirrored image.
-        head: linear, mlp or cosine.
+        class_names: class names by label.
+        backbone: torchvision classification model (resnet18, efficientnet_b0, vit_b_16, …), or timm/NAME.
+        weights: auto (ImageNet's if available), bundled, imagenet, pretrained (timm), random, or a file.
+        image_size: side of the backbone's square input, in pixels; None (usually best): as its weights were trained.
+        fit: crop keeps the centre square of an image, pad and squash keep all of it; None: as its weights were trained.
+        layers: features to use: last (before the classifier) or all (means of all stages, concatenated).
+        mirror: with layers=all, average the features of the image and its mirror image.
+        head: kind of head: linear, mlp or cosine.
         lr: peak learning rate of AdamW.
         weight_decay: weight decay of AdamW.
         label_smoothing: label smoothing of the training loss.
-        class_weights: balanced weighs each class in the training loss by the inverse of its frequency.
-        warmup: share of the steps in which the learning rate rises, before it falls as a cosine.
+        class_weights: class weights of the training loss: none, or balanced (inverse to the class frequency).
+        warmup: fraction of the steps in which the learning rate warms up, before cosine decay.
 
     Raises:
-        UserError: the head is unknown, and as ``FrozenBackbone``.
+        UserError: an argument is invalid, or as for ``FrozenBackbone``.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class TransferClassifier(HeadModule):
         self.hparams.update(plain(dict(self.hparams)) | {"weights": self.backbone.weights})
         self.class_names = list(class_names)
         if len(set(class_names)) < len(class_names):
-            raise UserError(f"class_names: {len(class_names)} names, of which {len(set(class_names))} differ")
+            raise UserError(f"class_names: {len(class_names)} names, only {len(set(class_names))} distinct")
         self.head = self.configure_head()
         self.val_metrics, self.test_metrics = self.configure_metrics("val/"), self.configure_metrics("test/")
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
@@ -83,16 +83,16 @@ class TransferClassifier(HeadModule):
         self.remember_backbone()
 
     def configure_head(self) -> nn.Module:
-        """A module from features [B, D] to logits [B, num_classes]."""
+        """Returns the head, which maps features [B, D] to logits [B, num_classes]."""
         return make_head(self.hparams["head"], self.backbone.num_features, len(self.class_names))
 
     def configure_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """The training loss: logits [B, num_classes] and labels [B] -> []."""
+        """Returns the training loss: logits [B, num_classes], labels [B] -> []."""
         smoothing = self.hparams["label_smoothing"]
         return partial(functional.cross_entropy, weight=self.loss_weights, label_smoothing=smoothing)
 
     def configure_metrics(self, prefix: str) -> MetricCollection:
-        """Scores of probabilities [B, num_classes] and labels [B]; each is logged, and in the result."""
+        """Returns the metrics of probabilities [B, num_classes] and labels [B]; all are logged and in the result."""
         classes = len(self.class_names)
         scores: dict[str, Metric | MetricCollection] = {
             "acc": metrics.MulticlassAccuracy(classes, average="micro"),
@@ -104,7 +104,7 @@ class TransferClassifier(HeadModule):
         return MetricCollection(scores, prefix=prefix)
 
     def configure_optimizers(self) -> Any:
-        """AdamW; the learning rate rises linearly, then falls as half a cosine, step by step."""
+        """Returns AdamW with linear warmup and cosine decay of the learning rate, per step."""
         rates = {"lr": self.hparams["lr"], "weight_decay": self.hparams["weight_decay"]}
         optimizer = torch.optim.AdamW(self.parameter_groups(), **rates)
         steps = self.trainer.estimated_stepping_batches
@@ -114,21 +114,21 @@ class TransferClassifier(HeadModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What the optimizer holds: the head alone."""
+        """Returns the parameter groups of the optimizer: those of the head only."""
         return [{"params": list(self.head.parameters())}]
 
     @property
     def logged(self) -> list[str]:
-        """What is logged each epoch, which callbacks can watch."""
+        """The names of the values logged in each epoch, which callbacks can monitor."""
         return ["train/loss", "train/grad_norm", "val/loss", "val/temperature", *map(str, self.val_metrics)]
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Images [B, 3, H, W] uint8, or ready features [B, D] -> logits [B, num_classes]."""
+        """Images [B, 3, H, W] uint8, or cached features [B, D] -> logits [B, num_classes]."""
         logits: Tensor = self.head(self.features(inputs))
         return logits
 
     def features(self, inputs: Tensor) -> Tensor:
-        """Images [B, 3, H, W] uint8, or ready features [B, D] -> features [B, D]."""
+        """Images [B, 3, H, W] uint8, or cached features [B, D] -> features [B, D]."""
         features: Tensor = inputs if inputs.ndim == 2 else self.backbone(inputs)
         return features
 
@@ -143,7 +143,7 @@ class TransferClassifier(HeadModule):
         loss = self.loss(self(batch[0]), batch[1])
         if not loss.isfinite():
             raise UserError(
-                f"the loss is not finite in epoch {self.current_epoch}: lower --model.lr; best.ckpt is from before"
+                f"the loss is not finite in epoch {self.current_epoch}: lower --model.lr; best.ckpt is intact"
             )
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(batch[1]), sync_dist=True)
         return loss
@@ -154,7 +154,7 @@ class TransferClassifier(HeadModule):
         return outputs
 
     def on_validation_epoch_end(self) -> None:
-        """Fits the temperature; it is in each checkpoint that is saved after this."""
+        """Fits the temperature, which later checkpoints contain."""
         self.temperature = float(self.val_temperature.compute())
         self.val_temperature.reset()
         self.log("val/temperature", self.temperature, logger=self._logger_of_curves())
@@ -166,7 +166,7 @@ class TransferClassifier(HeadModule):
         return outputs
 
     def _evaluate(self, batch: Batch, split: str, scores: MetricCollection, loss: MeanMetric) -> dict[str, Tensor]:
-        """Updates and logs the split's metrics; gives the features and the logits to whoever shows them."""
+        """Updates and logs the metrics of the split; returns features and logits for callbacks."""
         features = self.features(batch[0])
         logits = self.head(features).float()
         loss.update(functional.cross_entropy(logits, batch[1], reduction="none"))
@@ -176,5 +176,5 @@ class TransferClassifier(HeadModule):
         return {"features": features, "logits": logits}
 
     def _logger_of_curves(self) -> bool | None:
-        """None: as usual. A validation after the fit would add a double point to the curve."""
+        """None: the default. False for a validation after the fit, which would add a duplicate point to the curve."""
         return False if self.trainer.state.fn == TrainerFn.VALIDATING else None

@@ -1,6 +1,6 @@
-"""The heads: modules that map features [B, width] to logits [B, num_classes].
+"""Heads: modules that map features [B, width] to logits [B, num_classes].
 
-Another head is a class with these two arguments and a line in ``HEADS``; its name is an option, ``--model.head``.
+To add a head, write a class with the arguments width and num_classes, and a line in ``HEADS`` for ``--model.head``.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from headstart.errors import UserError
 
 
 class MLP(nn.Module):
-    """One hidden layer with ReLU."""
+    """A multilayer perceptron with one hidden layer and ReLU."""
 
     def __init__(self, width: int, num_classes: int, hidden: int = 256) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class MLP(nn.Module):
 
 
 class Cosine(nn.Module):
-    """Cosine similarity to a learnt vector per class, times a learnt scale.
+    """Cosine similarity to a learned vector per class, times a learned scale.
 
     Gidaris and Komodakis, "Dynamic Few-Shot Visual Learning without Forgetting", CVPR 2018.
     """
@@ -34,7 +34,7 @@ class Cosine(nn.Module):
     def __init__(self, width: int, num_classes: int, scale: float = 10.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_classes, width))
-        nn.init.kaiming_uniform_(self.weight, a=5**0.5)  # as nn.Linear's
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)  # as in nn.Linear
         self.log_scale = nn.Parameter(torch.tensor(scale).log())
 
     def forward(self, features: Tensor) -> Tensor:
@@ -50,25 +50,25 @@ HEADS: dict[str, Callable[[int, int], nn.Module]] = {
 
 
 def make_head(name: str, width: int, num_classes: int) -> nn.Module:
-    """The head of that name.
+    """Creates a head by its name in ``HEADS``.
 
     Raises:
-        UserError: there is none.
+        UserError: no such head.
     """
     if name not in HEADS:
-        raise UserError(f"--model.head={name}: no such head; there are {', '.join(HEADS)}")
+        raise UserError(f"--model.head={name}: no such head; choose from {', '.join(HEADS)}")
     return HEADS[name](width, num_classes)
 
 
 def linear_head(head: nn.Module) -> nn.Linear:
-    """The head, for what only a linear one can do; another kind is a ``UserError``."""
+    """Returns the head if it is linear, else raises ``UserError``."""
     if not isinstance(head, nn.Linear):
-        raise UserError(f"this needs a linear head, and the checkpoint's is a {type(head).__name__}")
+        raise UserError(f"this needs --model.head=linear, but the checkpoint has a {type(head).__name__}")
     return head
 
 
 def as_linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    """A linear head of weight [num_classes, D] and bias [num_classes]; draws no random numbers."""
+    """A linear head with weight [num_classes, D] and bias [num_classes]; draws no random numbers."""
     head = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     head.weight, head.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
     return head

@@ -1,4 +1,4 @@
-"""Scores that are means over the classes of a split: over those that have an image in it."""
+"""Metrics averaged over the classes present in a split."""
 
 import math
 from collections.abc import Mapping
@@ -13,9 +13,9 @@ from headstart.terminal import say_once
 
 
 class _MeanOverPresent(MulticlassStatScores):
-    """The mean of a score over the classes present, as a base before that score's own class.
+    """The mean of a score over the classes present; a mixin that precedes the class of the score.
 
-    torchmetrics' own average counts a class without an image as 0 where it is predicted once.
+    The average of torchmetrics counts a class without images as 0 if it is predicted at least once.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -30,23 +30,23 @@ class _MeanOverPresent(MulticlassStatScores):
 
 
 class MeanRecall(_MeanOverPresent, MulticlassRecall):
-    """Mean recall over the classes present, scikit-learn's ``balanced_accuracy_score``."""
+    """Mean recall over the classes present, as scikit-learn's ``balanced_accuracy_score``."""
 
 
 class MeanF1(_MeanOverPresent, MulticlassF1Score):
-    """Mean F1 over the classes present, scikit-learn's ``f1_score(labels=present, average="macro")``."""
+    """Mean F1 over the classes present, as scikit-learn's ``f1_score(labels=present, average="macro")``."""
 
 
 class MeanAUROC(MulticlassAUROC):
-    """Mean over the classes present of the area under the ROC curve of a class against the rest.
+    """Mean over the classes present of the area under the one-vs-rest ROC curve.
 
-    NaN where there is one class alone, since nothing is ranked then.
+    NaN if only one class is present.
     """
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes, average="none")
 
-    def compute(self) -> Tensor:  # type: ignore[override]  # as torchmetrics' own
+    def compute(self) -> Tensor:  # type: ignore[override]  # as in torchmetrics
         """The mean -> []."""
         present = torch.unique(dim_zero_cat(self.target))
         if len(present) < 2:
@@ -56,8 +56,8 @@ class MeanAUROC(MulticlassAUROC):
 
 
 def defined(scores: Mapping[str, Any]) -> dict[str, float]:
-    """The scores as numbers, without those that the images do not define; NaN is not JSON."""
+    """The scores as floats, without undefined ones (NaN), which JSON cannot hold."""
     values = {name: float(value) for name, value in scores.items()}
     for name in (name for name, value in values.items() if math.isnan(value)):
-        say_once(f"{name}: is left out, since its split has images of one class alone")
+        say_once(f"{name}: is undefined and left out, since its split has images of only one class")
     return {name: value for name, value in values.items() if not math.isnan(value)}

@@ -1,12 +1,12 @@
-"""The learning rate over the steps of a fit."""
+"""The learning rate schedule."""
 
 import math
 
 
 def warmup_cosine(step: int, warmup_steps: int, steps: float) -> float:
-    """The learning rate as a share of its peak: a linear rise, then half a cosine to 0.
+    """The learning rate as a fraction of its peak: linear warmup, then cosine decay to 0.
 
-    Where ``steps`` is infinite it stays at its peak.
+    If ``steps`` is infinite, it stays at its peak.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)

@@ -1,4 +1,4 @@
-"""How checkpoints reach the disk: whole or not at all, sealed by a hash, and never executed."""
+"""Checkpoint files: written atomically, sealed by a hash, and loaded without executing code."""
 
 import hashlib
 import io
@@ -16,18 +16,18 @@ from headstart.files import in_either_form, write_atomically
 from headstart.model.backbone import tensor_bytes
 
 SEAL = "headstart_sha256"
-BEST = "checkpoints/best.ckpt"  # in a run's folder
+BEST = "checkpoints/best.ckpt"  # relative to the run's folder
 
 
 class SealedCheckpointIO(TorchCheckpointIO):
-    """Writes a temporary file in the same folder, flushes it to the disk, and renames it.
+    """Writes a temporary file in the same folder, flushes it to disk, and renames it.
 
-    Lightning writes to $TMPDIR and moves: on another file system that is a copy, and a kill during it leaves a torn
-    file where the last good checkpoint was. It also hides that a folder cannot be written.
+    Lightning writes to $TMPDIR and moves the file: on another file system this is a copy, and a kill during it destroys
+    the previous checkpoint. It also hides that a folder is not writable.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Seals and writes a checkpoint; where it cannot be written, what was there before still is."""
+        """Seals and writes a checkpoint; on failure the previous one is intact."""
         file = io.BytesIO()
         torch.save({**checkpoint, SEAL: content_digest(checkpoint)}, file)
         data = file.getvalue()
@@ -36,46 +36,46 @@ class SealedCheckpointIO(TorchCheckpointIO):
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be written ({error.strerror}; {len(data):,} bytes are needed)"
-                f"{'; the checkpoint before it is intact' if Path(path).exists() else ''}"
+                f"{'; the previous checkpoint is intact' if Path(path).exists() else ''}"
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
-        """Reads a local checkpoint; no code in it is executed, whatever ``weights_only`` says."""
+        """Reads a local checkpoint without executing code, whatever ``weights_only`` is."""
         checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
         check_seal(checkpoint, Path(path))
         return checkpoint
 
 
 def read_sealed(path: Path, logs: Path = Path("logs")) -> dict[str, Any]:
-    """The content of any checkpoint of ours, a local file; no code in it is executed.
+    """Reads a local checkpoint of headstart without executing code.
 
-    A missing, damaged or foreign file is a ``UserError``, which names other checkpoints: beside it, or in ``logs``.
+    A missing, damaged or foreign file is a ``UserError`` that names other checkpoints in its folder or in ``logs``.
     """
     path = in_either_form(path)
     if not path.is_file():
         candidates = sorted((path if path.is_dir() else logs).rglob("*.ckpt"), key=lambda found: found.stat().st_mtime)
-        near = f"; there are {', '.join(map(str, candidates[:-4:-1]))}" if candidates else ""
-        raise UserError(f"--ckpt_path={path}: is no file{near}")
+        near = f"; try {', '.join(map(str, candidates[:-4:-1]))}" if candidates else ""
+        raise UserError(f"--ckpt_path={path}: is not a file{near}")
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         dict(checkpoint["state_dict"])
-    except Exception as error:  # whatever the file holds: zip and pickle raise a dozen kinds
+    except Exception as error:  # zip and pickle raise many kinds
         others = sorted(other.name for other in path.parent.glob("*.ckpt") if other.name != path.name)
-        there = f"; beside it lies {', '.join(others[:3])}" if others else ""
-        raise UserError(f"--ckpt_path={path}: is corrupt or no checkpoint{there}") from error
+        there = f"; try {', '.join(others[:3])} in its folder" if others else ""
+        raise UserError(f"--ckpt_path={path}: is corrupt or not a checkpoint{there}") from error
     check_seal(checkpoint, path)
     return checkpoint
 
 
 def check_seal(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Compares a checkpoint's content with its seal; one that a plain Trainer wrote has none."""
+    """Compares a checkpoint's content with its seal, if it has one; those of a plain Trainer have none."""
     content = {name: value for name, value in checkpoint.items() if name != SEAL}
     if SEAL in checkpoint and checkpoint[SEAL] != content_digest(content):
-        raise UserError(f"{path}: is corrupt (its sha256 differs); try another of {path.parent}")
+        raise UserError(f"{path}: is corrupt (its sha256 differs); try another one in {path.parent}")
 
 
 def content_digest(value: Any) -> str:
-    """sha256 over plain values and tensors, in whatever they are nested."""
+    """The sha256 of nested plain values and tensors."""
     digest = hashlib.sha256()
     _add(digest, value)
     return digest.hexdigest()
@@ -99,10 +99,10 @@ def _add(digest: Any, value: Any) -> None:
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """A ``ModelCheckpoint`` whose best score survives in another folder, where Lightning drops it.
+    """A ``ModelCheckpoint`` that keeps its best score in another folder, where Lightning would drop it.
 
-    ``moved``: the checkpoint that is loaded belongs to this very run, wherever its folder was then. Else a new run was
-    begun from it: it lies there as the best one so far, and later ones must beat its score.
+    ``moved``: the loaded checkpoint belongs to the same run, whose folder may have moved. Else it starts a new run: it
+    is the best one so far there, and later ones must beat its score.
     """
 
     def __init__(self, moved: bool, **options: Any) -> None:
@@ -110,7 +110,7 @@ class RunCheckpoint(ModelCheckpoint):
         self.moved = moved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes a state whose paths are of the old place."""
+        """Loads a state, with its paths moved to the current folder."""
         if self.moved and self.dirpath:
             state_dict = {name: self._moved(value) for name, value in state_dict.items()} | {"dirpath": self.dirpath}
         super().load_state_dict(state_dict)
@@ -130,9 +130,9 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 def run_checkpoints(moved: bool, **best: Any) -> tuple[RunCheckpoint, RunCheckpoint]:
-    """The two checkpoints of a run: the best epoch, by the options ``best``, and the last one to resume from.
+    """The two checkpoints of a run: the best epoch, by the options ``best``, and the last one, to resume from.
 
-    Lightning's own `last` is written only in epochs that were among the best.
+    Lightning's ``save_last`` writes only in epochs that are among the best.
     """
     return RunCheckpoint(moved, filename="best", **best), RunCheckpoint(
         moved, filename="last", save_on_train_epoch_end=True

@@ -9,7 +9,7 @@ from headstart.data.module import ImageData
 from headstart.images import Views
 from headstart.model.classifier import TransferClassifier
 from headstart.report.evaluation import evenly_spaced
-from headstart.terminal import told
+from headstart.terminal import listing
 
 MAX_IMAGES = 256
 MIN_LOSS, MIN_LOST = 0.05, 5  # a smaller drop, in accuracy or in images, may be chance
@@ -31,7 +31,7 @@ class MirrorCheck:
         loss = self.accuracy - self.mirrored
         if not self.swapped and (loss < MIN_LOSS or loss * self.images < MIN_LOST):
             return ""
-        said = told([f"{name} becomes {other}" for name, other in self.swapped])
+        said = listing([f"{name} becomes {other}" for name, other in self.swapped])
         return (
             f"Mirrored, {100 * self.mirrored:.1f} % of {self.images} validation images are right instead of "
             f"{100 * self.accuracy:.1f} %{f' ({said})' if said else ''}: left and right matter here, so do not mirror "

@@ -188,7 +188,7 @@ def result_of(backbone: FrozenBackbone, data: Any, scores: dict[str, Any], secon
         "licence": backbone.licence,
         "digest": backbone.digest(),
         "command": command_line(),
-        "versions": versions(),
+        "versions": versions() | dict(backbone.versions),
     }
     return scores | about
 

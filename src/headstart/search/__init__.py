@@ -1,4 +1,4 @@
-"""Fits without a Trainer on a matrix of features: many heads at once, the exact optimum, intervals.
+"""Fits on a feature matrix without a Trainer: many heads at once, the exact optimum, confidence intervals.
 
-Begin with `bank.py`. May import: data, features, model, and the ground; not runs.
+Start with `bank.py`. May import: data, features, model, and the ground; not runs.
 """

@@ -1,4 +1,4 @@
-"""A bank of linear heads, trained at once on a matrix of features, without a Trainer."""
+"""A bank of linear heads, trained at once on a feature matrix, without a Trainer."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from headstart.model.heads import as_linear
 from headstart.model.schedule import warmup_cosine
 
 ROWS_AT_ONCE = 65_536
-BETAS, EPS = (0.9, 0.999), 1e-8  # torch.optim.AdamW's own
+BETAS, EPS = (0.9, 0.999), 1e-8  # defaults of torch.optim.AdamW
 
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """What one head of a bank is trained with; the fields are ``TransferClassifier``'s."""
+    """The settings of one head of a bank, as in ``TransferClassifier``."""
 
     lr: float
     weight_decay: float
@@ -27,22 +27,22 @@ class HeadSettings:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How heads are trained."""
+    """The training schedule, common to all heads."""
 
     epochs: int
     batch_size: int
-    warmup: float  # share of the steps in which the learning rate rises
-    seed: int  # seed of the initial values and of the order
+    warmup: float  # share of the steps in which the learning rate warms up
+    seed: int  # seed of the initial values and of the order of images
 
 
 @dataclass(frozen=True)
 class TrainedHead:
-    """A head and its validation."""
+    """A trained head and its validation scores."""
 
-    head: nn.Linear  # as it was at its best
+    head: nn.Linear  # at the epoch of the lowest validation loss
     acc: float  # validation accuracy
     loss: float  # validation loss, unsmoothed
-    epoch: int = 0  # the epoch of the lowest loss, from 0
+    epoch: int = 0  # that epoch, from 0
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -51,10 +51,10 @@ class TrainedHead:
 
 
 class Bank:
-    """H linear heads on the same features, each with AdamW settings of its own, trained in one pass.
+    """H linear heads on the same features, each with its own AdamW settings, trained in one pass.
 
-    Every head ends where ``torch.optim.AdamW`` would bring it alone with the same initial values and batches: gradients
-    of the summed loss do not mix heads, and AdamW works element by element. All share the initial values of the seed.
+    Each head ends as if ``torch.optim.AdamW`` trained it alone with the same initial values and batches: the gradients
+    of the summed loss do not mix heads, and AdamW works elementwise. All heads have the same initial values.
     """
 
     def __init__(
@@ -74,16 +74,16 @@ class Bank:
         self.steps = 0
 
     def logits(self, features: Tensor) -> Tensor:
-        """[B, D] -> [H, B, C]."""
+        """Features [B, D] -> logits [H, B, C]."""
         heads, classes, width = self.weight.shape
         flat = features @ self.weight.view(heads * classes, width).T
         return flat.view(-1, heads, classes).transpose(0, 1) + self.bias[:, None]
 
     def step(self, features: Tensor, labels: Tensor, rate: float) -> None:
-        """One step of every head at ``rate`` times its learning rate."""
+        """Takes one step for every head, at ``rate`` times its learning rate."""
         logits = self.logits(features)
         heads, rows, classes = logits.shape
-        # The gradient of cross entropy with smoothed labels, by hand: softmax minus target.
+        # The gradient of cross entropy with smoothed labels: softmax minus target.
         uniform = (self.smoothing / classes)[:, None, None].expand(heads, rows, classes)
         target = uniform + (1 - self.smoothing)[:, None, None] * functional.one_hot(labels, classes)
         error = (logits.softmax(dim=2) - target) / rows  # [H, B, C]
@@ -113,7 +113,7 @@ class Bank:
         return right / len(labelled), loss / len(labelled)
 
     def head(self, number: int) -> nn.Linear:
-        """A copy of one head as it is now."""
+        """A copy of the current state of one head."""
         return as_linear(self.weight[number].clone(), self.bias[number].clone())
 
 
@@ -127,10 +127,10 @@ def train_bank(
     advance: Callable[[int], None] = lambda images: None,
     keep_last: bool = False,
 ) -> list[TrainedHead]:
-    """Trains one head per setting, as ``train`` would train each alone, and keeps each at its lowest validation loss.
+    """Trains one head per setting, as `headstart train` would; returns each at its lowest validation loss.
 
-    With ``keep_last`` each is kept as it ends, for data that must not choose the epoch too. ``advance`` is told the
-    images done.
+    With ``keep_last``, returns each after the last epoch, for data that must not select the epoch. Calls ``advance``
+    with the number of images after each batch.
     """
     epoch = 0
     loader = FeatureLoader(train, BatchOrder(len(train), schedule.batch_size, schedule.seed, lambda: epoch))

@@ -1,4 +1,4 @@
-"""The exact optimum of a linear head on a matrix of features: no steps to tune."""
+"""The exact optimum of a linear head on a feature matrix."""
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +10,16 @@ from headstart.search.bank import ROWS_AT_ONCE, TrainedHead
 
 # L2 penalties, from strong to weak: each fit starts from the previous one.
 PENALTIES = [10.0**-power for power in range(7)]
-TOLERANCE = 5e-5  # scikit-learn's own is 1e-4
+TOLERANCE = 5e-5  # scikit-learn's default is 1e-4
 
 
 def fit_exact(
     train: Labelled, num_classes: int, l2: float, start: nn.Linear | None = None, tolerance: float = TOLERANCE
 ) -> nn.Linear:
-    """The minimum of mean cross entropy + l2 / 2 * |weight|^2, by full-batch L-BFGS.
+    """Minimizes mean cross entropy + l2 / 2 * |weight|^2 by full-batch L-BFGS.
 
-    It is scikit-learn's ``LogisticRegression(C=1 / (l2 * N))``; the bias has no penalty. The objective is convex, so
-    there is one minimum, at which no gradient of the mean loss exceeds the tolerance. Without ``start`` the fit starts
+    Equivalent to scikit-learn's ``LogisticRegression(C=1 / (l2 * N))``; the bias has no penalty. The objective is
+    convex; the fit stops where no gradient entry exceeds ``tolerance`` in absolute value. Without ``start`` it starts
     at zero.
     """
     sample = train.sample()

@@ -1,4 +1,4 @@
-"""How certain a mean is: Student's t-interval, for scores and for paired differences."""
+"""Confidence intervals of means: Student's t-interval, for scores and paired differences."""
 
 import math
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def mean_and_half_width(values: Tensor | Sequence[float]) -> tuple[float, float]:
-    """The mean of independent values, [E], and half the width of its 95 % interval; of paired differences if given."""
-    from scipy.special import stdtrit  # where it is used, since scipy takes a while to import
+    """The mean of independent values or paired differences [E], and the half-width of its 95 % confidence interval."""
+    from scipy.special import stdtrit  # here, since scipy is slow to import
 
     values = values.cpu() if isinstance(values, Tensor) else values  # Apple's GPUs have no float64
     found = torch.as_tensor(values, dtype=torch.float64)

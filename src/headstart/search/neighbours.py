@@ -1,4 +1,4 @@
-"""Exact nearest neighbours in features, in blocks."""
+"""Exact nearest neighbours of features, computed in blocks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ ROWS_AT_ONCE = 2048
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The images most like each image, by the cosine of centred features."""
+    """The nearest neighbours of each image, by cosine similarity of centred features."""
 
-    similarities: Tensor  # of the k nearest other contents, the nearest first, [N, k]
-    pairs: Tensor  # the positions of every two contents at least as similar as the threshold, [P, 2]
+    similarities: Tensor  # to the k nearest images of other content, nearest first, [N, k]
+    pairs: Tensor  # positions of images of different content whose similarity is at least the threshold, [P, 2]
 
 
 def neighbours(features: Tensor, digests: Sequence[bytes], k: int, threshold: float) -> Neighbours:
-    """The ``k`` nearest images of other content to each, and the pairs from the threshold on, by features [N, D]."""
+    """The ``k`` nearest images of other content for each, and the pairs at or above ``threshold``; features [N, D]."""
     first = {digest: position for position, digest in reversed(list(enumerate(digests)))}
     content = torch.tensor([first[digest] for digest in digests])
     unit = functional.normalize(features - features.mean(dim=0), dim=1)

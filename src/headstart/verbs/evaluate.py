@@ -23,7 +23,7 @@ from headstart.report.page import predictions_csv, write_report
 from headstart.runs.folder import new_run_folder, result_of, write_result
 from headstart.runs.history import Run
 from headstart.runs.logger import RunLogger
-from headstart.terminal import Seconds, quiet_libraries, say, say_scores, told
+from headstart.terminal import Seconds, listing, quiet_libraries, say, say_scores
 
 WHERE = ("root", "csv", "source")
 DATA_OPTIONS = ("num_workers", "cache", "cache_dir", "feature_precision", "max_pixels", "batch_size", "strict")
@@ -127,5 +127,5 @@ def difference(trained: Sequence[str], found: Sequence[str]) -> str:
     """Describes how a folder's classes differ from a head's."""
     missing, unknown = sorted(set(trained) - set(found)), sorted(set(found) - set(trained))
     parts = [("missing", missing), ("unknown to the head", unknown)]
-    listed = "; ".join(f"{name}: {told(names, [*missing, *unknown])}" for name, names in parts if names)
+    listed = "; ".join(f"{name}: {listing(names, [*missing, *unknown])}" for name, names in parts if names)
     return f"its classes are not those of the head ({listed or 'another order'}); rename or add the class folders"

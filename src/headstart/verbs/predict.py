@@ -20,14 +20,13 @@ from torch import Tensor
 
 from headstart.data import folders
 from headstart.decoding import MAX_PIXELS
-from headstart.deploy.explain import ClassActivation, overlay
+from headstart.deploy.explain import explainer, overlay
 from headstart.device import device_of
 from headstart.errors import UserError
 from headstart.features.extract import Computed, FeaturePrecision
 from headstart.features.stream import FileStream
 from headstart.files import in_either_form, new_path
 from headstart.model.classifier import TransferClassifier
-from headstart.model.heads import linear_head
 from headstart.parser import OptionParser, add_accelerator, add_checkpoint, parser_of, required
 from headstart.ranges import Count, Positive
 from headstart.terminal import images_bar, quiet_libraries, say
@@ -74,14 +73,15 @@ def predict(options: Sequence[str]) -> dict[str, int]:
                 write(prediction)
                 counts["errors" if prediction.error else "predicted"] += 1
                 advance(1)
-        _finish(counts, given.output, maps)
+        _finish(counts, given.output, f"{maps} ({predictor.method})" if maps else None)
     return counts
 
 
 class Predictor:
     """Maps paths to predictions, in order and in constant memory.
 
-    Each has the ``top_k`` classes; class activation maps are written to the folder ``maps``, if given.
+    Each has the ``top_k`` classes; maps of where the head looks are written to the folder ``maps``, if given, under
+    names that say the ``method``.
     """
 
     def __init__(
@@ -89,7 +89,8 @@ class Predictor:
     ) -> None:
         self.module, self.stream, self.maps = module, stream, maps
         self.top_k = min(top_k, len(module.class_names))
-        self._activation = ClassActivation(stream.backbone, linear_head(module.head).weight.detach()) if maps else None
+        self._explain = explainer(module, stream.backbone) if maps else None
+        self.method = self._explain.method if self._explain else ""
         self._done = 0
 
     def __call__(self, paths: Iterable[str]) -> Iterator[Prediction]:
@@ -102,7 +103,7 @@ class Predictor:
         logits = self.module.head(computed.features)
         probabilities, labels = (logits / self.module.temperature).softmax(dim=1).topk(self.top_k)
         finite = computed.features.isfinite().all(dim=1)
-        heat = self._activation(labels[:, 0]) if self._activation and len(labels) else None
+        heat = self._explain(labels[:, 0]) if self._explain and len(labels) else None
         number = {key: place for place, key in enumerate(computed.rows)}
         for key in computed.keys:
             self._done += 1
@@ -119,8 +120,8 @@ class Predictor:
 
     def _draw(self, path: str, name: str, heat: Tensor) -> None:
         assert self.maps
-        stem, label = (re.sub(r"[^\w.-]+", "_", text)[:60] for text in (Path(path).stem, name))
-        overlay(self.stream.pixels(path), heat).save(self.maps / f"{self._done:06}-{stem}-{label}.png")
+        stem, label, how = (re.sub(r"[^\w.-]+", "_", text)[:60] for text in (Path(path).stem, name, self.method))
+        overlay(self.stream.pixels(path), heat).save(self.maps / f"{self._done:06}-{stem}-{label}-{how}.png")
 
 
 def _parser() -> OptionParser:
@@ -131,7 +132,7 @@ def _parser() -> OptionParser:
     formats = Literal["csv", "jsonl"] | None
     parser.add_argument("--format", type=formats, help="csv or jsonl; None: by the output's suffix, else csv")
     parser.add_argument("--top_k", type=Positive, default=5, help="most probable classes per row")
-    parser.add_argument("--explain", type=str | None, help="new folder for class activation maps, one per file")
+    parser.add_argument("--explain", type=str | None, help="new folder for maps of where the head looks, one per file")
     parser.add_argument("--num_workers", type=Count | None, help="decoding threads; None: one per core, at most 8")
     parser.add_argument("--feature_precision", type=FeaturePrecision, default="auto", help="auto, bf16 or fp32")
     parser.add_argument("--max_pixels", type=Positive, default=MAX_PIXELS, help="pixel limit; larger images are errors")
@@ -213,7 +214,7 @@ def _writer(file: TextIO, output: str | None, form: str | None, top_k: int) -> C
     return write_csv
 
 
-def _finish(counts: dict[str, int], output: str | None, maps: Path | None) -> None:
+def _finish(counts: dict[str, int], output: str | None, maps: str | None) -> None:
     if not counts["predicted"]:
         raise UserError(f"none of the {counts['errors']} files could be read; each row says why")
     say(f"predict: {counts['predicted']} files, and {counts['errors']} that could not be read")
