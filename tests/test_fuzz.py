@@ -33,6 +33,7 @@ BASE = {
 # Values of text, by the end of the option's name; two devices would start this program again.
 TEXT = {
     "ckpt_path": ["{best}", "{last}", "last"],
+    "backbones": ["resnet18,resnet18@random", "resnet18@random", "resnet18,resnet18@bundled", "resnet18,lenet"],
     "backbone": ["resnet18", "timm/test_vit", "squeezenet1_0", "timm/lenet", "lenet"],
     "weights": ["auto", "bundled", "random", "pretrained", "broken.pth"],
     "accelerator": ["auto", "cpu", "gpu", "tpu", "abacus"],

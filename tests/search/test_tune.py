@@ -8,16 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional
 
 from headstart.cli import main
 from headstart.data.loaders import BatchOrder, FeatureLoader
+from headstart.data.module import ImageFolderData
 from headstart.data.splits import Item, folds_of
+from headstart.errors import UserError
 from headstart.features.matrix import Labelled
-from headstart.search.bank import Bank, HeadSettings, Schedule, train_bank
+from headstart.model.backbone import FrozenBackbone
+from headstart.search.backbones import Heads, Trial, best_of, compare
+from headstart.search.bank import Bank, HeadSettings, Schedule, TrainedHead, train_bank
 from headstart.search.exact import accuracy_and_loss, fit_exact
-from support import COLOURS, draw
+from support import COLOURS, draw, newest_run, rows_of
 
 
 @pytest.fixture
@@ -134,6 +139,96 @@ def test_draws_lie_between_the_ends_of_the_grid(mixed):
     assert len({each["lr"] for each in found["settings"]}) == 7
     assert all(0.001 <= each["lr"] <= 0.1 for each in found["settings"])
     assert all(0 <= each["weight_decay"] <= 1 for each in found["settings"])
+
+
+TRIED = [("resnet18", "random"), ("timm/test_resnet", "random")]
+
+
+def test_backbones_are_compared_on_the_same_images(mixed, capsys, monkeypatch):
+    trials = []
+    monkeypatch.setattr("headstart.verbs.tune.best_of", lambda found: trials.extend(found) or best_of(found))
+    options = [f"--data.root={mixed}", "--model.image_size=32", "--trainer.max_epochs=3", "--folds=2", "--tune.draws=2"]
+    found = main(["tune", *options, "--backbones=" + ",".join("@".join(named) for named in TRIED)])
+    rows, out = found["backbones"], capsys.readouterr().out
+    assert [(row["backbone"], row["weights"]) for row in rows] == TRIED
+    assert [(row["width"], round(row["parameters"], 1)) for row in rows] == [(512, 11.2), (96, 0.4)]
+    assert [row["licence"] for row in rows] == [None, "apache-2.0"]
+    assert all(row["milliseconds"] > 0 and row["seconds"] > 0 for row in rows)
+    assert out.count("┃ class") == 2  # the images are counted once, and once more by the final run
+
+    data = ImageFolderData(str(mixed))
+    right = []
+    for trial, named in zip(trials, TRIED, strict=True):
+        data.load(FrozenBackbone(*named, image_size=32), torch.device("cpu"))
+        head = trial.heads.best.head
+        logits = {split: head(data.labelled(split).views[0].whole()).detach().numpy() for split in ("val", "test")}
+        right.append({split: logits[split].argmax(axis=1) == data.labels(split).numpy() for split in logits})
+    for row, own in zip(rows, right, strict=True):
+        for split in ("val", "test"):
+            difference = own[split].astype(float) - right[0][split]
+            error = difference.std(ddof=1) / len(difference) ** 0.5
+            assert row[f"{split}/acc"] == pytest.approx(own[split].mean())
+            assert row[f"{split}/difference"] == pytest.approx(difference.mean())
+            assert row[f"{split}/half_width"] == pytest.approx(stats.t.ppf(0.975, len(difference) - 1) * error)
+
+    winner = best_of(trials)
+    assert winner.heads.best.acc == max(row["val/acc"] for row in rows)
+    recipe = Path(found["recipe"])
+    assert yaml.safe_load(recipe.read_text())["model"] == {
+        "backbone": winner.backbone,
+        "weights": winner.weights,
+        **{name: found["settings"][0][name] for name in ("lr", "weight_decay", "label_smoothing")},
+    }
+    plain = [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
+    assert rows_of(recipe.parent / "backbones.csv") == plain
+    made = yaml.safe_load((newest_run(Path("logs")) / "config.yaml").read_text())["model"]
+    assert (made["backbone"], made["weights"]) == (winner.backbone, winner.weights)
+    assert len(found["folds"]) == 2
+    assert found["result"]["val/acc"] == pytest.approx(found["settings"][0]["val/acc"])
+
+
+def trial(acc: float, loss: float, test: float) -> Trial:
+    head = TrainedHead(torch.nn.Linear(1, 2), acc, loss)
+    right = {"val": torch.tensor([acc, acc]), "test": torch.tensor([test, test])}
+    return Trial("some", "random", Heads([(SETTINGS[0], head)], head, {}), right, 1.0, 1, 1.0, None, 1.0)
+
+
+def test_the_test_never_chooses_the_backbone():
+    trials = [trial(0.7, 0.9, 0.9), trial(0.8, 0.9, 0.5), trial(0.8, 0.8, 0.1), trial(0.8, 0.8, 1.0)]
+    assert best_of(trials) is trials[2]
+
+
+def test_images_that_change_during_the_comparison_stop_it(colours):
+    data, device = ImageFolderData(str(colours)), torch.device("cpu")
+    first = FrozenBackbone(weights="random", image_size=32)
+    data.load(first, device)
+
+    def fit_heads() -> Heads:
+        next(colours.glob("red/*")).unlink()
+        head = TrainedHead(torch.nn.Linear(data.store.backbone.num_features, 3), 1.0, 0.0)
+        return Heads([(SETTINGS[0], head)], head, {})
+
+    with pytest.raises(UserError, match="the images changed"):
+        compare(data, [first, FrozenBackbone("timm/test_resnet", "random", 32)], device, fit_heads)
+
+
+@pytest.mark.parametrize(
+    ("backbones", "said"),
+    [
+        ("", "give names"),
+        ("resnet18,", "give names"),
+        ("resnet18@", "give names"),
+        ("resnet18,lenet", "no such backbone"),
+        ("resnet18@random,resnet18@random", "is there twice"),
+        ("resnet18,resnet18@bundled", "is there twice"),
+        ("resnet18,resnet18@missing.pth", "missing.pth"),
+    ],
+)
+def test_a_mistake_in_the_backbones_is_one_line_before_any_work(backbones, said, colours, own_cache, refused):
+    line = refused("tune", f"--data.root={colours}", "--model.image_size=32", f"--backbones={backbones}")
+    assert said in line
+    assert line.split(": ")[1].startswith("--backbones")
+    assert not own_cache.exists()
 
 
 @pytest.mark.parametrize(

@@ -113,14 +113,11 @@ class ImageData(LightningDataModule):
 
     def load(self, backbone: FrozenBackbone, device: torch.device) -> None:
         """Scans and splits the images, and computes or reads their features; repeated only for another backbone."""
+        before = self.store.items
         if not self.store.load(backbone, device) and self.items:
             return
-        self.store.check_skips()
-        self.items = self._split(self.store.items)
-        say(splits.counts_table(self.items, self.class_names))
-        trained = self.counts("train")
-        if trained.max() > 10 * trained.min().clamp(min=1):
-            say("data: the classes are imbalanced; watch the balanced accuracy, try --model.class_weights=balanced")
+        if not self.items or self.store.items != before:
+            self._split_all()
         if self.store.cache:
             self._features = {split: [self.store.matrix(self.items_in(split)).to(device)] for split in SPLITS}
             for number in range(1, self.views):
@@ -172,6 +169,15 @@ class ImageData(LightningDataModule):
             )
         if val_fraction + test_fraction >= 1:
             raise UserError("--data.val_fraction and --data.test_fraction leave no images to train on; lower them")
+
+    def _split_all(self) -> None:
+        """Splits the readable images, and says how many there are."""
+        self.store.check_skips()
+        self.items = self._split(self.store.items)
+        say(splits.counts_table(self.items, self.class_names))
+        trained = self.counts("train")
+        if trained.max() > 10 * trained.min().clamp(min=1):
+            say("data: the classes are imbalanced; watch the balanced accuracy, try --model.class_weights=balanced")
 
     def _split(self, items: list[Item]) -> list[Item]:
         if self.repeat:

@@ -103,10 +103,12 @@ class TrainCLI(LightningCLI):
             self.resume_from = Path(self.config.ckpt_path)
             self.checkpoint = read_checkpoint(self.resume_from, self.logs)
             self._keep_the_split(Run.of(self.resume_from).splits_file)
-        if self.config.model.backbone == "resnet18":  # the bundled weights are of no other
-            self.config.model.weights = for_data(
-                self.config.model.weights, self.config.data.get("csv") or self.config.data.root
-            )
+        self.config.model.weights = self._weights_of(self.config.model.backbone, self.config.model.weights)
+
+    def _weights_of(self, backbone: str, weights: str) -> str:
+        """The weights for the data at hand: the bundled ones, which know the demo best, are of resnet18 alone."""
+        data = self.config.data
+        return for_data(weights, data.get("csv") or data.root) if backbone == "resnet18" else weights
 
     def _given_data(self) -> Path | None:
         """The data named on the command line; None: the demo, or the data of the run to resume."""

@@ -44,6 +44,11 @@ class TrainedHead:
     loss: float  # validation loss, unsmoothed
     epoch: int = 0  # that epoch, from 0
 
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Its place among others by validation: the lowest is the best."""
+        return -self.acc, self.loss
+
 
 class Bank:
     """H linear heads on the same features, each with its own AdamW settings, trained in one pass.

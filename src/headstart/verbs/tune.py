@@ -5,14 +5,14 @@ import json
 import math
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from pytorch_lightning.cli import LightningArgumentParser
 from rich.table import Table
-from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from headstart.data.splits import check_training, folds_of, labels_of
@@ -21,18 +21,18 @@ from headstart.features.matrix import Labelled
 from headstart.files import csv_bytes, write_atomically
 from headstart.fit.cli import TrainCLI
 from headstart.fit.run import finish, fit, report, test
+from headstart.model.backbone import FrozenBackbone
 from headstart.ranges import Fraction, NonNegative, Positive, Rate
 from headstart.runs.folder import new_run_folder
-from headstart.search.bank import HeadSettings, Schedule, TrainedHead, train_bank
-from headstart.search.exact import accuracy_and_loss, fit_exact
+from headstart.search.backbones import Heads, Trial, best_of, check_backbones, compare, name_and_weights, reported
+from headstart.search.bank import HeadSettings, Schedule, train_bank
+from headstart.search.exact import accuracy_and_loss, best_exact
 from headstart.search.intervals import mean_and_half_width
 from headstart.terminal import Seconds, images_bar, program, quiet_libraries, rank, say
 
 LRS = [0.0003, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03]
 WEIGHT_DECAYS = [0.0, 0.01, 0.1, 1.0]
 LABEL_SMOOTHINGS = [0.0, 0.1]
-# Penalties of the exact optimum, from strong to weak: each fit starts from the previous one.
-PENALTIES = [10.0**-power for power in range(7)]
 SHOWN = 10
 TUNED = "HEADSTART_TUNED"  # environment variable that passes the final run's options to its other processes
 
@@ -56,6 +56,11 @@ class TuneCLI(TrainCLI):
             type=Positive | None,
             help="settings to draw between the grid's ends; None: use the grid",
         )
+        parser.add_argument(
+            "--backbones",
+            type=str | None,
+            help="backbones to compare, such as resnet18,resnet50@random, instead of --model.backbone; None: just that",
+        )
         parser.add_argument("--folds", type=Positive | None, help="number of folds to cross-validate the winner")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -66,6 +71,28 @@ class TuneCLI(TrainCLI):
                 "--ckpt_path: a search cannot be resumed; repeat it, or resume its final run with "
                 f"{program('train')} --ckpt_path=last"
             )
+        self.named: list[tuple[str, str]] = []  # the backbones to compare, with their weights
+        if self.config.backbones is not None:
+            self.named = [
+                (name, self._weights_of(name, weights)) for name, weights in name_and_weights(self.config.backbones)
+            ]
+            self.config.model.backbone, self.config.model.weights = self.named[0]
+
+    def backbones(self) -> Iterator[FrozenBackbone]:
+        """The backbones to compare, one at a time."""
+        yield self.model.backbone
+        yield from (self.backbone(*named) for named in self.named[1:])
+
+    def backbone(self, name: str, weights: str) -> FrozenBackbone:
+        """Another backbone with the options of the first."""
+        options = {name: self.model.hparams[name] for name in ("image_size", "fit", "layers", "mirror")}
+        return FrozenBackbone(name, weights, **options)
+
+    @property
+    def device(self) -> torch.device:
+        """Where features are computed, and heads trained."""
+        device: torch.device = self.trainer.strategy.root_device
+        return device
 
     @property
     def schedule(self) -> Schedule:
@@ -77,7 +104,8 @@ class TuneCLI(TrainCLI):
 def tune(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
     """Trains the grid at once, fits the exact optimum, and trains the winner in a run.
 
-    Returns `settings` (one per head, best first), `exact`, `folds`, the winner's `recipe`, and its `result`.
+    Returns `settings` (one per head, best first), `exact`, `folds`, the rows of `backbones` that were compared, the
+    winner's `recipe`, and its `result`.
     """
     quiet_libraries()
     if rank() > 0:  # a further process of the final run, which Lightning starts with the same command line
@@ -85,6 +113,32 @@ def tune(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
             raise UserError("tune: the search runs in one process; use --trainer.devices instead of torchrun")
         return {"result": _train_winner(json.loads(os.environ[TUNED]), root)}
     cli = TuneCLI(options, root)
+    _check(cli)
+    _load(cli)
+    trials = compare(cli.datamodule, cli.backbones(), cli.device, lambda: _fit_heads(cli)) if cli.named else []
+    best = best_of(trials) if trials else None
+    heads = best.heads if best else _fit_heads(cli)
+    folds = _cross_validate(cli, heads, best) if cli.config.folds else []
+    folder = new_run_folder(cli.logs, f"{cli.name}-tune")
+    common, recipe = _write(folder, cli, heads, best)
+    rows = reported(trials, folder) if trials else []
+    _say_table(heads, folds, folder)
+    winner = [f"--config={common}", f"--config={recipe}"]
+    os.environ[TUNED] = json.dumps(winner)
+    result = _train_winner(winner, root)
+    say(f"recipe:   {recipe}    ({program('train')} --config={recipe})")
+    return {
+        "settings": [vars(settings) | {"val/acc": head.acc, "val/loss": head.loss} for settings, head in heads.ranked],
+        "exact": heads.exact_scores,
+        "folds": folds,
+        "backbones": rows,
+        "recipe": str(recipe),
+        "result": result,
+    }
+
+
+def _check(cli: TuneCLI) -> None:
+    """Refuses, before any work, what the search cannot do."""
     data, config = cli.datamodule, cli.config
     if not data.store.cache:
         raise UserError("--data.cache=false: the search needs cached features; leave the cache on")
@@ -94,29 +148,19 @@ def tune(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
         raise UserError(f"--tune.{empty[0]}=[]: give at least one value, or leave it out")
     if config.folds == 1:
         raise UserError("--folds=1: give 2 or more")
-    data.load(cli.model.backbone, cli.trainer.strategy.root_device)
+    if cli.named:
+        check_backbones(cli.backbones())
+
+
+def _load(cli: TuneCLI) -> None:
+    """Loads the data for the first backbone, or the only one; the search needs training and validation images."""
+    data = cli.datamodule
+    data.load(cli.model.backbone, cli.device)
     check_training(data.items, data.class_names)
     if not data.items_in("val"):
         raise UserError(
             "tune: there is no validation image, but the search chooses by validation; add some to that split"
         )
-    ranked = _train_grid(cli, _settings(config.tune, int(config.seed_everything)))
-    exact = _fit_exact(cli)
-    folds = _cross_validate(cli, ranked[0][0], config.folds) if config.folds else []
-    folder = new_run_folder(cli.logs, f"{cli.name}-tune")
-    common, recipe = _write(folder, cli, ranked)
-    _say_table(ranked, exact, folds, folder)
-    winner = [f"--config={common}", f"--config={recipe}"]
-    os.environ[TUNED] = json.dumps(winner)
-    result = _train_winner(winner, root)
-    say(f"recipe:   {recipe}    ({program('train')} --config={recipe})")
-    return {
-        "settings": [vars(settings) | {"val/acc": found.acc, "val/loss": found.loss} for settings, found in ranked],
-        "exact": exact,
-        "folds": folds,
-        "recipe": str(recipe),
-        "result": result,
-    }
 
 
 def _train_winner(options: Sequence[str], root: Path | None) -> dict[str, Any]:
@@ -144,37 +188,25 @@ def _settings(grid: Any, seed: int) -> list[HeadSettings]:
     return [HeadSettings(draw(grid.lr), draw(grid.weight_decay), draw(grid.label_smoothing)) for _ in range(grid.draws)]
 
 
-def _train_grid(cli: TuneCLI, settings: Sequence[HeadSettings]) -> list[tuple[HeadSettings, TrainedHead]]:
-    """Trains all settings; returns them with their heads, best first by validation accuracy, then by loss."""
-    data = cli.datamodule
-    train, val = data.labelled("train"), data.labelled("val")
+def _fit_heads(cli: TuneCLI) -> Heads:
+    """Trains the grid on the loaded features, and fits the exact optimum."""
+    data, settings = cli.datamodule, _settings(cli.config.tune, int(cli.config.seed_everything))
+    train, val, classes = data.labelled("train"), data.labelled("val"), len(data.class_names)
     with images_bar(f"{len(settings)} heads", len(train) * cli.schedule.epochs) as advance:
-        found = train_bank(settings, train, val, len(data.class_names), cli.schedule, advance)
-    return sorted(zip(settings, found, strict=True), key=lambda pair: (-pair[1].acc, pair[1].loss))
-
-
-def _fit_exact(cli: TuneCLI) -> dict[str, float]:
-    """Scores of the exact optimum at the L2 penalty with the best validation."""
-    data = cli.datamodule
-    train, val = data.labelled("train"), data.labelled("val")
-    head: nn.Linear | None = None
-    best: tuple[tuple[float, float], float, nn.Linear] | None = None
-    for l2 in PENALTIES:
-        head = fit_exact(train, len(data.class_names), l2, head)
-        acc, loss = accuracy_and_loss(head, val)
-        if best is None or (acc, -loss) > best[0]:
-            best = (acc, -loss), l2, head
-    assert best
-    (acc, negative), l2, head = best
-    found = {"l2": l2, "val/acc": acc, "val/loss": -negative}
+        trained = train_bank(settings, train, val, classes, cli.schedule, advance)
+    ranked = sorted(zip(settings, trained, strict=True), key=lambda pair: pair[1].rank)
+    l2, exact = best_exact(train, val, classes)
+    scores = {"l2": l2, "val/acc": exact.acc, "val/loss": exact.loss}
     if data.items_in("test"):
-        found["test/acc"] = accuracy_and_loss(head, data.labelled("test"))[0]
-    return found
+        scores["test/acc"] = accuracy_and_loss(exact.head, data.labelled("test"))[0]
+    return Heads(ranked, exact, scores)
 
 
-def _cross_validate(cli: TuneCLI, settings: HeadSettings, folds: int) -> list[float]:
-    """Accuracy of the settings on each fold of the training and validation images."""
-    data = cli.datamodule
+def _cross_validate(cli: TuneCLI, heads: Heads, best: Trial | None) -> list[float]:
+    """Accuracy of the winner's settings on each fold of the training and validation images."""
+    data, folds, settings = cli.datamodule, cli.config.folds, heads.ranked[0][0]
+    if best:  # of several backbones the last is loaded
+        data.load(cli.backbone(best.backbone, best.weights), cli.device)
     items = data.items_in("train") + data.items_in("val")
     numbers = folds_of(items, folds)
     parts = [[item for item, number in zip(items, numbers, strict=True) if number == part] for part in range(folds)]
@@ -190,8 +222,9 @@ def _cross_validate(cli: TuneCLI, settings: HeadSettings, folds: int) -> list[fl
     return accuracies
 
 
-def _write(folder: Path, cli: TuneCLI, ranked: Sequence[tuple[HeadSettings, TrainedHead]]) -> tuple[Path, Path]:
+def _write(folder: Path, cli: TuneCLI, heads: Heads, best: Trial | None) -> tuple[Path, Path]:
     """Writes the table, a run per head for the HParams tab, the configuration, and the winner's recipe."""
+    ranked = heads.ranked
     columns = [*vars(ranked[0][0]), "val/acc", "val/loss", "epoch"]
     rows = ([*vars(settings).values(), found.acc, found.loss, found.epoch] for settings, found in ranked)
     write_atomically(folder / "heads.csv", csv_bytes([columns, *rows]))
@@ -200,16 +233,16 @@ def _write(folder: Path, cli: TuneCLI, ranked: Sequence[tuple[HeadSettings, Trai
             scores = {"hp/val_acc": found.acc, "hp/val_loss": found.loss}
             events.add_hparams(vars(settings), scores, run_name=f"head{number:03}")
     config = yaml.safe_load(cli.resolved_config())
-    common = {name: value for name, value in config.items() if name not in ("tune", "folds")}
-    recipe = {"model": vars(ranked[0][0])}
+    common = {name: value for name, value in config.items() if name not in ("tune", "folds", "backbones")}
+    backbone = {"backbone": best.backbone, "weights": best.weights} if best else {}
+    recipe = {"model": backbone | vars(ranked[0][0])}
     for name, content in (("config.yaml", common), ("winner.yaml", recipe)):
         write_atomically(folder / name, yaml.safe_dump(content, sort_keys=False).encode())
     return folder / "config.yaml", folder / "winner.yaml"
 
 
-def _say_table(
-    ranked: Sequence[tuple[HeadSettings, TrainedHead]], exact: dict[str, float], folds: Sequence[float], folder: Path
-) -> None:
+def _say_table(heads: Heads, folds: Sequence[float], folder: Path) -> None:
+    ranked, exact = heads.ranked, heads.exact_scores
     title = f"the best {min(SHOWN, len(ranked))} of {len(ranked)} heads, by validation"
     table = Table("lr", "weight decay", "label smoothing", "val/acc", "val/loss", "epoch", title=title)
     for settings, found in ranked[:SHOWN]:
