@@ -333,3 +333,15 @@ def test_predictions_of_a_checkpoint_agree_with_its_cached_features(colours, tra
         with Image.open(colours / path) as image:
             right += model.class_names[int(model.predict(image).argmax())] == name
     assert right / len(tested) == pytest.approx(result["test/acc"])
+
+
+def test_bf16_rows_are_compared_with_bf16(colours, train, capsys, monkeypatch):
+    """Some networks differ from fp32 by more than another image's row may."""
+    options = ["--trainer.max_epochs=1", "--data.feature_precision=bf16"]
+    train(colours, *options)
+    monkeypatch.setattr("headstart.features.cache.PROBE_TOLERANCE", 1e-3)
+    capsys.readouterr()
+    train(colours, *options)
+    shown = capsys.readouterr().out
+    assert "HIT" in shown
+    assert "computed again" not in shown

@@ -29,8 +29,9 @@ from headstart.files import flat, write_atomically
 from headstart.model.backbone import FrozenBackbone, combined, tensor_digests
 from headstart.terminal import images_bar, say, say_all
 
-# Number of cached rows recomputed at each use of a cache, in fp32 without folding, and the tolerance relative to the
-# norm of a row. bf16 differs by up to 1.4 % on torchvision's families, another image by 5 % or more, even at random.
+# Number of cached rows recomputed at each use of a cache, and the tolerance relative to the norm of a row; another
+# image differs by 5 % or more, even at random weights. fp32 rows are recomputed without folding; bf16 rows by the copy
+# that made them, since EfficientNet-Lite0's differ from fp32's by up to 9 %.
 PROBED, PROBE_TOLERANCE = 4, 0.03
 # Another process may prune new shards; the last attempt keeps them in memory.
 ATTEMPTS = 3
@@ -158,9 +159,11 @@ class FeatureCache:
             return True
         picked = set(rows)
         cached = FeatureMatrix([shard for shard in found if not picked.isdisjoint(shard.rows)], rows)
+        device, dtype = backbone.mean.device, getattr(torch, json.loads(self._key)["arithmetic"]["dtype"])
+        probe = backbone if dtype == torch.float32 else backbone.for_extraction(dtype, device)
         with torch.no_grad():
-            pixels = torch.stack([read(row) for row in rows]).to(next(backbone.parameters()).device)
-            now, then = backbone(pixels).cpu(), cached.whole()
+            pixels = torch.stack([read(row) for row in rows]).to(device)
+            now, then = probe(pixels).cpu(), cached.whole()
         return bool(((now - then).norm(dim=1) <= PROBE_TOLERANCE * now.norm(dim=1)).all())
 
     def _discard(self) -> list[Shard]:
