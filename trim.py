@@ -34,7 +34,8 @@ def remove_files(wing: str) -> None:
     """Removes the wing's own files and folders."""
     verbs, others = WINGS[wing]
     own = [PACKAGE / wing, ROOT / "tests" / wing, *(PACKAGE / "verbs" / f"{verb}.py" for verb in verbs)]
-    for path in (*own, *(ROOT / name for name in others)):
+    helps = [PACKAGE / "help" / f"{verb}.txt" for verb in verbs]
+    for path in (*own, *helps, *(ROOT / name for name in others)):
         if path.is_dir():
             shutil.rmtree(path)
         else:

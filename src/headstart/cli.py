@@ -26,6 +26,8 @@ VERBS = {
     "cache": "list, verify or prune the cached features",
 }
 
+HELP = Path(__file__).parent / "help"  # the short help of each command, made by docs/help.py
+
 WORKER_KILLED = (
     "--data.num_workers: a process that decodes images was killed, for lack of memory or shared memory (/dev/shm); "
     "lower it, or decode in the main process with --data.num_workers=0"
@@ -71,6 +73,9 @@ def _run(arguments: list[str], root: Path | None) -> Any:
         return None
     if verb not in VERBS:
         raise UserError(f"headstart {verb}: no such command; headstart --help lists them")
+    if options in (["--help"], ["-h"]) and (short := HELP / f"{verb}.txt").is_file():
+        print(short.read_text(encoding="utf-8"), end="")
+        return None
     # torch takes seconds to import, so a command is imported when it is used.
     run = getattr(import_module(f"headstart.verbs.{verb}"), verb)
     return run(options, root) if verb in ("train", "tune") else run(options)

@@ -8,6 +8,7 @@ it runs in a small form. `export`, `torchvision` and `example` have tests of the
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 import yaml
 from torchvision import models
 
+from headstart.cli import VERBS
 from support import PAGES, REPOSITORY, blocks, draw
 
 (HOOKS,) = (group["hooks"] for group in yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"])
@@ -78,6 +80,22 @@ def test_the_notebook_runs_and_keeps_its_outputs(copy, monkeypatch):
         assert before["source"] == now["source"]
         kinds = [[output["output_type"] for output in cell.get("outputs", [])] for cell in (before, now)]
         assert kinds[0] == kinds[1]
+
+
+def test_the_short_help_is_that_of_the_parsers(copy, run):
+    """Without the lines whose texts are Lightning's and jsonargparse's."""
+
+    def kept() -> dict[str, list[str]]:
+        others = re.compile("  --(trainer[.]|help|config|print_config)")
+        texts = {path.stem: path.read_text().splitlines() for path in (copy / "src/headstart/help").glob("*.txt")}
+        return {verb: [line for line in lines if not others.match(line)] for verb, lines in texts.items()}
+
+    before = kept()
+    assert set(before) == set(VERBS)
+    done = run("python", "docs/help.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert before == kept(), "run `python docs/help.py`"
+    assert all(len(lines) > 3 for lines in before.values())
 
 
 @pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook["id"])
