@@ -86,7 +86,7 @@ def check_data(copy: Path, run: Run) -> None:
 
 def check_verb(copy: Path, run: Run) -> None:
     assert (copy / "classes.txt").read_text() == "0 blue\n1 green\n2 red\n"
-    assert "classes   the class names of a trained head" in run("headstart", "--help").stdout
+    assert "classes   list the class names of a trained head" in run("headstart", "--help").stdout
     assert "--ckpt_path is missing" in run("headstart", "classes").stderr
 
 
