@@ -246,9 +246,9 @@ def test_auto_takes_imagenets_weights_where_they_can_be_had(stand_in_for_imagene
 
 
 def test_auto_is_bundled_for_the_demo_and_official_for_other_backbones(stand_in_for_imagenet, asked):
-    assert for_data("auto", str(DEMO)) == for_data("auto", None) == "bundled"
-    assert for_data("auto", "photos") == "auto"
-    assert for_data("random", str(DEMO)) == "random"
+    assert for_data("resnet18", "auto", str(DEMO)) == for_data("resnet18", "auto", None) == "bundled"
+    assert for_data("resnet18", "auto", "photos") == for_data("resnet50", "auto", str(DEMO)) == "auto"
+    assert for_data("resnet18", "random", str(DEMO)) == "random"
     with pytest.raises(UserError, match="could not be downloaded"):
         FrozenBackbone("resnet50")
     assert len(asked) == 1

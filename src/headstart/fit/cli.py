@@ -106,9 +106,9 @@ class TrainCLI(LightningCLI):
         self.config.model.weights = self._weights_of(self.config.model.backbone, self.config.model.weights)
 
     def _weights_of(self, backbone: str, weights: str) -> str:
-        """The weights for the data at hand: the bundled ones, which know the demo best, are of resnet18 alone."""
+        """The weights for the data at hand."""
         data = self.config.data
-        return for_data(weights, data.get("csv") or data.root) if backbone == "resnet18" else weights
+        return for_data(backbone, weights, data.get("csv") or data.root)
 
     def _given_data(self) -> Path | None:
         """The data named on the command line; None: the demo, or the data of the run to resume."""

@@ -16,6 +16,8 @@ from headstart.model.timm import Timm
 
 FAMILIES: tuple[Family, ...] = (Torchvision(), Timm())
 Layers = Literal["last", "all"]
+# What commands call the arguments of ``FrozenBackbone``, in their order.
+BACKBONE_OPTIONS = ("backbone", "weights", "image_size", "fit", "layers")
 
 
 class FrozenBackbone(nn.Module):

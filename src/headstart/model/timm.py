@@ -37,8 +37,8 @@ class Timm(Family):
         if weights in ("bundled", "imagenet"):
             raise UserError(f"--model.weights={weights}: is not for {name}; use pretrained, random or a path")
         if weights in ("auto", "pretrained"):
-            repository = self._config(name).get("hf_hub_id")
-            return f"pretrained@{_fetched(name, repository, None).parent.name}" if repository else "pretrained"
+            config = self._config(name)
+            return f"pretrained@{_fetched(config, None).parent.name}" if config.get("hf_hub_id") else "pretrained"
         return weights if weights.startswith("pretrained@") else super().resolved(name, weights)
 
     def make(self, name: str, weights: str, image_size: int | None) -> Network:
@@ -46,9 +46,10 @@ class Timm(Family):
         with _reasons(name), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # what `random` means
             net: nn.Module = timm.create_model(_architecture(name), num_classes=0, **_sized(config, image_size))
-        classifier = config["classifier"] if isinstance(config["classifier"], str) else None
+        classifier = config.get("classifier")
+        classifier = classifier if isinstance(classifier, str) else None  # some have two, or none
         if weights != "random":
-            net = self._filled(net, name, weights, image_size, classifier)
+            net = _filled(net, name, weights, image_size, config)
         preprocessing = _preprocessing(timm.data.resolve_model_data_config(net), name, image_size)
         if image_size is None and config["fixed_input_size"] and preprocessing.crop_size > REFERENCE_SIZE:
             times = (preprocessing.crop_size / REFERENCE_SIZE) ** 2
@@ -72,29 +73,6 @@ class Timm(Family):
         config: dict[str, Any] = timm.get_pretrained_cfg(_architecture(name)).to_dict(remove_source=False)
         return config
 
-    def _filled(self, net: nn.Module, name: str, weights: str, image_size: int | None, classifier: str | None) -> Any:
-        """The network with its weights: as they are where they fit, else as timm converts them."""
-        config, source = self._config(name), f"--model.weights={weights}"
-        state = _state(name, weights, config)
-        own = {key: value.shape for key, value in net.state_dict().items()}
-        features = {key: value for key, value in state.items() if classifier is None or classifier not in _parents(key)}
-        if {key: value.shape for key, value in features.items()} == own:
-            net.load_state_dict(features)
-            return net
-        try:
-            net = _timm(name).create_model(
-                _architecture(name),
-                pretrained=True,
-                pretrained_cfg_overlay={"state_dict": state, "custom_load": False, "source": ""},
-                **_sized(config, image_size),
-            )
-        except (RuntimeError, KeyError, ValueError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{source}: does not fit {name} ({reason}); name its --model.backbone") from error
-        net.pretrained_cfg.pop("state_dict", None)  # type: ignore[operator, union-attr]
-        net.reset_classifier(0)  # type: ignore[operator]
-        return net
-
 
 def _timm(name: str) -> Any:
     """The library, imported when one of its networks is used."""
@@ -105,6 +83,31 @@ def _timm(name: str) -> Any:
     return timm
 
 
+def _filled(net: nn.Module, name: str, weights: str, image_size: int | None, config: dict[str, Any]) -> Any:
+    """The network with its weights: as they are where they fit, else as timm converts them."""
+    state = _state(name, weights, config)
+    own = {key: value.shape for key, value in net.state_dict().items()}
+    features = {key: value for key, value in state.items() if not key.startswith(f"{config.get('classifier')}.")}
+    if {key: value.shape for key, value in features.items()} == own:
+        net.load_state_dict(features)
+        return net
+    try:
+        net = _timm(name).create_model(
+            _architecture(name),
+            pretrained=True,
+            pretrained_cfg_overlay={"state_dict": state, "custom_load": False, "source": ""},
+            **_sized(config, image_size),
+        )
+    except (RuntimeError, KeyError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--model.weights={weights}: does not fit {name} ({reason}); name its --model.backbone"
+        ) from error
+    net.pretrained_cfg.pop("state_dict", None)  # type: ignore[operator, union-attr]
+    net.reset_classifier(0)  # type: ignore[operator]
+    return net
+
+
 def _architecture(name: str) -> str:
     return name.removeprefix("timm/")
 
@@ -112,11 +115,6 @@ def _architecture(name: str) -> str:
 def _sized(config: dict[str, Any], image_size: int | None) -> dict[str, int]:
     """How a network that is built for one size of input is built for another; the others take any."""
     return {"img_size": image_size} if image_size and config["fixed_input_size"] else {}
-
-
-def _parents(key: str) -> list[str]:
-    parts = key.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
 @contextmanager
@@ -151,19 +149,20 @@ def _state(name: str, weights: str, config: dict[str, Any]) -> dict[str, Tensor]
         return state_in(weights)
     if config.get("custom_load"):
         raise UserError(f"--model.backbone={name}: its weights are in a form of their own; choose another entry")
-    if repository := config.get("hf_hub_id"):
-        path = _fetched(name, repository, revision)
+    if config.get("hf_hub_id"):
+        path = _fetched(config, revision)
         return tensors_of(path, read_regular(path.resolve()))
     if not config.get("url"):
         raise UserError(f"--model.weights=pretrained: there are none for {name}; use random or a path")
     return official_state(config["url"])
 
 
-def _fetched(name: str, repository: str, revision: str | None) -> Path:
+def _fetched(config: dict[str, Any], revision: str | None) -> Path:
     """The file of weights in the hub's own cache; downloaded by huggingface_hub if it is not there."""
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    repository: str = config["hf_hub_id"]
     for file in FILES:
         try:
             return Path(hf_hub_download(repository, file, revision=revision, local_files_only=True))
@@ -181,8 +180,7 @@ def _fetched(name: str, repository: str, revision: str | None) -> Path:
         except Exception as error:  # the hub's, httpx's and the disk's
             reason = " ".join(str(error).split())[:200]
             break
-        licence = Timm()._config(name).get("license")
-        say_once(f"weights:  {repository}, licence {licence or 'not stated; see its page'}")
+        say_once(f"weights:  {repository}, licence {config.get('license') or 'not stated; see its page'}")
         return path
     wanted = f"{repository}@{revision}" if revision else repository
     raise Unreachable(

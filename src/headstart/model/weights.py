@@ -36,10 +36,10 @@ class Unreachable(UserError):
     """Weights that are neither here nor can be downloaded."""
 
 
-def for_data(weights: str, root: str | None) -> str:
-    """The weights for a folder of images: ``auto`` means the bundled ones for the demo, which they know best."""
+def for_data(backbone: str, weights: str, root: str | None) -> str:
+    """The weights for a folder of images: for the demo, ``auto`` of a resnet18 means the bundled ones."""
     of_demo = root is None or Path(root).expanduser().resolve() == DEMO
-    return "bundled" if weights == "auto" and of_demo else weights
+    return "bundled" if (backbone, weights) == ("resnet18", "auto") and of_demo else weights
 
 
 def imagenet_or_bundled(url: str) -> str:

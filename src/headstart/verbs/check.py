@@ -17,7 +17,7 @@ from headstart.data.store import FeatureStore
 from headstart.device import device_of
 from headstart.errors import UserError
 from headstart.files import csv_bytes, write_atomically
-from headstart.model.backbone import FrozenBackbone
+from headstart.model.backbone import BACKBONE_OPTIONS, FrozenBackbone
 from headstart.model.classifier import TransferClassifier
 from headstart.model.weights import for_data
 from headstart.parser import OptionParser, add_options, add_run, parser_of
@@ -27,7 +27,6 @@ from headstart.terminal import one_line, quiet_libraries, say
 SHOWN = 10
 GROUPED = ("duplicate", "near-duplicate")
 STORE_OPTIONS = ("num_workers", "cache_dir", "feature_precision", "max_pixels")
-BACKBONE_OPTIONS = ("backbone", "weights", "image_size", "fit", "layers")
 SPLIT_OPTIONS = ("val_fraction", "test_fraction", "split_seed", "splits")
 
 
@@ -40,8 +39,7 @@ def check(options: Sequence[str]) -> dict[str, int]:
     given = _parser().parse_args(list(options))
     source = open_source(given.data.root, given.data.csv, given.data.source)
     store = FeatureStore(source, **{name: given.data[name] for name in STORE_OPTIONS})
-    if given.model.backbone == "resnet18":
-        given.model.weights = for_data(given.model.weights, given.data.csv or given.data.root)
+    given.model.weights = for_data(given.model.backbone, given.model.weights, given.data.csv or given.data.root)
     backbone = FrozenBackbone(*(given.model[name] for name in BACKBONE_OPTIONS))
     store.load(backbone, device_of(given.accelerator))
     if not store.items:

@@ -22,7 +22,7 @@ from headstart.fewshot.save import save
 from headstart.fewshot.sources import SourceName, source_of
 from headstart.fewshot.training import make_trainer, meta_train
 from headstart.files import write_atomically
-from headstart.model.backbone import FrozenBackbone, check_frozen, tensor_digests
+from headstart.model.backbone import BACKBONE_OPTIONS, FrozenBackbone, check_frozen, tensor_digests
 from headstart.model.classifier import TransferClassifier
 from headstart.model.weights import for_data
 from headstart.parser import OptionParser, add_options, add_run, parser_of
@@ -41,7 +41,6 @@ DATA_OPTIONS = (
     *("source", "root", "val_episodes", "train_episodes", "batch_size", "val_fraction", "test_fraction"),
     *("split_seed", "episode_seed", "num_workers", "cache_dir", "feature_precision", "max_pixels"),
 )
-BACKBONE_OPTIONS = ("backbone", "weights", "image_size", "fit", "layers")
 HEAD_OPTIONS = ("lr", "metric", "centre", "l2", "inner_lr", "inner_steps", "first_order")
 SIZE_OPTIONS = ("n_way", "k_shot", "n_query", "episodes")
 
@@ -74,8 +73,7 @@ class _Command:
         self.parser, self.given, self.resumed, self.checkpoint = parser, given, resumed, checkpoint
         self.seconds, self.logs = Seconds(), Path(given.logs)
         self.device = device_of(given.accelerator)
-        if given.model.backbone == "resnet18":
-            given.model.weights = for_data(given.model.weights, given.data.root)
+        given.model.weights = for_data(given.model.backbone, given.model.weights, given.data.root)
         self.backbone = FrozenBackbone(*(given.model[name] for name in BACKBONE_OPTIONS))
         given.model.weights = self.backbone.weights  # what `auto` became is in the run's configuration
         self.digests = self.backbone.digests()

@@ -11,6 +11,7 @@ from headstart.errors import UserError
 from headstart.finetune.module import FineTunedClassifier
 from headstart.fit.cli import TrainCLI
 from headstart.fit.run import finish, fit, report, test
+from headstart.model.backbone import BACKBONE_OPTIONS
 from headstart.model.checkpoints import read_checkpoint
 from headstart.model.metrics import defined
 from headstart.runs.history import CONFIG, Run, newest_unfinished
@@ -18,17 +19,7 @@ from headstart.terminal import Seconds, quiet_libraries, say
 
 HEAD = "checkpoints/head.ckpt"  # the head that a run started from, in its folder
 # Settings that fine-tuning inherits from the head; its learning rate does not suit a backbone.
-INHERITED = (
-    "backbone",
-    "weights",
-    "image_size",
-    "fit",
-    "layers",
-    "head",
-    "weight_decay",
-    "label_smoothing",
-    "class_weights",
-)
+INHERITED = (*BACKBONE_OPTIONS, "head", "weight_decay", "label_smoothing", "class_weights")
 # Bytes. The front's cached output takes tens of times the space of features.
 LARGEST_CACHE = 8 * 2**30
 
