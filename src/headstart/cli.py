@@ -75,7 +75,7 @@ def _run(arguments: list[str], root: Path | None) -> Any:
         raise UserError(f"headstart {verb}: no such command; headstart --help lists them")
     if options in (["--help"], ["-h"]) and (short := HELP / f"{verb}.txt").is_file():
         print(short.read_text(encoding="utf-8"), end="")
-        return None
+        sys.exit()  # as the parser does
     # torch takes seconds to import, so a command is imported when it is used.
     run = getattr(import_module(f"headstart.verbs.{verb}"), verb)
     return run(options, root) if verb in ("train", "tune") else run(options)
