@@ -17,7 +17,7 @@ import pytest
 from hypothesis import settings
 
 from headstart.terminal import say_once
-from support import at_most, draw
+from support import TINY, at_most, draw
 
 # The same examples in each run, since luck should not decide whether a change lands.
 # `pytest tests/test_properties.py --hypothesis-profile=default` searches on.
@@ -94,8 +94,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("HEADSTART_CACHE", str(folder / "cache"))
         patched.chdir(folder)
-        options = ["--model.image_size=32", "--report=false", "--trainer.max_epochs=3"]
-        main(["train", f"--data.root={draw(folder / 'colours')}", *options])
+        main(
+            [
+                "train",
+                f"--data.root={draw(folder / 'colours')}",
+                *TINY,
+                "--model.lr=0.1",
+                "--report=false",
+                "--trainer.max_epochs=3",
+            ]
+        )
     return folder
 
 
@@ -112,11 +120,11 @@ def checkpoint(trained: Path, tmp_path: Path, own_cache: Path) -> Path:
 
 @pytest.fixture
 def train(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Trains through the command line, on 32 pixels and without a report, and gives the content of `result.json`."""
+    """Trains through the command line, on a tiny backbone and without a report; gives the content of `result.json`."""
     from headstart.cli import main
 
     def run(root: Path, *options: str) -> dict[str, Any]:
-        defaults = [f"--data.root={root}", "--model.image_size=32", "--report=false"]
+        defaults = [f"--data.root={root}", *TINY, "--report=false"]
         result: dict[str, Any] = main(["train", *defaults, *options])
         return result
 

@@ -33,7 +33,7 @@ from headstart.images import Preprocessing
 from headstart.model import weights
 from headstart.model.classifier import TransferClassifier
 from headstart.model.sealed import SEAL, SealedCheckpointIO, content_digest
-from support import REPOSITORY, at_most, draw, killed_at, newest_run, without_roots_rights
+from support import REPOSITORY, RESNET18, at_most, draw, killed_at, newest_run, without_roots_rights
 
 SMALL = ["--model.image_size=32", "--report=false"]
 
@@ -213,7 +213,7 @@ def test_a_name_that_is_no_unicode_keeps_its_bytes(colours, train):
     for number in range(20):  # in every split
         (colours / f"red/{number:03}.png").rename(colours / "red" / os.fsdecode(b"caf\xe9 %d.png" % number))
     (colours / "green").rename(colours / "grün, \u2028\n")
-    train(colours, "--trainer.max_epochs=8", "--report=true")
+    train(colours, *RESNET18, "--trainer.max_epochs=8", "--report=true")
     run = newest_run()
     assert b"caf\xe9 1.png" in (run / "splits.csv").read_bytes()
     assert "caf\\udce9" in (run / "report.html").read_text()
@@ -249,7 +249,7 @@ def test_a_disk_that_fills_up_during_the_extraction(colours, train, capsys, own_
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))  # a piece of the cache has 120,000 bytes
     try:
-        result = train(colours, "--trainer.max_epochs=8")
+        result = train(colours, *RESNET18, "--trainer.max_epochs=8")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, previous)

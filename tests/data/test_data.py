@@ -19,7 +19,7 @@ from headstart.data.loaders import BatchOrder
 from headstart.data.splits import Item, assign, shared_between_splits
 from headstart.device import quiet_trainer
 from headstart.errors import UserError
-from support import COLOURS, draw, newest_run
+from support import COLOURS, RESNET18, draw, newest_run
 
 
 def items(count: int, labels: int = 2, prefix: bytes = b"") -> list[Item]:
@@ -91,7 +91,7 @@ def setup(data: ImageFolderData) -> ImageFolderData:
 def test_folders_of_ready_splits_are_used_as_they_are(tmp_path, train):
     for split, count, seed in (("train", 12, 0), ("valid", 4, 1), ("test", 5, 2)):
         draw(tmp_path / "data" / split, images=count, seed=seed)
-    result = train(tmp_path / "data", "--trainer.max_epochs=8")
+    result = train(tmp_path / "data", *RESNET18, "--trainer.max_epochs=8")
     assert result["images"] == {"train": 36, "val": 12, "test": 15}
     assert result["test/acc"] == 1.0
 
@@ -336,7 +336,7 @@ def deep_squares(folder: Path, largest: int) -> Path:
 @pytest.mark.fault("10 to 14 bits in 16, and 32 bits")
 def test_a_data_set_of_12_bits_has_one_scale_which_the_checkpoint_keeps(tmp_path, train, capsys):
     folder = deep_squares(tmp_path / "camera", 4095)
-    assert train(folder, "--trainer.max_epochs=8")["test/acc"] == 1.0
+    assert train(folder, *RESNET18, "--trainer.max_epochs=8")["test/acc"] == 1.0
     assert "values up to 4095; 4095 becomes white" in capsys.readouterr().out
     best = newest_run() / "checkpoints/best.ckpt"
     module = TransferClassifier.load_from_checkpoint(best)
@@ -347,7 +347,7 @@ def test_a_data_set_of_12_bits_has_one_scale_which_the_checkpoint_keeps(tmp_path
     other = deep_squares(tmp_path / "darker", 1000)
     main(["evaluate", f"--ckpt_path={best}", f"--data.root={other}", "--report=false"])
     assert "values up to 1000; 4095 becomes white" in capsys.readouterr().out
-    train(folder, "--trainer.max_epochs=9", f"--ckpt_path={best.with_name('last.ckpt')}", "--name=longer")
+    train(folder, *RESNET18, "--trainer.max_epochs=9", f"--ckpt_path={best.with_name('last.ckpt')}", "--name=longer")
     resumed = newest_run(Path("logs")) / "checkpoints/last.ckpt"
     assert torch.load(resumed, weights_only=True)["headstart"]["preprocessing"]["bits"] == 12
 

@@ -19,7 +19,7 @@ from headstart.cli import main
 from headstart.deploy.check import _drawing, check_files
 from headstart.deploy.onnx import to_onnx
 from headstart.verbs import export as exporting
-from support import REPOSITORY
+from support import REPOSITORY, RESNET18, newest_run
 
 
 def images() -> torch.Tensor:
@@ -47,8 +47,10 @@ def test_the_onnx_file_needs_nothing_else(checkpoint):
         torch.testing.assert_close(found, probabilities(checkpoint)[:count], rtol=0, atol=1e-5)
 
 
-def test_torchvision_alone_loads_the_weights(checkpoint):
+def test_torchvision_alone_loads_the_weights(colours, train):
     """The article's own code: a resnet18 with a new fc."""
+    train(colours, *RESNET18, "--trainer.max_epochs=1")
+    checkpoint = newest_run() / "checkpoints/best.ckpt"
     main(["export", f"--ckpt_path={checkpoint}", "--output=resnet18.pth"])
     model = models.resnet18()
     model.fc = nn.Linear(model.fc.in_features, 3)

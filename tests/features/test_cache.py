@@ -20,7 +20,7 @@ from headstart.features.hashes import verify
 from headstart.features.matrix import FeatureMatrix, Labelled, Shard
 from headstart.files import write_atomically
 from headstart.model.backbone import FrozenBackbone
-from support import COLOURS, draw, features, newest_run
+from support import COLOURS, RESNET18, draw, features, newest_run
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_relabelling_and_renaming_compute_nothing(colours, train, seen):
     assert seen() == 0
 
 
-@pytest.mark.parametrize("option", ["--model.image_size=64", "--model.weights=random", "--data.max_pixels=1000000"])
+@pytest.mark.parametrize("option", ["--model.image_size=64", "--model.fit=pad", "--data.max_pixels=1000000"])
 def test_what_the_features_depend_on_is_in_the_key(option, colours, train, seen, capsys):
     once(train, colours)
     seen()
@@ -253,7 +253,7 @@ def test_a_lock_left_by_the_dead_is_taken_over(colours, train, own_cache):
 @pytest.mark.fault("cache folder without permission")
 def test_a_cache_that_cannot_be_written_is_said_once_and_does_without(colours, train, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way, also for root")
-    result = once(train, colours, f"--data.cache_dir={tmp_path / 'file'}", "--trainer.max_epochs=8")
+    result = once(train, colours, *RESNET18, f"--data.cache_dir={tmp_path / 'file'}", "--trainer.max_epochs=8")
     out = capsys.readouterr().out
     assert out.count("cannot be written") == 1
     assert result["test/acc"] == 1.0
@@ -269,7 +269,7 @@ def test_a_disk_that_fills_up_is_said_once_and_does_without(colours, train, caps
         "headstart.features.cache.write_atomically", lambda path, data: path.suffix == ".json" or full(path, data)
     )
     monkeypatch.setattr("os.utime", lambda *args, **kwargs: None)
-    result = once(train, colours, "--trainer.max_epochs=8")
+    result = once(train, colours, *RESNET18, "--trainer.max_epochs=8")
     out = capsys.readouterr().out
     assert out.count("No space left on device") == 1
     assert "bytes" in out
@@ -313,7 +313,7 @@ def test_the_command_lists_verifies_and_prunes(colours, train, own_cache, capsys
     once(train, colours)
     capsys.readouterr()
     assert main(["cache"])["keys"] == 1
-    assert "resnet18" in capsys.readouterr().out
+    assert "timm" in capsys.readouterr().out
     assert main(["cache", "verify"]) == {"pieces": 1, "damaged": 0}
     flip(next(own_cache.glob("features/*/*.safetensors")), random.Random(1))
     assert main(["cache", "verify"])["damaged"] == 1

@@ -246,7 +246,11 @@ def test_the_checkpoint_holds_what_learnt_and_all_verbs_take_it(head, stripes, t
 def test_the_fit_of_a_head_refuses_a_backbone_that_was_fine_tuned(head, refused):
     finetune(head, "--trainer.max_epochs=1")
     best = newest_run() / "checkpoints/best.ckpt"
-    options = f"--config={next(Path('logs/head').iterdir()) / 'config.yaml'}", f"--ckpt_path={best}", "--trainer.max_epochs=3"
+    options = (
+        f"--config={next(Path('logs/head').iterdir()) / 'config.yaml'}",
+        f"--ckpt_path={best}",
+        "--trainer.max_epochs=3",
+    )
     assert "its backbone was fine-tuned; use finetune to resume" in refused("train", *options)
 
 

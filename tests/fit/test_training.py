@@ -12,7 +12,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from headstart import TransferClassifier
-from support import COLOURS, REPOSITORY, draw, killed_at, newest_run
+from support import COLOURS, REPOSITORY, RESNET18, draw, killed_at, newest_run
 
 
 def test_a_separable_problem_is_learnt(colours, train):
@@ -103,7 +103,14 @@ def test_later_configs_win_over_earlier_ones(colours, train, tmp_path):
 @pytest.mark.parametrize("config", ["gpu.yaml", "imagenet.yaml", "smoke.yaml"])
 def test_every_recipe_runs(config, colours, train, stand_in_for_imagenet):
     gpu = ["--trainer.accelerator=cpu", "--trainer.precision=32-true"] if config == "gpu.yaml" else []
-    result = train(colours, f"--config={REPOSITORY / 'configs' / config}", *gpu, "--trainer.max_epochs=2")
+    result = train(
+        colours,
+        "--model.backbone=resnet18",
+        "--model.weights=auto",
+        f"--config={REPOSITORY / 'configs' / config}",
+        *gpu,
+        "--trainer.max_epochs=2",
+    )
     assert 0 <= result["test/acc"] <= 1
 
 
@@ -201,7 +208,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(cached, colours, train):
 
 
 def test_a_checkpoint_predicts_and_trains_on(colours, train):
-    train(colours, "--trainer.max_epochs=5")
+    train(colours, *RESNET18, "--trainer.max_epochs=5")
     checkpoint = newest_run() / "checkpoints/best.ckpt"
     from PIL import Image
 
@@ -209,7 +216,7 @@ def test_a_checkpoint_predicts_and_trains_on(colours, train):
     images = [Image.open(colours / name / "000.png") for name in model.class_names]
     assert model.predict(images).argmax(1).tolist() == [0, 1, 2]
     assert model.predict(images[0]).sum().item() == pytest.approx(1, abs=1e-5)
-    train(colours, f"--ckpt_path={newest_run() / 'checkpoints/last.ckpt'}", "--trainer.max_epochs=7")
+    train(colours, *RESNET18, f"--ckpt_path={newest_run() / 'checkpoints/last.ckpt'}", "--trainer.max_epochs=7")
     assert len(list(Path("logs/colours").iterdir())) == 2
     assert torch.load(newest_run() / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 6
 

@@ -17,7 +17,9 @@ from headstart.model.backbone import check_frozen, combined, tensor_digests
 from headstart.model.checkpoints import FIRST_EDITION
 from headstart.model.families import Torchvision
 from headstart.model.weights import DEMO, SHA256, for_data
-from support import newest_run
+from support import RESNET18, newest_run
+
+AUTO = ("--model.backbone=resnet18", "--model.weights=auto")
 
 
 @pytest.fixture
@@ -219,7 +221,7 @@ def test_auto_takes_the_bundled_weights_where_imagenets_cannot_be_had(
     stand_in_for_imagenet, asked, colours, train, capsys, monkeypatch
 ):
     """It asks once an hour, and never where the environment forbids it; a run keeps what was decided."""
-    assert train(colours, "--trainer.max_epochs=1")["weights"] == "bundled"
+    assert train(colours, *AUTO, "--trainer.max_epochs=1")["weights"] == "bundled"
     assert "the bundled ones, since ImageNet's cannot be had" in capsys.readouterr().out
     config = newest_run() / "config.yaml"
     assert "weights: bundled" in config.read_text()
@@ -237,7 +239,7 @@ def test_auto_takes_the_bundled_weights_where_imagenets_cannot_be_had(
 
 
 def test_auto_takes_imagenets_weights_where_they_can_be_had(stand_in_for_imagenet, colours, train, capsys):
-    result = train(colours, "--trainer.max_epochs=1")
+    result = train(colours, *AUTO, "--trainer.max_epochs=1")
     assert result["weights"] == "imagenet"
     assert "weights:  ImageNet's, from" in capsys.readouterr().out
     best = next(newest_run().glob("checkpoints/best.ckpt"))
@@ -289,7 +291,7 @@ def test_features_of_all_stages(mirror, pixels):
 
 def test_a_head_on_all_stages_through_the_commands(colours, train, refused):
     """Where left and right matter, the features are not averaged over the mirrored image."""
-    train(colours, "--model.layers=all", "--data.flip=false", "--trainer.max_epochs=2")
+    train(colours, *RESNET18, "--model.layers=all", "--data.flip=false", "--trainer.max_epochs=2")
     best = newest_run() / "checkpoints/best.ckpt"
     module = TransferClassifier.load_from_checkpoint(best)
     assert (module.backbone.layers, module.hparams["mirror"]) == ("all", False)

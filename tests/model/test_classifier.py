@@ -10,10 +10,10 @@ from torchvision import models
 
 from headstart import ImageFolderData, TransferClassifier
 from headstart.errors import UserError
-from headstart.model.backbone import combined, tensor_digests
+from headstart.model.backbone import FrozenBackbone, combined, tensor_digests
 from headstart.model.schedule import warmup_cosine
 from headstart.model.sealed import SEAL
-from support import draw
+from support import TINY, draw
 
 
 def trainer(*callbacks: Callback, epochs: int = 2) -> Trainer:
@@ -155,16 +155,18 @@ def test_a_checkpoint_of_something_else_is_refused(change, said, checkpoint, col
     path = altered(checkpoint.with_name("last.ckpt"), change)
     with pytest.raises(UserError, match=said):
         TransferClassifier.load_from_checkpoint(path)
-    options = "--model.image_size=32", "--trainer.max_epochs=4"
+    options = *TINY, "--trainer.max_epochs=4"
     assert said in refused("train", f"--data.root={colours}", f"--ckpt_path={path}", *options)
 
 
 @pytest.mark.fault("checkpoint of another backbone", "checkpoint of other classes")
 def test_other_classes_and_other_weights_are_refused(checkpoint, colours, refused):
     path = checkpoint.with_name("last.ckpt")
-    options = f"--data.root={colours}", "--model.image_size=32", "--trainer.max_epochs=4"
-    line = refused("train", *options, f"--ckpt_path={path}", "--model.weights=random")
-    assert "bundled" in line
+    options = f"--data.root={colours}", *TINY, "--trainer.max_epochs=4"
+    other = FrozenBackbone("timm/test_resnet", "random").net.state_dict()
+    torch.save({name: 2 * value for name, value in other.items()}, "other.pth")
+    line = refused("train", *options, f"--ckpt_path={path}", "--model.weights=other.pth")
+    assert "other.pth" in line
     assert "random" in line
     assert "yellow" in refused("train", *options, f"--ckpt_path={altered(path, set_names)}")
 

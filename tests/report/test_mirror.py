@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from headstart import ImageFolderData, TransferClassifier
 from headstart.report.mirror import MirrorCheck, _swapped, mirror_check_of
-from support import newest_run
+from support import RESNET18, newest_run
 
 
 def arrows(folder: Path, images: int = 24) -> Path:
@@ -30,7 +30,9 @@ def arrows(folder: Path, images: int = 24) -> Path:
 
 @pytest.mark.fault("classes that are each other's mirror image")
 def test_classes_that_a_mirror_swaps_are_named(tmp_path, train, capsys):
-    result = train(arrows(tmp_path / "arrows"), "--report=true", "--trainer.max_epochs=20", "--data.val_fraction=0.4")
+    result = train(
+        arrows(tmp_path / "arrows"), *RESNET18, "--report=true", "--trainer.max_epochs=20", "--data.val_fraction=0.4"
+    )
     assert result["val/acc"] > 0.9
     said = capsys.readouterr().out
     assert "left becomes right, right becomes left" in said
