@@ -32,8 +32,8 @@ from headstart.data.module import ImageData
 from headstart.data.sources import Source
 from headstart.data.splits import Item
 from headstart.decoding import decode
+from headstart.features.arithmetic import BATCH, chosen, dtype_of
 from headstart.features.cache import FeatureCache, cache_key
-from headstart.features.extract import BATCH, feature_dtype
 from headstart.features.matrix import Shard
 from headstart.images import preprocess
 from headstart.search.bank import HeadSettings, Schedule, train_bank
@@ -82,7 +82,8 @@ def row(number: int) -> bytes:
 def cache_of(data: ImageData, backbone: FrozenBackbone) -> FeatureCache:
     cpu, store = torch.device("cpu"), data.store
     backbone.preprocessing.bits = 16  # as for data without images of more bits
-    key = cache_key(backbone, cpu, feature_dtype(store.feature_precision, cpu), store.max_pixels, {"policy": "none"})
+    arithmetic = chosen(store.feature_precision, backbone, cpu, 10**6, store.cache_dir)
+    key = cache_key(backbone, cpu, dtype_of(arithmetic), store.max_pixels, {"policy": "none"})
     return FeatureCache(store.cache_dir, key)
 
 
@@ -148,7 +149,7 @@ def limit(data: ImageFolderData, backbone: FrozenBackbone, count: int = 3200) ->
     from concurrent.futures import ThreadPoolExecutor
 
     cpu = torch.device("cpu")
-    fast = backbone.for_extraction(feature_dtype("auto", cpu), cpu)
+    fast = backbone.for_extraction(dtype_of(chosen("auto", backbone, cpu, 10**6, data.store.cache_dir)), cpu)
     paths = [data.source.path / item.path for item in random.Random(0).sample(data.items, count)]
 
     def pixels(path: Path) -> torch.Tensor:

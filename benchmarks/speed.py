@@ -100,14 +100,15 @@ def limit(data: Path, epochs: int) -> dict[str, Any]:
     import torch.fx.experimental.optimization
 
     from headstart.decoding import decode
-    from headstart.features.extract import feature_dtype
+    from headstart.features.arithmetic import dtype_of, images_per_second
     from headstart.images import preprocess
     from headstart.model.backbone import FrozenBackbone
 
     cpu = torch.device("cpu")
-    dtype = feature_dtype("auto", cpu)
     backbone = FrozenBackbone(weights="random", image_size=SIZE)
-    fast = backbone.for_extraction(dtype, cpu)
+    speeds = images_per_second(backbone)
+    arithmetic = max(speeds, key=speeds.__getitem__)
+    fast = backbone.for_extraction(dtype_of(arithmetic), cpu)
     paths = sorted(path for path in data.rglob("*") if path.is_file())
 
     def pixels(path: Path) -> torch.Tensor:
@@ -126,7 +127,7 @@ def limit(data: Path, epochs: int) -> dict[str, Any]:
         "images through the backbone": len(images),
         "decoding": decoded - started,
         "forward": ended - decoded,
-        "arithmetic": str(dtype),
+        "arithmetic": arithmetic,
     }
 
 

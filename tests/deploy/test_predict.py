@@ -130,7 +130,7 @@ def test_what_cannot_be_done_is_refused(checkpoint, photos, refused):
 def test_the_input_is_read_as_it_is_needed(checkpoint, photos):
     """100,000 files need no more memory than 100: paths are taken a batch at a time."""
     module = TransferClassifier.load_from_checkpoint(checkpoint)
-    predictor = Predictor(module, FileStream(module.backbone, torch.device("cpu")))
+    predictor = Predictor(module, FileStream(module.backbone, torch.device("cpu"), "fp32"))
     taken = 0
 
     def paths():

@@ -14,8 +14,8 @@ from PIL import Image
 from headstart import TransferClassifier
 from headstart.cli import main
 from headstart.data.loaders import BatchOrder, FeatureLoader
+from headstart.features.arithmetic import BATCH
 from headstart.features.cache import FeatureCache, cache_key, chunk_size
-from headstart.features.extract import BATCH
 from headstart.features.hashes import verify
 from headstart.features.matrix import FeatureMatrix, Labelled, Shard
 from headstart.files import write_atomically

@@ -17,7 +17,7 @@ from headstart.data.splits import SPLITS, Item, Repeat, Split
 from headstart.data.store import FeatureStore
 from headstart.decoding import MAX_PIXELS
 from headstart.errors import UserError
-from headstart.features.extract import FeaturePrecision
+from headstart.features.arithmetic import FeaturePrecision
 from headstart.features.matrix import FeatureMatrix, Labelled
 from headstart.images import Augment, Views
 from headstart.model.backbone import FrozenBackbone
@@ -41,7 +41,7 @@ class ImageData(LightningDataModule):
         view_seed: random seed of the augmented views.
         flip: mirror half of the augmented views; false if left and right matter, also for layers=all.
         cache_dir: where to store features; None: $HEADSTART_CACHE, else the user's cache folder.
-        feature_precision: precision of cached features; auto: bf16 if the device computes it fast, else fp32.
+        feature_precision: precision of cached features; auto: the faster of bf16 and fp32.
         val_fraction: fraction of the images used for validation.
         test_fraction: fraction of the images used for testing; 0: no test.
         split_seed: random seed of the split into train, val and test.

@@ -14,8 +14,9 @@ from headstart.data.sources import Source
 from headstart.data.splits import Item
 from headstart.decoding import MAX_PIXELS, UnreadableImage, bits_of
 from headstart.errors import UserError
+from headstart.features.arithmetic import Arithmetic, FeaturePrecision, chosen, dtype_of
 from headstart.features.cache import FeatureCache, cache_key
-from headstart.features.extract import FeaturePrecision, NonFiniteFeatures, feature_dtype
+from headstart.features.extract import NonFiniteFeatures
 from headstart.features.hashes import cache_folder
 from headstart.features.matrix import FeatureMatrix, Key
 from headstart.images import Preprocessing, Views, preprocess
@@ -46,6 +47,7 @@ class FeatureStore:
         self.workers = max(1, min(8, os.cpu_count() or 1) if num_workers is None else num_workers)
         self.cache_dir = cache_folder(cache_dir)
         self.feature_precision: FeaturePrecision = feature_precision
+        self.arithmetic: Arithmetic  # what it is for these images, after ``load``
         self.items: list[Item] = []  # the readable images, after ``load``
         self.skipped: dict[str, str] = {}  # the reason for each other image, by path
         self.seconds = Seconds("scan", "features")
@@ -66,6 +68,7 @@ class FeatureStore:
         self._choose_bits()
         self._say_what_is_cut_off()
         if self.cache:
+            self.arithmetic = chosen(self.feature_precision, backbone, device, len(found), self.cache_dir)
             failures = self._fill({item.digest: item for item in found}, Views(), 0)
             self.skipped |= {item.path: failures[item.digest] for item in found if item.digest in failures}
         else:
@@ -129,9 +132,8 @@ class FeatureStore:
                 raise UserError(f"{items[error.key].path}: its features are not finite; remove it") from error
 
     def _key(self, views: Views) -> dict[str, object]:
-        dtype = feature_dtype(self.feature_precision, self.device)
         described = {"policy": "none"} if views == Views() else asdict(views)
-        return cache_key(self.backbone, self.device, dtype, self.max_pixels, described)
+        return cache_key(self.backbone, self.device, dtype_of(self.arithmetic), self.max_pixels, described)
 
     def _decode_all(self, items: Sequence[Item]) -> None:
         """Finds unreadable images by decoding all once, as the feature extraction does with a cache."""

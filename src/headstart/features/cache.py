@@ -22,7 +22,8 @@ from torch import Tensor
 
 from headstart.decoding import DECODER_VERSION
 from headstart.features import matrix
-from headstart.features.extract import BATCH, Extractor
+from headstart.features.arithmetic import BATCH
+from headstart.features.extract import Extractor
 from headstart.features.hashes import verify
 from headstart.features.matrix import FeatureMatrix, Key, Shard
 from headstart.files import flat, write_atomically

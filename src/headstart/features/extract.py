@@ -6,39 +6,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from headstart.decoding import UnreadableImage
+from headstart.features.arithmetic import BATCH
 from headstart.features.matrix import Key, Shard
 from headstart.model.backbone import FrozenBackbone
 
-FeaturePrecision = Literal["auto", "bf16", "fp32"]
-
-# Features change in their last bits with the batch size, so it is fixed, and the last batch is padded.
-BATCH = 32
 # Batches decoded ahead while an accelerator computes. On a CPU both need the same cores: each batch is decoded by all
 # threads, then computed by all threads, which is faster than competing for the cores.
 BATCHES_AHEAD = 3
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device computes bf16 in hardware; emulated, it is far slower than fp32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-        return any(getattr(torch.cpu, check, bool)() for check in checks)
-    return False
-
-
-def feature_dtype(precision: FeaturePrecision, device: torch.device) -> torch.dtype:
-    """The dtype of the extraction; ``auto`` depends on the device, not on timing."""
-    if precision == "auto":
-        precision = "bf16" if has_fast_bf16(device) else "fp32"
-    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 class NonFiniteFeatures(Exception):

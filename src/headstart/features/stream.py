@@ -9,7 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from headstart.decoding import MAX_PIXELS, UnreadableImage, decode
-from headstart.features.extract import Computed, Extractor, FeaturePrecision, feature_dtype
+from headstart.features.arithmetic import Arithmetic, dtype_of
+from headstart.features.extract import Computed, Extractor
 from headstart.files import Unavailable, patiently, read_regular
 from headstart.images import preprocess
 from headstart.model.backbone import FrozenBackbone
@@ -25,12 +26,12 @@ class FileStream:
         self,
         backbone: FrozenBackbone,
         device: torch.device,
-        precision: FeaturePrecision = "auto",
+        arithmetic: Arithmetic,
         workers: int = 2,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         self._preprocessing, self._max_pixels = backbone.preprocessing, max_pixels
-        self._extractor = Extractor(backbone, self._read, device, feature_dtype(precision, device), workers)
+        self._extractor = Extractor(backbone, self._read, device, dtype_of(arithmetic), workers)
         self.backbone = self._extractor.backbone
 
     def __call__(self, paths: Iterable[str]) -> Iterator[Computed]:

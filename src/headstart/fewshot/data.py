@@ -14,7 +14,7 @@ from headstart.data.splits import SPLITS, Item, Repeat, Split
 from headstart.data.store import FeatureStore
 from headstart.decoding import MAX_PIXELS
 from headstart.errors import UserError
-from headstart.features.extract import FeaturePrecision
+from headstart.features.arithmetic import FeaturePrecision
 from headstart.features.hashes import cache_folder
 from headstart.fewshot.episodes import EpisodeLoader, EpisodeSampler, TaskSize
 from headstart.fewshot.sources import SourceName, classes_of, source_of, split_classes
@@ -45,7 +45,7 @@ class EpisodeData(LightningDataModule):
         episode_seed: seed of the episodes.
         num_workers: threads that decode images; None: one per processor core, at most 8.
         cache_dir: where to keep features; None: $HEADSTART_CACHE, else the user's cache folder.
-        feature_precision: precision of the features; auto: bf16 where the device computes it fast, else fp32.
+        feature_precision: precision of the features; auto: the faster of bf16 and fp32.
         max_pixels: maximum pixels per image; larger images are left out.
     """
 

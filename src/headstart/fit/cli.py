@@ -103,6 +103,8 @@ class TrainCLI(LightningCLI):
             self.resume_from = Path(self.config.ckpt_path)
             self.checkpoint = read_checkpoint(self.resume_from, self.logs)
             self._keep_the_split(Run.of(self.resume_from).splits_file)
+            if self.config.data.feature_precision == "auto":
+                self.config.data.feature_precision = self.checkpoint["headstart"].get("arithmetic") or "auto"
         self.config.model.weights = self._weights_of(self.config.model.backbone, self.config.model.weights)
 
     def _weights_of(self, backbone: str, weights: str) -> str:

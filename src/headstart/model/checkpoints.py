@@ -34,6 +34,7 @@ class HeadModule(LightningModule):
     backbone: FrozenBackbone
     head: nn.Module
     temperature: float  # divides the logits, for calibrated probabilities
+    arithmetic: str | None = None  # of the features that the head was trained on; None: unknown, or without a cache
     learning: Sequence[str] = ()  # backbone tensors that may change in a fit
 
     def remember_backbone(self) -> None:
@@ -57,6 +58,8 @@ class HeadModule(LightningModule):
 
     def on_fit_start(self) -> None:
         check_frozen(self.backbone.digests(), self.digests, but=self.learning)
+        store = getattr(getattr(self.trainer, "datamodule", None), "store", None)
+        self.arithmetic = getattr(store, "arithmetic", None)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
@@ -88,6 +91,7 @@ class HeadModule(LightningModule):
             "temperature": self.temperature,
             "scores": defined(scores),
             "trained_on": self.trained_on,
+            "arithmetic": self.arithmetic,
             "preprocessing": plain(asdict(self.backbone.preprocessing)),
         }
 
@@ -135,7 +139,7 @@ class HeadModule(LightningModule):
                 f"({self.weights_digest[:12]}); use the weights it was trained on"
             )
         self.take_bits(checkpoint)
-        self.temperature = float(made["temperature"])
+        self.temperature, self.arithmetic = float(made["temperature"]), made.get("arithmetic")
         self.finetuned = sorted({*self.finetuned, *tuned})
 
     def take_bits(self, checkpoint: Mapping[str, Any]) -> None:

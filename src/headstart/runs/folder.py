@@ -138,6 +138,9 @@ class RunFolder(Callback):
         assert self.folder
         for path, content in self.kept.items():
             write_atomically(self.folder / path, content)
+        # What `auto` became, so that a run that is resumed or repeated does not choose again.
+        precision = f"feature_precision: {getattr(data.store, 'arithmetic', 'auto')}"
+        self.config = self.config.replace("feature_precision: auto", precision)
         write_atomically(self.folder / CONFIG, self.config.encode())
         write_atomically(self.folder / SPLITS_FILE, splits.to_csv(data.items, data.class_names))
         write_atomically(self.folder / "skipped.csv", csv_bytes([["path", "reason"], *data.store.skipped.items()]))
@@ -187,6 +190,7 @@ def result_of(backbone: FrozenBackbone, data: Any, scores: dict[str, Any], secon
         "weights": backbone.weights,
         "licence": backbone.licence,
         "digest": backbone.digest(),
+        "arithmetic": getattr(data.store, "arithmetic", None),
         "command": command_line(),
         "versions": versions() | dict(backbone.versions),
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 from headstart.data.module import ImageData
 from headstart.data.splits import Split
 from headstart.errors import UserError
-from headstart.features.extract import BATCH, feature_dtype
+from headstart.features.arithmetic import BATCH, dtype_of
 from headstart.files import csv_bytes, write_atomically
 from headstart.model.backbone import FrozenBackbone
 from headstart.search.bank import HeadSettings, TrainedHead
@@ -97,7 +97,7 @@ def compare(
                 _right(heads.best, data),
                 sum(parameter.numel() for parameter in backbone.parameters()) / 1e6,
                 backbone.num_features,
-                milliseconds_per_image(backbone, device, feature_dtype(data.store.feature_precision, device)),
+                milliseconds_per_image(backbone, device, dtype_of(data.store.arithmetic)),
                 backbone.licence,
                 loaded - spent + seconds.with_total()["total"],
             )

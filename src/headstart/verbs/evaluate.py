@@ -13,6 +13,7 @@ from headstart.data.sources import open_source
 from headstart.data.splits import Split, places_of, repeated
 from headstart.device import quiet_trainer
 from headstart.errors import UserError
+from headstart.features.arithmetic import as_trained
 from headstart.files import write_atomically
 from headstart.model.checkpoints import read_checkpoint
 from headstart.model.classifier import TransferClassifier
@@ -49,7 +50,9 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     data = _data(given, checkpoint, module.class_names)
     collector, logger = EvaluationCollector(), RunLogger()
     trainer = quiet_trainer(given.accelerator, callbacks=[collector], logger=logger)
-    data.load(module.backbone, trainer.strategy.root_device)  # before the folder is created, since it may raise
+    device, asked = trainer.strategy.root_device, data.store.feature_precision
+    data.store.feature_precision = as_trained(asked, module.arithmetic, device)
+    data.load(module.backbone, device)  # before the folder is created, since it may raise
     seen = _seen_before(checkpoint, content, data) if given.data.root or given.data.csv else {}
     if seen and given.data.strict:
         raise UserError(f"--data.strict: {len(seen)} of these images were in training or chose the epoch; remove them")

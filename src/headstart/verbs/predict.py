@@ -23,7 +23,9 @@ from headstart.decoding import MAX_PIXELS
 from headstart.deploy.explain import explainer, overlay
 from headstart.device import device_of
 from headstart.errors import UserError
-from headstart.features.extract import Computed, FeaturePrecision
+from headstart.features.arithmetic import FeaturePrecision, as_trained, chosen
+from headstart.features.extract import Computed
+from headstart.features.hashes import cache_folder
 from headstart.features.stream import FileStream
 from headstart.files import in_either_form, new_path
 from headstart.model.classifier import TransferClassifier
@@ -64,7 +66,9 @@ def predict(options: Sequence[str]) -> dict[str, int]:
         paths, total = _inputs(given.paths)
         maps = _empty_folder(given.explain) if given.explain else None
         workers = min(8, os.cpu_count() or 1) if given.num_workers is None else given.num_workers
-        stream = FileStream(module.backbone, device, given.feature_precision, workers, given.max_pixels)
+        precision = as_trained(given.feature_precision, module.arithmetic, device)
+        arithmetic = chosen(precision, module.backbone, device, total or 0, cache_folder())
+        stream = FileStream(module.backbone, device, arithmetic, workers, given.max_pixels)
         predictor = Predictor(module, stream, given.top_k, maps)
         file = stack.enter_context(_open(given.output)) if given.output else rows
         write = _writer(file, given.output, given.format, predictor.top_k)
@@ -134,7 +138,9 @@ def _parser() -> OptionParser:
     parser.add_argument("--top_k", type=Positive, default=5, help="most probable classes per row")
     parser.add_argument("--explain", type=str | None, help="new folder for maps of where the head looks, one per file")
     parser.add_argument("--num_workers", type=Count | None, help="decoding threads; None: one per core, at most 8")
-    parser.add_argument("--feature_precision", type=FeaturePrecision, default="auto", help="auto, bf16 or fp32")
+    parser.add_argument(
+        "--feature_precision", type=FeaturePrecision, default="auto", help="bf16, fp32 or auto: as in training"
+    )
     parser.add_argument("--max_pixels", type=Positive, default=MAX_PIXELS, help="pixel limit; larger images are errors")
     add_accelerator(parser)
     return parser
