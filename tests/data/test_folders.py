@@ -12,7 +12,7 @@ from headstart import FrozenBackbone, ImageFolderData
 from headstart.cli import main
 from headstart.data.folders import split_named
 from headstart.files import in_either_form
-from support import COLOURS, draw
+from support import COLOURS, draw, newest_run
 
 SMALL = ("--model.image_size=32", "--report=false", "--trainer.max_epochs=1")
 SMALL = ("--model.image_size=32", "--report=false", "--trainer.max_epochs=1")
@@ -161,3 +161,23 @@ def test_a_path_is_found_in_either_form(tmp_path, capsys, train):
     (tmp_path / COMPOSED / DECOMPOSED).rename(tmp_path / COMPOSED / "red")
     assert train(tmp_path / DECOMPOSED, "--trainer.max_epochs=1")["skipped"] == 0
     assert in_either_form(Path(os.fsdecode(b"/nowhere/caf\xe9"))) == Path(os.fsdecode(b"/nowhere/caf\xe9"))
+
+
+def test_domains_share_classes_and_are_scored_apart(tmp_path, train, capsys, refused):
+    """A class may be missing from a domain; the splits are those of the images, whatever their domain."""
+    root = draw(tmp_path / "world/photo", images=12)
+    draw(tmp_path / "world/sketch", images=12, seed=1, colours={name: COLOURS[name] for name in ("red", "blue")})
+    result = train(root.parent, "--data.source=domains", "--trainer.max_epochs=2")
+    parts = result["domains"]
+    assert sum(part["images"] for part in parts.values()) == result["images"]["test"]
+    right = sum(part["acc"] * part["images"] for part in parts.values())
+    assert right / result["images"]["test"] == pytest.approx(result["test/acc"])
+    assert result["test/worst_domain_acc"] == min(part["acc"] for part in parts.values())
+    assert "by domain, the worst first" in capsys.readouterr().out
+    best = newest_run() / "checkpoints/best.ckpt"
+    assert main(["evaluate", f"--ckpt_path={best}", "--report=false"])["domains"] == parts
+    again = main(["evaluate", f"--ckpt_path={best}", "--report=false", f"--data.root={root}"])
+    assert "domains" not in again
+    assert "2 of each are needed" in refused("train", "--data.source=domains", f"--data.root={root}")
+    draw(tmp_path / "world/sketch", images=3, seed=2)
+    assert "--data.source=domains if they are domains" in refused("train", f"--data.root={root.parent}")

@@ -182,5 +182,5 @@ def _refuse_two_readings(root: Path, names: Sequence[str]) -> None:
         raise UserError(
             f"{root}: the classes are either {listing(names)}, or {listing(inner)}, which are in each of these; in the "
             "first case put the images directly into the class folders, in the second name the outer folders train, "
-            "val and test; or list the images in --data.csv"
+            "val and test, or give --data.source=domains if they are domains; or list the images in --data.csv"
         )

@@ -224,8 +224,8 @@ class ImageFolderData(ImageData):
 
     Args:
         root: folder of class folders.
-        csv: CSV file that lists images, instead of root; columns: path, label, and optionally split and group.
-        source: kind of data at root: folder, csv, or another key of SOURCES; None: folder.
+        csv: CSV file that lists images, instead of root; columns: path, label, and optionally split, group, domain.
+        source: kind of data at root: folder, domains (folders of class folders), csv, …; None: folder.
         kwargs: as ``ImageData``.
 
     Raises:

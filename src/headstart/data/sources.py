@@ -1,4 +1,4 @@
-"""Sources of images: a folder of class folders, a list in a CSV file, or a dataset.
+"""Sources of images: a folder of class folders, also in several domains, a list in a CSV file, or a dataset.
 
 To add a kind of data, write a ``Source`` and a line in ``SOURCES``; every command then accepts it as ``--data.source``.
 """
@@ -91,6 +91,29 @@ class FolderSource(FileSource):
         ]
 
 
+class DomainSource(FileSource):
+    """A folder of domains, such as photo and sketch, each a folder of class folders; a domain may lack classes."""
+
+    def __init__(self, root: str) -> None:
+        self.root = self.path = folders.existing(root)
+        self._classes = {name: folders.subfolders(self.root / name) for name in folders.subfolders(self.root)}
+        self.class_names = sorted({name for classes in self._classes.values() for name in classes})
+        if len(self._classes) < 2 or len(self.class_names) < 2:
+            raise UserError(
+                f"--data.root={root}: {len(self._classes)} domain(s) with {len(self.class_names)} class(es), but 2 of "
+                "each are needed; give a folder of domains, as in photo/cat/1.jpg and sketch/cat/1.jpg"
+            )
+
+    def listed(self) -> list[Item]:
+        places = [(domain, name) for domain, classes in self._classes.items() for name in classes]
+        found = folders.images_of_classes([self.root / domain / name for domain, name in places])
+        return [
+            Item(path.relative_to(self.root).as_posix(), self.class_names.index(name), domain=domain)
+            for (domain, name), paths in zip(places, found, strict=True)
+            for path in paths
+        ]
+
+
 class ListedSource(FileSource):
     """A given list of images, by their paths below the root."""
 
@@ -103,7 +126,7 @@ class ListedSource(FileSource):
 
 
 class TableSource(ListedSource):
-    """A CSV file that lists images: path (relative to the file), label, and optionally split and group."""
+    """A CSV file that lists images: path (relative to the file), label, and optionally split, group and domain."""
 
     def __init__(self, file: str) -> None:
         path = Path(file).expanduser().resolve()
@@ -179,6 +202,7 @@ class DatasetSource(Source):
 SOURCES: dict[str, Callable[[str], Source]] = {
     "folder": FolderSource,
     "csv": TableSource,
+    "domains": DomainSource,
 }
 
 

@@ -26,13 +26,14 @@ TABLE_ROWS = 24
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """An image: its path, label, content hash, split and group."""
+    """An image: its path, label, content hash, split, group and domain."""
 
     path: str  # relative to the root, with forward slashes; for a dataset, its name and the index
     label: int  # class index
     digest: bytes = b""  # sha256 of its content
     split: Split | None = None  # None until it is assigned
     group: str = ""  # images of a group, such as a burst of one scene, share a split; empty: no group
+    domain: str = ""  # where the image is from, such as photo or sketch: scored apart, and no part of the split
 
 
 def assign(items: Sequence[Item], class_names: Sequence[str], val: float, test: float, seed: int) -> list[Item]:

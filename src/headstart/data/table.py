@@ -1,4 +1,4 @@
-"""Reads a CSV file that lists images with their classes, and optionally their splits and groups."""
+"""Reads a CSV file that lists images with their classes, and optionally their splits, groups and domains."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ NEEDED = ("path", "label")
 
 
 def read_table(file: Path) -> tuple[list[str], list[Item]]:
-    """The sorted class names, and the images, from the columns path and label, and optionally split and group.
+    """The sorted class names, and the images, from the columns path and label, and optionally split, group and domain.
 
     An empty split is assigned by hash; if no image is in val, so are those of train.
     """
@@ -28,7 +28,9 @@ def read_table(file: Path) -> tuple[list[str], list[Item]]:
     number = {label: place for place, label in enumerate(labels)}
     items: dict[str, Item] = {}
     for line, row in enumerate(rows, start=2):
-        item = Item(row["path"], number[row["label"]], split=_split(row, file, line), group=row.get("group") or "")
+        group, domain = row.get("group") or "", row.get("domain") or ""
+        label, split = number[row["label"]], _split(row, file, line)
+        item = Item(row["path"], label, split=split, group=group, domain=domain)
         if items.setdefault(item.path, item) != item:
             raise UserError(f"--data.csv={file}, line {line}: {item.path} is listed twice; keep one")
     return labels, _ready(list(items.values()), file)

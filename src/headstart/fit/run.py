@@ -10,6 +10,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from headstart.errors import UserError
 from headstart.fit.cli import TrainCLI
 from headstart.model.metrics import defined
+from headstart.report.domains import domain_scores, say_domains
 from headstart.runs.history import REPORT
 from headstart.runs.logger import RunLogger
 from headstart.terminal import Seconds, say, say_scores
@@ -66,11 +67,13 @@ def report(cli: TrainCLI, scores: Mapping[str, float], seconds: Seconds) -> None
 
 def finish(cli: TrainCLI, scores: Mapping[str, Any], seconds: Seconds) -> dict[str, Any]:
     """Writes the result, prints the scores and the run's folder; returns the content of ``result.json``."""
-    result = cli.run_folder.finish(cli.trainer, dict(scores), seconds.with_total())
+    found = dict(scores) | domain_scores(cli.collector.evaluation)
+    result = cli.run_folder.finish(cli.trainer, found, seconds.with_total())
     images, seen = result["images"]["train"], result["images_per_epoch"]
     if seen < images - cli.trainer.world_size:
         say(f"fit: an epoch saw {seen} of {images} training images")
     say_scores(result, f"the {cli.chosen.filename} checkpoint's scores")
+    say_domains(result)
     if folder := cli.run_folder.folder:
         say(f"run:      {folder}")
         if (folder / REPORT).exists():

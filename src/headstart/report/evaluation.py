@@ -1,7 +1,7 @@
 """A head's predictions on a split, from which every figure and the report are made."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from typing import Any, cast
@@ -14,6 +14,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error,
 
 from headstart.data.loaders import BatchOrder
 from headstart.data.splits import Item, Split
+from headstart.model.metrics import MeanAUROC
 
 # Maximum images in the embedding projector, evenly spread over the split; only their features are kept.
 MAX_PROJECTED = 2000
@@ -72,6 +73,25 @@ class Evaluation:
             "f1": 2 * right / (true + predicted),
             "images": true,
         }
+
+    def of_domains(self) -> dict[str, "Evaluation"]:
+        """The images of each domain; empty if there are not several."""
+        names = sorted({item.domain for item in self.items})
+        where = {name: torch.tensor([item.domain == name for item in self.items]) for name in names}
+        return {name: self._only(where[name]) for name in names} if len(names) > 1 else {}
+
+    def _only(self, mask: Tensor) -> "Evaluation":
+        """Of the images under a mask, [N] bool; without features."""
+        items = [item for item, kept in zip(self.items, mask.tolist(), strict=True) if kept]
+        labels, logits, none = self.labels[mask], self.logits[mask], torch.empty(0, dtype=torch.long)
+        return replace(self, items=items, labels=labels, logits=logits, projected=none, features=self.features[:0])
+
+    @cached_property
+    def auroc(self) -> float:
+        """Mean area under the one-vs-rest ROC curve over the classes present; NaN if there is only one."""
+        metric = MeanAUROC(len(self.class_names))
+        metric.update(self.probabilities, self.labels)
+        return float(metric.compute())
 
     def calibration_error(self, temperature: float) -> float:
         """Expected calibration error of softmax(logits / temperature), in [0, 1], over 15 bins of confidence."""

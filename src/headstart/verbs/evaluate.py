@@ -19,6 +19,7 @@ from headstart.model.checkpoints import read_checkpoint
 from headstart.model.classifier import TransferClassifier
 from headstart.model.metrics import defined
 from headstart.parser import add_checkpoint, add_options, add_run, parser_of, required
+from headstart.report.domains import domain_scores, say_domains
 from headstart.report.evaluation import Evaluation, EvaluationCollector
 from headstart.report.page import predictions_csv, write_report
 from headstart.runs.folder import new_run_folder, result_of, write_result
@@ -68,9 +69,11 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     with seconds.of("report"):
         report = write_report(folder, evaluation, data, module, scores, logger) if given.report else None
     logger.save()
-    result = result_of(module.backbone, data, scores, seconds.with_total()) | {"checkpoint": str(checkpoint)}
+    result = result_of(module.backbone, data, scores | domain_scores(evaluation), seconds.with_total())
+    result["checkpoint"] = str(checkpoint)
     write_result(folder, result)
     say_scores(result, f"{len(evaluation.items)} images of {data.source.path}")
+    say_domains(result)
     say(f"mistakes: {folder / 'predictions.csv'}")
     if report:
         say(f"report:   {report}")
