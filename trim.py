@@ -21,6 +21,7 @@ PACKAGE = next((ROOT / "src").glob("*/cli.py")).parent
 WINGS = {
     "fewshot": (("fewshot",), ("configs/fewshot.yaml", "benchmarks/fewshot.py", "docs/fewshot.md")),
     "audit": (("check",), ("benchmarks/labels.py",)),
+    "domains": (("domains",), ("benchmarks/domains.py", "docs/domains.md")),
     "deploy": (("predict", "export"), ("docs/deploy.md",)),
     "finetune": (("finetune",), ("benchmarks/finetune.py", "docs/finetune.md")),
 }

@@ -21,6 +21,7 @@ VERBS = {
     "predict": "predict the class of each image file",  # wing: deploy
     "export": "export a trained head as one ONNX file, or as weights for torchvision",  # wing: deploy
     "check": "find duplicates, likely wrong labels, outliers and damaged files in a folder",  # wing: audit
+    "domains": "leave out one domain at a time, and score the head of the others on it",  # wing: domains
     "fewshot": "learn new classes from a few examples each: meta-train, compare, save",  # wing: fewshot
     "runs": "list runs with their scores and the settings that differ between them",
     "cache": "list, verify or prune the cached features",

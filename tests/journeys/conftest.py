@@ -35,10 +35,12 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """The repository as git would hand it out, with a folder of photos in it."""
+    """The repository as git would hand it out, with a folder of photos in it, and one of domains."""
     folder = tmp_path / "headstart"
     subprocess.run(["git", "-C", str(REPOSITORY), "checkout-index", "-a", f"--prefix={folder}/"], check=True)
     draw(folder / "path/to/photos")
+    for seed, domain in enumerate(("photo", "sketch")):
+        draw(folder / "path/to/world" / domain, images=10, seed=seed)
     return folder
 
 

@@ -201,6 +201,13 @@ def test_the_label_benchmark_in_a_small_form(run, copy):
     assert "| headstart check | " in done.stdout
 
 
+@pytest.mark.wing("domains")
+def test_the_domain_benchmark_in_a_small_form(run, copy):
+    done = run("python", "benchmarks/domains.py", "path/to/world", "--model.weights=bundled")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"sketch +headstart [01]\.\d+  scikit-learn [01]\.\d+", done.stdout)
+
+
 @pytest.mark.wing("fewshot")
 def test_the_fewshot_benchmarks_in_a_small_form(run, copy):
     for number in range(16):

@@ -14,9 +14,14 @@ TOLERANCE = 5e-5  # scikit-learn's default is 1e-4
 
 
 def fit_exact(
-    train: Labelled, num_classes: int, l2: float, start: nn.Linear | None = None, tolerance: float = TOLERANCE
+    train: Labelled,
+    num_classes: int,
+    l2: float,
+    start: nn.Linear | None = None,
+    tolerance: float = TOLERANCE,
+    weights: Tensor | None = None,
 ) -> nn.Linear:
-    """Minimizes mean cross entropy + l2 / 2 * |weight|^2 by full-batch L-BFGS.
+    """Minimizes mean cross entropy + l2 / 2 * |weight|^2 by full-batch L-BFGS; ``weights`` are of the images, [N].
 
     Equivalent to scikit-learn's ``LogisticRegression(C=1 / (l2 * N))``; the bias has no penalty. The objective is
     convex; the fit stops where no gradient entry exceeds ``tolerance`` in absolute value. Without ``start`` it starts
@@ -34,14 +39,17 @@ def fit_exact(
         line_search_fn="strong_wolfe",
     )
 
+    weights = torch.ones(len(train)) if weights is None else weights
+    shares = torch.split(weights / weights.sum(), ROWS_AT_ONCE)
+
     def closure() -> Tensor:
         optimizer.zero_grad()
         penalty: Tensor = l2 / 2 * weight.square().sum()
         penalty.backward()  # type: ignore[no-untyped-call]
         total = penalty.detach()
-        for block, truth in train.blocks(ROWS_AT_ONCE):
+        for (block, truth), share in zip(train.blocks(ROWS_AT_ONCE), shares, strict=True):
             logits = functional.linear(block, weight, bias)
-            loss = functional.cross_entropy(logits, truth, reduction="sum") / len(train)
+            loss = (functional.cross_entropy(logits, truth, reduction="none") * share.to(block.device)).sum()
             loss.backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
         return total
@@ -50,12 +58,14 @@ def fit_exact(
     return as_linear(weight.detach(), bias.detach())
 
 
-def best_exact(train: Labelled, val: Labelled, num_classes: int) -> tuple[float, TrainedHead]:
-    """The penalty with the best validation, and the exact optimum at it."""
+def best_exact(
+    train: Labelled, val: Labelled, num_classes: int, weights: Tensor | None = None
+) -> tuple[float, TrainedHead]:
+    """The penalty with the best validation, and the exact optimum at it; ``weights`` are of the training images."""
     head: nn.Linear | None = None
     found = []
     for l2 in PENALTIES:
-        head = fit_exact(train, num_classes, l2, head)
+        head = fit_exact(train, num_classes, l2, head, weights=weights)
         found.append((l2, TrainedHead(head, *accuracy_and_loss(head, val))))
     return min(found, key=lambda pair: pair[1].rank)
 
