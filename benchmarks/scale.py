@@ -1,14 +1,14 @@
 """Sixty thousand images, and a million rows.
 
 usage: python benchmarks/scale.py cifar FOLDER [OPTION ...]
-       python benchmarks/scale.py rows [1000000]
+       python benchmarks/scale.py rows [1000000] [20]
        python benchmarks/scale.py heads
 
 cifar: FOLDER holds train/ and test/ with CIFAR-10's images. Computes all features with the bundled backbone, then
        compares AdamW, the winner of `tune`, L-BFGS, and scikit-learn's LogisticRegression on the same matrix
        (`pip install scikit-learn`).
-rows:  writes the given number of random rows of 512 features as a cache, and trains a 10-epoch head on them through
-       the data module; prints the time and the peak anonymous memory (Linux).
+rows:  writes the given number of random rows of 512 features, of so many classes, as a cache, and trains a 10-epoch
+       head on them through the data module; prints the time and the peak anonymous memory (Linux).
 heads: trains 64 heads at once and one alone on the demo's features, 25 epochs, without a Trainer.
 """
 
@@ -193,6 +193,7 @@ def heads() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "rows":
+        Rows.classes = int(sys.argv[3]) if len(sys.argv) > 3 else 20
         rows(int(sys.argv[2]) if len(sys.argv) > 2 else 1_000_000)
     elif sys.argv[1] == "heads":
         heads()
