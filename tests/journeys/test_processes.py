@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,10 +13,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from headstart.cli import main
 from headstart.features.matrix import Shard
-from support import REPOSITORY, draw, features, newest_run
+from support import REPOSITORY, TINY, draw, features, newest_run
 
-SMALL = ["--model.image_size=32", "--report=false"]
+SMALL = [*TINY, "--report=false"]
 
 
 def child(*options: str) -> subprocess.Popen:
@@ -99,7 +101,7 @@ def test_eight_processes_share_one_cold_cache(programs, tmp_path):
 def test_two_processes_end_with_the_head_of_one(colours, train):
     options = ["--data.feature_precision=fp32", "--trainer.max_epochs=3", "--name=run"]
     one = train(colours, *options, "--logs=one")
-    command = [sys.executable, "-m", "headstart", "train", f"--data.root={colours}", "--model.image_size=32", *options]
+    command = [sys.executable, "-m", "headstart", "train", f"--data.root={colours}", *TINY, *options]
     command += ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu"]
     command += ["--logs=two"]
     environment = os.environ | {"HEADSTART_CACHE": str(Path("other").resolve()), "OMP_NUM_THREADS": "1"}
@@ -118,6 +120,31 @@ def test_two_processes_end_with_the_head_of_one(colours, train):
     events.Reload()
     text = events.Tensors("test/confusion_counts/text_summary")[0].tensor_proto.string_val[0].decode()
     assert sum(int(cell) for line in text.splitlines()[2:] for cell in line.split("|")[2:-1]) == one["images"]["test"]
+
+
+def test_two_hosts_with_one_cache_end_where_one_does(checkpoint, tmp_path):
+    """Fine-tuning from a cold cache, started by torchrun on each host; both are this machine here."""
+    options = ["finetune", f"--ckpt_path={checkpoint}", "--trainer.max_epochs=2", "--report=false", "--name=run"]
+    options += ["--trainer.precision=32-true", "--data.feature_precision=fp32"]
+    one = main([*options, "--logs=one"])
+    with socket.socket() as probe:  # a free port
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"HEADSTART_CACHE": str(tmp_path / "other"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    command += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    options += ["--trainer.num_nodes=2", "--trainer.devices=1", "--trainer.strategy=ddp", "--trainer.accelerator=cpu"]
+    hosts = [[*command, f"--node_rank={rank}", "-m", "--", "headstart", *options, "--logs=two"] for rank in range(2)]
+    pipes = {"stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen(host, env=environment, **pipes) for host in hosts]
+    ended = [(process.communicate(timeout=300)[1], process.returncode) for process in started]
+    assert [status for _, status in ended] == [0, 0], ended
+    (run,) = Path("two/run").iterdir()
+    two = json.loads((run / "result.json").read_text())
+    assert two["test/acc"] == one["test/acc"]
+    assert two["val/loss"] == pytest.approx(one["val/loss"], rel=1e-4)
+    rows = sum(len(Shard.open(path).rows) for path in (tmp_path / "other").glob("features/*/*.safetensors"))
+    assert rows == 60  # each image once, whichever host computed it
 
 
 def test_python_is_as_calm_as_the_command_line(colours):
