@@ -61,7 +61,7 @@ def report(cli: TrainCLI, scores: Mapping[str, float], seconds: Seconds) -> None
         mirror = mirror_check_of(module, data)
         if mirror and mirror.advice:
             say(f"data: {mirror.advice}")
-        curve = learning_curve_of(module, data, cli.trainer.max_epochs) if evaluation.split == "test" else None
+        curve = learning_curve_of(module, data) if evaluation.split == "test" else None
         write_report(folder, evaluation, data, module, scores, logger, curve, mirror)
 
 
