@@ -1,0 +1,70 @@
+"""The verdict on a head: how good it is, beside what is easily had, what it confuses, and what to do next."""
+
+from dataclasses import dataclass
+
+from headstart.report.evaluation import Evaluation
+from headstart.report.learning_curve import LearningCurve
+from headstart.search.intervals import wilson
+from headstart.terminal import program, say
+
+SHOWN = 3  # pairs of classes
+SURE, FEW_SURE, MANY_SURE = 0.9, 3, 0.1  # a confidence, and the number and share of such mistakes that stand out
+WIDE = 0.08  # half of an interval
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the numbers say, in words."""
+
+    accuracy: str
+    usual: str  # what one answer for all would reach
+    confused: str
+    advice: str  # the next step
+
+    def say(self) -> None:
+        """Prints it."""
+        say(f"verdict:  {self.accuracy}; {self.usual}")
+        say(f"confused: {self.confused}")
+        say(f"next:     {self.advice}")
+
+
+def verdict_of(
+    evaluation: Evaluation, curve: LearningCurve | None, data: str, checkpoint: str, weights: str
+) -> Verdict:
+    """The verdict; ``data`` is the option that names the images, for the command of the next step."""
+    images, right = len(evaluation.items), int(evaluation.right.sum())
+    low, high = wilson(right, images)
+    counts = evaluation.confusion.sum(dim=1)
+    largest = int(counts.argmax())
+    share, split = int(counts[largest]) / images, "validation" if evaluation.split == "val" else "test"
+    pairs = [
+        f"{evaluation.class_names[true]} taken for {evaluation.class_names[predicted]} ({number} of {counts[true]})"
+        for true, predicted, number in evaluation.most_confused(SHOWN)
+    ]
+    sure = int((~evaluation.right & (evaluation.confidence >= SURE)).sum())
+    steps = [
+        (right == images, f"try photos from elsewhere: {program('evaluate')} --ckpt_path={checkpoint} --data.root=…"),
+        (low <= share, f"other features: {program('tune')} {data} --backbones=resnet18,efficientnet_b0"),
+        (
+            sure >= max(FEW_SURE, MANY_SURE * (images - right)),
+            f"look at the labels, since {sure} of {images - right} mistakes are {SURE:.0%} sure or more"
+            f": {program('check')} {data}",  # wing: audit
+        ),
+        (bool(curve and curve.rises), curve.advice if curve else ""),
+        (
+            (high - low) / 2 > WIDE,
+            f"more photos, since {images} {split} images tell the accuracy to ± {50 * (high - low):.0f} points only",
+        ),
+        (
+            weights == "bundled",
+            f"other features: {program('train')} {data} --model.weights=imagenet (better for photographs)",
+        ),
+        (True, f"fine-tune the backbone: {program('finetune')} --ckpt_path={checkpoint}"),  # wing: finetune
+        (True, f"other features: {program('tune')} {data} --backbones=resnet18,efficientnet_b0"),
+    ]
+    return Verdict(
+        f"{right / images:.1%} of {images} {split} images are right (95 % interval: {low:.1%} to {high:.1%})",
+        f"always answering {evaluation.class_names[largest]} would be right for {share:.1%}",
+        f"{', '.join(pairs) or 'nothing'}",
+        next(step for fits, step in steps if fits),
+    )
