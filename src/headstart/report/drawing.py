@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999"
 INK = "#222222"  # in SVG, the colour of the page's text
 FONT_SIZE, LINE_HEIGHT = 12, 17
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 520, 52, 508, 10, 320  # of a chart, and of its axes
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 460, 52, 440, 10, 290  # of a chart, and of its axes
 FINER = 2  # pixels are drawn this much finer, so that lines are smooth
 
 

@@ -85,15 +85,20 @@ def learning_curve(data: ImageData) -> LearningCurve:
 def ridge(features: Tensor, labels: Tensor, num_classes: int) -> list[nn.Linear]:
     """Ridge regression of the classes on features [N, D]: a linear head for each penalty.
 
-    One eigendecomposition, of the Gram matrix or the covariance, whichever is smaller, serves all penalties.
+    A class counts as the square root of its images, else small classes would never be predicted. One
+    eigendecomposition, of the Gram matrix or the covariance, whichever is smaller, serves all penalties.
     """
-    mean, device = features.mean(dim=0), features.device
-    centred, targets = features - mean, functional.one_hot(labels.to(device), num_classes).float()
-    shares, dual = targets.mean(dim=0), len(features) < features.shape[1]
+    device = features.device
+    targets = functional.one_hot(labels.to(device), num_classes).float()
+    weights = targets.sum(dim=0).rsqrt()[labels][:, None]
+    weights = weights / weights.mean()
+    mean, shares = (weights * features).mean(dim=0), (weights * targets).mean(dim=0)
+    centred, targets = weights.sqrt() * (features - mean), weights.sqrt() * (targets - shares)
+    dual = len(features) < features.shape[1]
     values, vectors = torch.linalg.eigh((centred @ centred.T if dual else centred.T @ centred).cpu())
     values, vectors = values.clamp(min=0).to(device), vectors.to(device)  # Apple's GPUs have no such decomposition
     axes = centred.T @ vectors if dual else vectors
-    along = vectors.T @ (targets - shares if dual else centred.T @ (targets - shares))
+    along = vectors.T @ (targets if dual else centred.T @ targets)
     found = [axes @ (along / (values + penalty * values.mean() + 1e-12)[:, None]) for penalty in PENALTIES]
     return [as_linear(weight.T.contiguous(), shares - mean @ weight) for weight in found]
 

@@ -141,7 +141,7 @@ def _classes(evaluation: Evaluation, data: ImageData) -> dict[str, Any]:
         taken = names[int(wrong[label].argmax())] if wrong[label].any() else ""
         values = [*(int(of_split[label]) for of_split in counts.values())]
         rows.append((names[label], [*values, *("–" if s != s else f"{s:.3f}" for s in shares), taken]))
-    side = 22 if len(names) <= 30 else 15
+    side, shown = 24 if len(names) <= 30 else 15, [short(names[label]) for label in order]
     place = {label: side * number for number, label in enumerate(order)}
     counted = evaluation.confusion.flatten().sort(descending=True, stable=True)
     cells = [
@@ -157,7 +157,7 @@ def _classes(evaluation: Evaluation, data: ImageData) -> dict[str, Any]:
         if count
     ]
     return {
-        "matrix": {"side": side, "edge": 110, "names": [short(names[label]) for label in order], "cells": cells},
+        "matrix": {"side": side, "edge": 12 + 7 * max(map(len, shown)), "names": shown, "cells": cells},
         "columns": [*counts, "recall", "precision", "F1", "most often taken for"],
         "classes": rows,
         "totals": [*(int(of_split.sum()) for of_split in counts.values()), "", "", "", ""],

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from colorsys import hsv_to_rgb
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
@@ -22,7 +23,7 @@ from headstart.report.evaluation import Evaluation
 from headstart.report.figures import TILES, confusion_figure, tiles_figure
 from headstart.terminal import one_line
 
-SPRITE_SIDE, THUMBNAIL_SIDE = 32, 160
+SPRITE_SIDE, FRAME, THUMBNAIL_SIDE = 32, 2, 160
 MAX_CLASSES_IN_TEXT = 100
 
 
@@ -82,11 +83,14 @@ def confusion_table(evaluation: Evaluation) -> str:
 def _project(
     experiment: Any, evaluation: Evaluation, thumbnail: Callable[[int], Image.Image], num_workers: int
 ) -> None:
-    """The embedding projector: features with picture, class, prediction and whether it is right."""
+    """The embedding projector: features with class, prediction and picture, framed in the class's colour."""
+    classes = len(evaluation.class_names)
 
     def sprite(position: int) -> torch.Tensor:
-        small = thumbnail(position).resize((SPRITE_SIDE, SPRITE_SIDE))
-        drawn: torch.Tensor = functional.to_dtype(functional.pil_to_tensor(small), torch.float32, scale=True)
+        hue = int(evaluation.labels[position]) / classes
+        small = thumbnail(position).resize((SPRITE_SIDE - 2 * FRAME,) * 2)
+        framed = ImageOps.expand(small, FRAME, tuple(round(255 * part) for part in hsv_to_rgb(hue, 0.9, 0.9)))
+        drawn: torch.Tensor = functional.to_dtype(functional.pil_to_tensor(framed), torch.float32, scale=True)
         return drawn
 
     positions = evaluation.projected.tolist()

@@ -47,13 +47,13 @@ def verdict_of(
         (low <= share, f"other features: {program('tune')} {data} --backbones=resnet18,efficientnet_b0"),
         (
             sure >= max(FEW_SURE, MANY_SURE * (images - right)),
-            f"look at the labels, since {sure} of {images - right} mistakes are {SURE:.0%} sure or more"
+            f"look at the labels, since {sure} of {images - right} mistakes are {100 * SURE:.0f} % sure or more"
             f": {program('check')} {data}",  # wing: audit
         ),
-        (bool(curve and curve.rises), curve.advice if curve else ""),
+        (bool(curve and curve.rises), f"add more photos. {curve.advice}" if curve else ""),
         (
             (high - low) / 2 > WIDE,
-            f"more photos, since {images} {split} images tell the accuracy to ± {50 * (high - low):.0f} points only",
+            f"add more photos: {images} {split} images tell the accuracy to ± {50 * (high - low):.0f} points only",
         ),
         (
             weights == "bundled",
@@ -63,8 +63,9 @@ def verdict_of(
         (True, f"other features: {program('tune')} {data} --backbones=resnet18,efficientnet_b0"),
     ]
     return Verdict(
-        f"{right / images:.1%} of {images} {split} images are right (95 % interval: {low:.1%} to {high:.1%})",
-        f"always answering {evaluation.class_names[largest]} would be right for {share:.1%}",
-        f"{', '.join(pairs) or 'nothing'}",
+        f"{100 * right / images:.1f} % of {images} {split} images are right "
+        f"(95 % interval: {100 * low:.1f} to {100 * high:.1f} %)",
+        f"always answering {evaluation.class_names[largest]} would be right for {100 * share:.1f} %",
+        ", ".join(pairs) or "nothing",
         next(step for fits, step in steps if fits),
     )
