@@ -55,14 +55,17 @@ def report(cli: TrainCLI, scores: Mapping[str, float], seconds: Seconds) -> None
     with seconds.of("report"):
         from headstart.report.verdict import verdict_of
 
-        mirror = curve = None
+        mirror, curve, leaks = None, None, ""
         if cli.config.report:
+            from headstart.report.leaks import leaks_of
             from headstart.report.learning_curve import learning_curve_of
             from headstart.report.mirror import mirror_check_of
 
             curve = learning_curve_of(module, data) if evaluation.split == "test" else None
             if (mirror := mirror_check_of(module, data)) and mirror.advice:
                 say(f"data: {mirror.advice}")
+            if leaks := "" if module.finetuned else leaks_of(data):
+                say(f"data: {leaks}")
         where = f"--data.{'csv' if cli.config.data.csv else 'root'}={data.source.path}"
         best = cli.chosen.best_model_path
         verdict = verdict_of(evaluation, curve, where, best, module.backbone.weights)
@@ -70,7 +73,7 @@ def report(cli: TrainCLI, scores: Mapping[str, float], seconds: Seconds) -> None
             from headstart.report.page import write_report
 
             logger = cli.trainer.logger if isinstance(cli.trainer.logger, RunLogger) else None
-            write_report(folder, evaluation, data, module, scores, verdict, logger, curve, mirror, "", cli.changed())
+            write_report(folder, evaluation, data, module, scores, verdict, logger, curve, mirror, leaks, cli.changed())
         verdict.say()
 
 
