@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,15 @@ TILES, TILE_COLUMNS, TILE_SIDE = 24, 6, 128
 
 def evaluation_figures(evaluation: Evaluation) -> dict[str, Drawing]:
     """All charts of an evaluation, by name."""
-    return {
+    drawn = {
         "coverage": coverage_figure(evaluation),
         "reliability": reliability_figure(evaluation),
         "roc": roc_figure(evaluation),
         "precision_recall": precision_recall_figure(evaluation),
     }
+    if domains := evaluation.of_domains():
+        drawn["roc_by_domain"] = domains_figure(domains)
+    return drawn
 
 
 def confusion_figure(evaluation: Evaluation) -> Drawing:
@@ -94,6 +98,16 @@ def roc_figure(evaluation: Evaluation) -> Drawing:
     return _curves_figure(evaluation, curves, "false positive rate", "true positive rate")
 
 
+def domains_figure(domains: Mapping[str, Evaluation]) -> Drawing:
+    """The mean receiver operating characteristic of the classes, in each domain."""
+    series = []
+    for (name, part), colour in zip(domains.items(), cycle((BLUE, *NAMED_COLOURS, GREY)), strict=False):
+        if curves := [np.interp(GRID, *curve) for curve in _one_against_rest(part, multiclass_roc).values()]:
+            mean = _on_grid(np.mean(curves, axis=0))
+            series.append(Series(mean, colour, f"{short(name) or '(none)'}, area {part.auroc:.3f}"))
+    return chart(series, "false positive rate", "true positive rate")
+
+
 def precision_recall_figure(evaluation: Evaluation) -> Drawing:
     """Precision against recall of each class against the rest, and their mean."""
     curves = _one_against_rest(evaluation, multiclass_precision_recall_curve)
@@ -112,7 +126,8 @@ def training_figures(scalars: Mapping[str, Sequence[tuple[int, float]]]) -> dict
         steps = [step for line in series for step, _ in line.points]
         top = max((y for line in series for _, y in line.points if math.isfinite(y)), default=1.0)
         if steps:
-            steps = [min(steps), *(tick for tick in ticks(0, max(steps)) if min(steps) < tick < max(steps)), max(steps)]
+            between = [tick for tick in ticks(0, max(steps)) if min(steps) < tick < 0.9 * max(steps)]
+            steps = [min(steps), *between, max(steps)]
             figures[value] = chart(series, "step", value, (0, 1 if value == "score" else top), steps)
     return figures
 
@@ -154,7 +169,7 @@ def _curves_figure(
     evaluation: Evaluation, curves: Mapping[int, tuple[Tensor, Tensor]], x_name: str, y_name: str
 ) -> Drawing:
     areas = {label: float(torch.trapezoid(y, x)) for label, (x, y) in curves.items()}
-    even = {label: np.interp(GRID, x.numpy(), y.numpy()) for label, (x, y) in curves.items()}
+    even = {label: np.interp(GRID, x, y) for label, (x, y) in curves.items()}
     lowest = sorted(areas, key=areas.__getitem__)[:MAX_CURVES]
     series = [Series(_on_grid(even[label]), f"{GREY}88", width=1) for label in lowest[len(NAMED_COLOURS) :]]
     for label, colour in zip(lowest, NAMED_COLOURS, strict=False):

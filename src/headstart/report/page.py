@@ -40,6 +40,7 @@ TITLES = {
     "reliability": "Reliability: accuracy by confidence",
     "roc": "Receiver operating characteristic",
     "precision_recall": "Precision and recall",
+    "roc_by_domain": "Receiver operating characteristic by domain, mean of the classes",
 }
 Thumbnail = Callable[[int], Image.Image]
 
