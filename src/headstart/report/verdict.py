@@ -25,7 +25,7 @@ class Verdict:
         """Prints it."""
         say(f"verdict:  {self.accuracy}; {self.usual}")
         say(f"confused: {self.confused}")
-        say(f"next:     {self.advice}")
+        say(f"advice:   {self.advice}")
 
 
 def verdict_of(

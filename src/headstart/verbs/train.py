@@ -26,5 +26,5 @@ def train(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
     report(cli, scores, seconds)
     result = finish(cli, scores, seconds)
     if cli.datamodule.source.path == root:
-        say(f"yours:    {program('train')} {OWN_IMAGES}")
+        say(f"next:     {program('train')} {OWN_IMAGES}")
     return result
