@@ -9,17 +9,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_precision_recall_curve, multiclass_roc
+from torchmetrics.functional.classification import binary_precision_recall_curve, binary_roc
 
 from headstart.report.drawing import BLUE, GREEN, GREY, ORANGE, PINK, Box, Drawing, Line, Series, Text, chart, ticks
 from headstart.report.evaluation import CALIBRATION_BINS, Evaluation, evenly_spaced
-from headstart.terminal import one_line
+from headstart.terminal import SCORES, one_line
 
 MAX_CELLS_WITH_NUMBERS, MAX_NAMES = 30, 100
 # The curves with the smallest area are coloured and named; of the others, the lowest are grey.
 NAMED_COLOURS, MAX_CURVES = (ORANGE, GREEN, PINK), 100
-# With more probabilities, curves are drawn at fixed thresholds, which bounds the memory.
-MAX_EXACT = 4_000_000
 GRID, MAX_POINTS = np.linspace(0, 1, 101), 200
 TILES, TILE_COLUMNS, TILE_SIDE = 24, 6, 128
 
@@ -94,7 +92,7 @@ def reliability_figure(evaluation: Evaluation) -> Drawing:
 
 def roc_figure(evaluation: Evaluation) -> Drawing:
     """The receiver operating characteristic of each class against the rest, and their mean."""
-    curves = _one_against_rest(evaluation, multiclass_roc)
+    curves = _one_against_rest(evaluation, binary_roc)
     return _curves_figure(evaluation, curves, "false positive rate", "true positive rate")
 
 
@@ -102,7 +100,7 @@ def domains_figure(domains: Mapping[str, Evaluation]) -> Drawing:
     """The mean receiver operating characteristic of the classes, in each domain."""
     series = []
     for (name, part), colour in zip(domains.items(), cycle((BLUE, *NAMED_COLOURS, GREY)), strict=False):
-        if curves := [np.interp(GRID, *curve) for curve in _one_against_rest(part, multiclass_roc).values()]:
+        if curves := [np.interp(GRID, *curve) for curve in _one_against_rest(part, binary_roc).values()]:
             mean = _on_grid(np.mean(curves, axis=0))
             series.append(Series(mean, colour, f"{short(name) or '(none)'}, area {part.auroc:.3f}"))
     return chart(series, "false positive rate", "true positive rate")
@@ -110,7 +108,7 @@ def domains_figure(domains: Mapping[str, Evaluation]) -> Drawing:
 
 def precision_recall_figure(evaluation: Evaluation) -> Drawing:
     """Precision against recall of each class against the rest, and their mean."""
-    curves = _one_against_rest(evaluation, multiclass_precision_recall_curve)
+    curves = _one_against_rest(evaluation, binary_precision_recall_curve)
     # torchmetrics goes from recall 1 to 0.
     turned = {label: (recall.flip(0), precision.flip(0)) for label, (precision, recall) in curves.items()}
     return _curves_figure(evaluation, turned, "recall", "precision")
@@ -118,11 +116,14 @@ def precision_recall_figure(evaluation: Evaluation) -> Drawing:
 
 def training_figures(scalars: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, Drawing]:
     """Losses and scores by training step: (step, value) pairs by name, such as train/loss and val/acc."""
-    panels = {"loss": ("train/loss", "val/loss"), "score": ("val/acc", "val/balanced_acc", "val/f1", "val/auroc")}
+    panels = {
+        "loss": {"train/loss": "training", "val/loss": "validation"},
+        "score": {f"val/{name}": SCORES[name] for name in ("acc", "balanced_acc", "f1", "auroc")},
+    }
     figures = {}
     for value, names in panels.items():
         colours = zip(names, (BLUE, ORANGE, GREEN, PINK), strict=False)
-        series = [Series(scalars[name], colour, name) for name, colour in colours if scalars.get(name)]
+        series = [Series(scalars[name], colour, names[name]) for name, colour in colours if scalars.get(name)]
         steps = [step for line in series for step, _ in line.points]
         top = max((y for line in series for _, y in line.points if math.isfinite(y)), default=1.0)
         if steps:
@@ -157,12 +158,13 @@ def tiles_figure(
 
 def _one_against_rest(evaluation: Evaluation, curve: Callable[..., Any]) -> dict[int, tuple[Tensor, Tensor]]:
     """The curve's first two coordinates per class, without classes that have no images or all of them."""
-    probabilities, classes = evaluation.probabilities, len(evaluation.class_names)
-    thresholds = None if probabilities.numel() <= MAX_EXACT else 500
-    first, second, _ = curve(probabilities, evaluation.labels, num_classes=classes, thresholds=thresholds)
-    counts = torch.bincount(evaluation.labels, minlength=classes)
-    present = ((counts > 0) & (counts < len(evaluation.labels))).nonzero()[:, 0].tolist()
-    return {label: (first[label], second[label]) for label in present}
+    probabilities, labels = evaluation.probabilities, evaluation.labels
+    found = {}
+    for label, count in enumerate(torch.bincount(labels, minlength=len(evaluation.class_names)).tolist()):
+        if 0 < count < len(labels):
+            first, second, _ = curve(probabilities[:, label], (labels == label).long(), validate_args=False)
+            found[label] = (first, second)
+    return found
 
 
 def _curves_figure(
