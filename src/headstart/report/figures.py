@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.classification import binary_precision_recall_curve, binary_roc
 
-from headstart.report.drawing import BLUE, GREEN, GREY, ORANGE, PINK, Box, Drawing, Line, Series, Text, chart, ticks
+from headstart.report.drawing import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PINK, Drawing, Series, chart, ticks
 from headstart.report.evaluation import CALIBRATION_BINS, Evaluation, evenly_spaced
 from headstart.terminal import SCORES, one_line
 
@@ -42,19 +42,21 @@ def confusion_figure(evaluation: Evaluation) -> Drawing:
     size, shares = len(names), counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
     side, edge = (26, 140) if size <= MAX_CELLS_WITH_NUMBERS else (max(2, min(14, 1200 // size)), 140)
     drawing = Drawing(edge + side * size + 10, edge + side * size + 10)
+    few, far = size <= MAX_CELLS_WITH_NUMBERS, edge + side * size
     for row, column in counts.nonzero().tolist():
-        share, (x, y) = float(shares[row, column]), (edge + side * column, edge + side * row)
-        drawing.marks.append(Box(x, y, side, side, f"{BLUE}{round(40 + 215 * share):02x}"))
-        if size <= MAX_CELLS_WITH_NUMBERS:
-            colour = "#ffffff" if share > 0.5 else "#222222"
-            drawing.marks.append(Text(x + side / 2, y + side / 2, str(int(counts[row, column])), colour=colour))
+        share, x, y = float(shares[row, column]), edge + side * column, edge + side * row
+        drawing.box(x, y, side, side, f"{BLUE}{round(40 + 215 * share):02x}")
+        if few:
+            number, colour = str(int(counts[row, column])), "#ffffff" if share > 0.5 else INK
+            drawing.text(x + side / 2, y + side / 2, number, colour=colour)
     for place, name in enumerate(names if size <= MAX_NAMES else []):
         at = edge + side * (place + 0.5)
-        drawing.marks += [Text(edge - 6, at, name, "end"), Text(at, edge - 6, name, "start", turned=True)]
-    for place in range(size + 1) if size <= MAX_CELLS_WITH_NUMBERS else (0, size):
-        at, far = edge + side * place, edge + side * size
-        drawing.marks += [Line([(edge, at), (far, at)], "#99999955"), Line([(at, edge), (at, far)], "#99999955")]
-    drawing.marks.append(Text(6, 12, "rows: true, columns: predicted", "start"))
+        drawing.text(edge - 6, at, name, "end")
+        drawing.text(at, edge - 6, name, "start", turned=True)
+    for at in range(edge, far + 1, side if few else side * size):
+        drawing.line([(edge, at), (far, at)], FAINT)
+        drawing.line([(at, edge), (at, far)], FAINT)
+    drawing.text(6, 12, "rows: true, columns: predicted", "start")
     return drawing
 
 
@@ -148,8 +150,8 @@ def tiles_figure(
     corners = [(width * (number % TILE_COLUMNS), height * (number // TILE_COLUMNS)) for number in range(len(positions))]
     for position, (x, y) in zip(positions, corners, strict=True):
         row = evaluation.row(position)
-        drawing.marks.append(Text(x, y + TILE_SIDE + 10, f"true: {short(row.true)}", "start"))
-        drawing.marks.append(Text(x, y + TILE_SIDE + 26, f"{short(row.predicted)} {row.confidence:.2f}", "start"))
+        drawing.text(x, y + TILE_SIDE + 10, f"true: {short(row.true)}", "start")
+        drawing.text(x, y + TILE_SIDE + 26, f"{short(row.predicted)} {row.confidence:.2f}", "start")
     image = drawing.image()
     for position, corner in zip(positions, corners, strict=True):
         image.paste(thumbnail(position).resize((TILE_SIDE, TILE_SIDE)), corner)

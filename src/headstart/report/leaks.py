@@ -25,6 +25,6 @@ def leaks_of(data: ImageData) -> str:
         return ""
     held, own = next(iter(leaked.items()))
     return (
-        f"{len(leaked)} validation or test image(s) are almost identical to training images, which inflates scores "
-        f"({items[held].path} to {items[own].path}); keep such images in one split, by the column group of --data.csv"
+        f"{len(leaked)} validation or test image(s) look almost identical to training images ({items[held].path} to "
+        f"{items[own].path}); copies inflate scores, so keep them in one split, by the column group of --data.csv"
     )
