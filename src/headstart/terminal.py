@@ -133,14 +133,12 @@ def score_rows(scores: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     splits = [split for split in SPLIT_NAMES if f"{split}/acc" in scores]
     found = dict.fromkeys(name.split("/")[1] for name in scores if name.startswith(("val/", "test/")))
     names = [*(name for name in SCORES if name in found), *(name for name in found if name not in SCORES)]
-    rows = [(name, [scores.get(f"{split}/{name}") for split in splits]) for name in names]
-    return [
-        ("", [SPLIT_NAMES[split] for split in splits]),
-        *(
-            (SCORES.get(name, name.replace("_", " ")), ["" if value is None else f"{value:.3f}" for value in values])
-            for name, values in rows
-        ),
-    ]
+    rows = [("", [SPLIT_NAMES[split] for split in splits])]
+    for name in names:
+        values = [scores.get(f"{split}/{name}") for split in splits]
+        shown = ["" if value is None else f"{value:.3f}" for value in values]
+        rows.append((SCORES.get(name, name.replace("_", " ")), shown))
+    return rows
 
 
 def say_scores(result: Mapping[str, Any], title: str) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -150,7 +151,8 @@ def test_the_ends_of_an_interval_are_the_shares_that_the_count_just_fits(right, 
 
 
 def advice(evaluation: Evaluation, curve: LearningCurve | None = None, weights: str = "imagenet") -> str:
-    return verdict_of(evaluation, curve, "--data.root=photos", "best.ckpt", weights).advice
+    module = SimpleNamespace(backbone=SimpleNamespace(weights=weights), finetuned=False)
+    return verdict_of(evaluation, curve, module, "--data.root=photos", "best.ckpt").advice
 
 
 def test_the_next_step_fits_the_numbers():

@@ -125,37 +125,28 @@ def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def _thresholds(evaluation: Evaluation) -> list[tuple[int, int]]:
     """The number of images that are at least as probable as 0, 1, …, 100 %, and of right ones among them."""
     percent = (100 * evaluation.confidence).floor().long().clamp(0, 100)
-    counts = [
-        torch.bincount(of, minlength=101).flip(0).cumsum(0).flip(0) for of in (percent, percent[evaluation.right])
-    ]
-    return list(zip(*(count.tolist() for count in counts), strict=True))
+    found = [torch.bincount(each, minlength=101) for each in (percent, percent[evaluation.right])]
+    return list(zip(*(counts.flip(0).cumsum(0).flip(0).tolist() for counts in found), strict=True))
 
 
 def _classes(evaluation: Evaluation, data: ImageData) -> dict[str, Any]:
     """The table of the classes: images, scores, and what each is most often taken for; and the confusion matrix."""
     scores, names, order = evaluation.by_class(), evaluation.class_names, evaluation.by_similarity
     counts = {split: data.counts(split) for split in SPLITS if data.items_in(split)}
-    wrong = evaluation.confusion.clone().fill_diagonal_(0)
-    rows = []
+    wrong, rows = evaluation.confusion.clone().fill_diagonal_(0), []
     for label in order:
         shares = [float(scores[score][label]) for score in ("recall", "precision", "f1")]
         taken = names[int(wrong[label].argmax())] if wrong[label].any() else ""
-        values = [*(int(of_split[label]) for of_split in counts.values())]
-        rows.append((names[label], [*values, *("–" if s != s else f"{s:.3f}" for s in shares), taken]))
+        images = [int(of_split[label]) for of_split in counts.values()]
+        rows.append((names[label], [*images, *("–" if s != s else f"{s:.3f}" for s in shares), taken]))
     side, shown = 24 if len(names) <= 30 else 15, [short(names[label]) for label in order]
     place = {label: side * number for number, label in enumerate(order)}
-    counted = evaluation.confusion.flatten().sort(descending=True, stable=True)
+    largest = evaluation.confusion.flatten().argsort(descending=True, stable=True)[:MAX_CELLS].tolist()
+    pairs = [divmod(cell, len(names)) for cell in largest]
     cells = [
-        {
-            "id": _id(*divmod(cell, len(names))),
-            "about": _about(evaluation, *divmod(cell, len(names))),
-            "count": count,
-            "share": count / int(scores["images"][cell // len(names)]),
-            "x": place[cell % len(names)],
-            "y": place[cell // len(names)],
-        }
-        for count, cell in zip(counted.values[:MAX_CELLS].tolist(), counted.indices[:MAX_CELLS].tolist(), strict=True)
-        if count
+        _cell(evaluation, true, predicted) | {"x": place[predicted], "y": place[true]}
+        for true, predicted in pairs
+        if evaluation.confusion[true, predicted]
     ]
     return {
         "matrix": {"side": side, "edge": 12 + 7 * max(map(len, shown)), "names": shown, "cells": cells},
@@ -165,9 +156,18 @@ def _classes(evaluation: Evaluation, data: ImageData) -> dict[str, Any]:
     }
 
 
+def _cell(evaluation: Evaluation, true: int, predicted: int) -> dict[str, Any]:
+    """A cell of the confusion matrix."""
+    names, count = evaluation.class_names, int(evaluation.confusion[true, predicted])
+    total = int(evaluation.confusion[true].sum())
+    said = f"{names[true]}, right" if true == predicted else f"{names[true]} taken for {names[predicted]}"
+    about = f"{said}: {count} of {total} images"
+    return {"id": f"cell-{true}-{predicted}", "about": about, "count": count, "share": count / total}
+
+
 def _pictures(evaluation: Evaluation, thumbnail: Thumbnail) -> dict[str, Any]:
     """The galleries: the most confused classes, the cells of the confusion matrix, mistakes, the surest."""
-    common = common_folder([item.path for item in evaluation.items])
+    common, room = common_folder([item.path for item in evaluation.items]), MAX_BYTES
 
     def tile(position: int) -> dict[str, Any]:
         row = evaluation.row(position)
@@ -175,18 +175,16 @@ def _pictures(evaluation: Evaluation, thumbnail: Thumbnail) -> dict[str, Any]:
         return {"picture": jpeg(thumbnail(position)), "lines": lines, "path": row.path.removeprefix(common)}
 
     top = [(true, predicted) for true, predicted, _ in evaluation.most_confused(TOP_PAIRS)]
-    galleries = {_id(*cell): _gallery(evaluation, *cell, top=True) for cell in top}
-    size = 0
+    galleries = {cell: _cell(evaluation, *cell) | {"top": True, "tiles": []} for cell in top}
     for position in _by_interest(evaluation, top):
-        true, predicted = int(evaluation.labels[position]), int(evaluation.predicted[position])
-        shown = tile(position)
-        size += len(shown["picture"])
-        if size > MAX_BYTES:
+        cell, shown = (int(evaluation.labels[position]), int(evaluation.predicted[position])), tile(position)
+        room -= len(shown["picture"])
+        if room < 0:
             break
-        found = galleries.setdefault(_id(true, predicted), _gallery(evaluation, true, predicted))
-        found["tiles"].append(shown)
+        galleries.setdefault(cell, _cell(evaluation, *cell) | {"top": False, "tiles": []})["tiles"].append(shown)
     mistakes, surest = (list(map(tile, evaluation.surest(right, TILES))) for right in (False, True))
-    return {"galleries": galleries, "mistakes": mistakes, "surest": surest, "common": common}
+    by_id = {found["id"]: found for found in galleries.values()}
+    return {"galleries": by_id, "mistakes": mistakes, "surest": surest, "common": common}
 
 
 def _by_interest(evaluation: Evaluation, top: Sequence[tuple[int, int]]) -> list[int]:
@@ -199,22 +197,6 @@ def _by_interest(evaluation: Evaluation, top: Sequence[tuple[int, int]]) -> list
         seen[cell] += 1
         found.append((cell not in top or rank >= TOP_PICTURES, rank, cell[0] == cell[1], position))
     return [position for *_, position in sorted(found, key=lambda key: key[:3])[:MAX_PICTURES]]
-
-
-def _gallery(evaluation: Evaluation, true: int, predicted: int, top: bool = False) -> dict[str, Any]:
-    return {"about": _about(evaluation, true, predicted), "top": top, "tiles": []}
-
-
-def _id(true: int, predicted: int) -> str:
-    return f"cell-{true}-{predicted}"
-
-
-def _about(evaluation: Evaluation, true: int, predicted: int) -> str:
-    names, count = evaluation.class_names, int(evaluation.confusion[true, predicted])
-    images = f"{count} of {int(evaluation.confusion[true].sum())} images"
-    if true == predicted:
-        return f"{names[true]}, right: {images}"
-    return f"{names[true]} taken for {names[predicted]}: {images}"
 
 
 def predictions_csv(evaluation: Evaluation) -> bytes:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from headstart.model.classifier import TransferClassifier
 from headstart.report.evaluation import Evaluation
 from headstart.report.learning_curve import LearningCurve
 from headstart.search.intervals import wilson
@@ -29,7 +30,7 @@ class Verdict:
 
 
 def verdict_of(
-    evaluation: Evaluation, curve: LearningCurve | None, data: str, checkpoint: str, weights: str
+    evaluation: Evaluation, curve: LearningCurve | None, module: TransferClassifier, data: str, checkpoint: str
 ) -> Verdict:
     """The verdict; ``data`` is the option that names the images, for the command of the next step."""
     images, right = len(evaluation.items), int(evaluation.right.sum())
@@ -42,25 +43,22 @@ def verdict_of(
         for true, predicted, number in evaluation.most_confused(SHOWN)
     ]
     sure = int((~evaluation.right & (evaluation.confidence >= SURE)).sum())
+    few = f"{images} {split} images tell the accuracy to ± {50 * (high - low):.0f} points only"
+    stronger = f"{program('train')} {data} --model.weights=imagenet (better for photographs)"
+    others = f"other features: {program('tune')} {data} --backbones=resnet18,efficientnet_b0"
     steps = [
         (right == images, f"try photos from elsewhere: {program('evaluate')} --ckpt_path={checkpoint} --data.root=…"),
-        (low <= share, f"other features: {program('tune')} {data} --backbones=resnet18,efficientnet_b0"),
+        (low <= share, others),
         (
             sure >= max(FEW_SURE, MANY_SURE * (images - right)),
             f"look at the labels, since {sure} of {images - right} mistakes are {100 * SURE:.0f} % sure or more"
             f": {program('check')} {data}",  # wing: audit
         ),
         (bool(curve and curve.rises), f"add more photos. {curve.advice}" if curve else ""),
-        (
-            (high - low) / 2 > WIDE,
-            f"add more photos: {images} {split} images tell the accuracy to ± {50 * (high - low):.0f} points only",
-        ),
-        (
-            weights == "bundled",
-            f"other features: {program('train')} {data} --model.weights=imagenet (better for photographs)",
-        ),
-        (True, f"fine-tune the backbone: {program('finetune')} --ckpt_path={checkpoint}"),  # wing: finetune
-        (True, f"other features: {program('tune')} {data} --backbones=resnet18,efficientnet_b0"),
+        ((high - low) / 2 > WIDE, f"add more photos: {few}"),
+        (module.backbone.weights == "bundled", f"other features: {stronger}"),
+        (not module.finetuned, f"fine-tune: {program('finetune')} --ckpt_path={checkpoint}"),  # wing: finetune
+        (True, others),
     ]
     return Verdict(
         f"{100 * right / images:.1f} % of {images} {split} images are right "

@@ -68,7 +68,7 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     scores = {"test/loss_scaled": float(loss)} | scores
     write_atomically(folder / "predictions.csv", predictions_csv(evaluation))
     where = f"--data.{'csv' if given.data.csv else 'root'}={data.source.path}"
-    verdict = verdict_of(evaluation, None, where, str(checkpoint), module.backbone.weights)
+    verdict = verdict_of(evaluation, None, module, where, str(checkpoint))
     verdict.say()
     with seconds.of("report"):
         report = write_report(folder, evaluation, data, module, scores, verdict, logger) if given.report else None
