@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from headstart import FrozenBackbone, ImageFolderData
-from headstart.audit.findings import NEAR, near_groups, rooted
+from headstart.audit.findings import near_groups
 from headstart.audit.labels import FOLDS, losses, out_of_fold
 from headstart.features.matrix import Labelled
 from headstart.search.exact import fit_exact
-from headstart.search.neighbours import neighbours
+from headstart.search.neighbours import NEAR, neighbours, rooted
 from headstart.terminal import quiet_libraries
 
 CHANGED, SEEDS, FIRST = 20, 5, (20, 40, 60)

@@ -115,18 +115,37 @@ class Seconds(dict[str, float]):
         return self | {"total": time.perf_counter() - self._started}
 
 
-def score_rows(scores: Mapping[str, Any], splits: Sequence[str] = ("val", "test")) -> list[tuple[str, list[str]]]:
-    """Each score's name and its values for the splits, empty where missing."""
-    names = dict.fromkeys(name.split("/")[1] for name in scores if name.startswith(("val/", "test/")))
-    rows = [(name, [scores.get(f"{split}/{name}") for split in splits]) for name in names]
-    return [(name, ["" if value is None else f"{value:.3f}" for value in values]) for name, values in rows]
+SCORES = {
+    "acc": "accuracy",
+    "balanced_acc": "balanced accuracy",
+    "f1": "F1, mean of classes",
+    "auroc": "AUROC, mean of classes",
+    "loss": "loss",
+    "calibration_error": "calibration error",
+    "calibration_error_scaled": "calibration error, scaled",
+    "temperature": "temperature",
+}
+SPLIT_NAMES = {"test": "test", "val": "validation"}
+
+
+def score_rows(scores: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """The splits with scores, under an empty name; then each score's name and its values, empty where missing."""
+    splits = [split for split in SPLIT_NAMES if f"{split}/acc" in scores]
+    found = dict.fromkeys(name.split("/")[1] for name in scores if name.startswith(("val/", "test/")))
+    names = [*(name for name in SCORES if name in found), *(name for name in found if name not in SCORES)]
+    rows = [("", [SPLIT_NAMES[split] for split in splits])]
+    for name in names:
+        values = [scores.get(f"{split}/{name}") for split in splits]
+        shown = ["" if value is None else f"{value:.3f}" for value in values]
+        rows.append((SCORES.get(name, name.replace("_", " ")), shown))
+    return rows
 
 
 def say_scores(result: Mapping[str, Any], title: str) -> None:
     """Prints a table of the scores in a run's result, one column per split."""
-    splits = [split for split in ("val", "test") if f"{split}/acc" in result]
+    (_, splits), *rows = score_rows(result)
     table = Table("", *splits, title=title)
-    for name, values in score_rows(result, splits):
+    for name, values in rows:
         table.add_row(name, *values)
     say(table)
 

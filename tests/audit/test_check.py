@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from headstart.audit.findings import near_groups, rooted
+from headstart.audit.findings import near_groups
 from headstart.audit.labels import _folds, losses, out_of_fold
 from headstart.cli import main
-from headstart.search.neighbours import neighbours
+from headstart.search.neighbours import neighbours, rooted
 from support import draw, newest_run
 
 

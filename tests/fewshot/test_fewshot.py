@@ -479,7 +479,7 @@ def test_all_heads_are_compared_on_the_same_episodes(fewshot):
     for row in rows:
         assert float(row["gain"]) == pytest.approx(float(row["acc"]) - baseline[row["k_shot"]], abs=1e-6)
     with Image.open(run / "heads.png") as image:
-        assert image.size == (700, 450)
+        assert np.asarray(image).std() > 10
 
 
 def test_training_on_one_source_and_testing_on_another(fewshot, shapes, tmp_path):

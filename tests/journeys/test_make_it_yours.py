@@ -103,7 +103,7 @@ def check_figure(copy: Path, run: Run) -> None:
     events = EventAccumulator(str(folder))
     events.Reload()
     assert "test/confidence" in events.Tags()["images"]
-    assert 'alt="confidence"' in (folder / "report.html").read_text()
+    assert 'aria-label="confidence"' in (folder / "report.html").read_text()
 
 
 CHECKS = {

@@ -9,7 +9,6 @@ import pytest
 import torch
 import yaml
 from scipy import stats
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional
 
 from headstart.cli import main
@@ -123,9 +122,7 @@ def test_the_search_ends_with_a_run_of_the_winner(mixed, capsys):
     folder = Path(found["recipe"]).parent
     with (folder / "heads.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 4
-    events = EventAccumulator(str(folder / "head000"))
-    events.Reload()
-    assert events.Scalars("hp/val_acc")[0].value == pytest.approx(winner["val/acc"])
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "heads.csv", "winner.yaml"}
     assert "test/acc" in found["exact"]
     out = capsys.readouterr().out
     assert "L-BFGS" in out

@@ -12,11 +12,8 @@ from torch import Tensor
 from headstart.audit.labels import FOLDS, losses, out_of_fold
 from headstart.data.sources import Source
 from headstart.data.splits import Item
-from headstart.search.neighbours import neighbours
+from headstart.search.neighbours import NEAR, neighbours
 
-# Cosine similarity of centred, rooted features. Recompressed, resized and slightly cropped photographs lie above it
-# (0.92 to 0.99 at the 5 % quantile on ants and bees, where no other pair reaches 0.8).
-NEAR = 0.9
 NEIGHBOURS = 5
 # Robust standard deviations below the median similarity to the neighbours.
 OUTLYING = 3.5
@@ -43,6 +40,7 @@ class Finding:
     note: str = ""  # the reason, or a suggestion
     score: float = 1.0  # larger: more certain; for near-duplicates, the similarity
     group: int = 0  # number of the group of duplicates; 0: none
+    near: tuple[str, ...] = ()  # for a label to check, the paths of the most similar images
 
 
 def find(source: Source, skipped: Mapping[str, str], items: Sequence[Item], features: Tensor) -> Iterator[Finding]:
@@ -62,7 +60,7 @@ def find(source: Source, skipped: Mapping[str, str], items: Sequence[Item], feat
     if len(set(labels.tolist())) > 1 and len(items) >= 2 * FOLDS:
         together = [min(group) for group in _membership(near, identical, len(items))]
         logits = out_of_fold(features, labels, len(names), torch.tensor(together))
-        yield from _label_findings(items, labels, logits, names)
+        yield from _label_findings(items, labels, logits, names, found.nearest)
     for number in isolation.argsort(descending=True).tolist():
         if isolation[number] > OUTLYING:
             item = items[number]
@@ -73,14 +71,6 @@ def find(source: Source, skipped: Mapping[str, str], items: Sequence[Item], feat
     for name, count in sorted(zip(names, counts, strict=True), key=lambda pair: pair[1]):
         if count < FEW_IMAGES:
             yield Finding("small class", name, name, note=f"{count} images", score=float(FEW_IMAGES - count))
-
-
-def rooted(features: Tensor) -> Tensor:
-    """The signed square root of features, [N, D]: large values count less, as in the Hellinger kernel.
-
-    Arandjelović and Zisserman, "Three things everyone should know to improve object retrieval", CVPR 2012.
-    """
-    return features.sign() * features.abs().sqrt()
 
 
 def isolations(similarities: Tensor) -> Tensor:
@@ -106,7 +96,9 @@ def near_groups(pairs: Tensor, digests: Sequence[bytes]) -> list[list[int]]:
     return [group for group in groups.values() if len({digests[position] for position in group}) > 1]
 
 
-def _label_findings(items: Sequence[Item], labels: Tensor, logits: Tensor, names: Sequence[str]) -> Iterator[Finding]:
+def _label_findings(
+    items: Sequence[Item], labels: Tensor, logits: Tensor, names: Sequence[str], nearest: Tensor
+) -> Iterator[Finding]:
     """Yields images for which another class is at least as probable as on average for images of that class.
 
     Northcutt et al., "Confident Learning", JAIR 2021; ordered by the out-of-fold loss.
@@ -122,7 +114,8 @@ def _label_findings(items: Sequence[Item], labels: Tensor, logits: Tensor, names
         if doubtful[number]:
             item, name = items[number], names[int(suggested[number])]
             note = f"looks like {name} ({float(best[number]):.2f}, its own class {float(own[number]):.2f})"
-            yield Finding("label", item.path, names[item.label], item.split or "", note, float(doubt[number]))
+            near, score = tuple(items[place].path for place in nearest[number].tolist()), float(doubt[number])
+            yield Finding("label", item.path, names[item.label], item.split or "", note, score, near=near)
 
 
 def _groups(digests: Sequence[bytes]) -> list[list[int]]:

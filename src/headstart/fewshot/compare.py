@@ -2,20 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from headstart.fewshot.episodes import EpisodeSampler
 from headstart.fewshot.heads import HeadName
 from headstart.files import csv_bytes
-from headstart.report.figures import BLUE, GREEN, GREY, ORANGE
+from headstart.report.drawing import BLUE, GREEN, GREY, ORANGE, PINK, Drawing, Series, chart
 from headstart.search.intervals import mean_and_half_width
 
 BASELINE: HeadName = "prototype"
 EPISODES_AT_ONCE = 50
-COLOURS = (BLUE, ORANGE, GREEN, GREY, "#CC79A7", "#56B4E9", "#E69F00")
+COLOURS = (BLUE, ORANGE, GREEN, GREY, PINK, "#56B4E9", "#E69F00")
 
 
 @dataclass(frozen=True)
@@ -57,19 +57,14 @@ def to_csv(rows: Sequence[Compared]) -> bytes:
     return csv_bytes([vars(rows[0]), *(vars(row).values() for row in rows)])
 
 
-def shots_figure(rows: Sequence[Compared]) -> Figure:
+def shots_figure(rows: Sequence[Compared]) -> Drawing:
     """Accuracy against the number of examples per class, with 95 % intervals."""
-    figure = Figure(figsize=(7, 4.5), dpi=100, layout="tight")
-    axes = figure.add_subplot()
-    names = list(dict.fromkeys(row.head for row in rows))
-    for number, name in enumerate(names):
-        points = [(row.k_shot, row.acc, row.ci95) for row in rows if row.head == name]
-        shots, means, widths = zip(*points, strict=True)
-        colour = COLOURS[number % len(COLOURS)]
-        dashes = "--" if name.endswith("(trained)") else "-"
-        axes.errorbar(shots, means, widths, color=colour, linestyle=dashes, marker="o", capsize=3, label=name)
-    axes.set_xticks(sorted({row.k_shot for row in rows}))
-    axes.set(xlabel="examples per class", ylabel="accuracy on new classes")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
-    return figure
+    series = []
+    for name, colour in zip(dict.fromkeys(row.head for row in rows), cycle(COLOURS), strict=False):
+        own = [row for row in rows if row.head == name]
+        series.append(Series([(row.k_shot, row.acc) for row in own], colour, name, dots=True))
+        ends = [[(row.k_shot, row.acc + row.ci95), (row.k_shot, row.acc - row.ci95)] for row in own]
+        series += [Series(points, colour, width=1) for points in ends]
+    heights = [y for line in series for _, y in line.points]
+    shots = sorted({row.k_shot for row in rows})
+    return chart(series, "examples per class", "accuracy on new classes", (min(heights), max(heights)), shots)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import LearningRateMonitor, Timer
@@ -16,6 +17,7 @@ from headstart.data.module import ImageFolderData
 from headstart.data.splits import Repeat, repeated
 from headstart.device import COMMON
 from headstart.errors import UserError
+from headstart.files import flat
 from headstart.model.checkpoints import read_checkpoint
 from headstart.model.classifier import TransferClassifier
 from headstart.model.sealed import BEST, RunCheckpoint, SealedCheckpointIO, run_checkpoints
@@ -215,6 +217,12 @@ class TrainCLI(LightningCLI):
                 config.data[option] = str(Path(config.data[option]).expanduser().resolve())
         config.name, config.ckpt_path = self.name, str(self.init_from) if self.init_from else None
         return str(self.parser.dump(config, skip_none=False))
+
+    def changed(self) -> dict[str, Any]:
+        """The settings that differ from the defaults, by dotted name."""
+        defaults = flat(self.parser.get_defaults(skip_validation=True).as_dict())
+        config = flat(yaml.safe_load(self.resolved_config()))
+        return {name: value for name, value in config.items() if value != defaults.get(name)}
 
     def kept(self) -> dict[str, bytes]:
         """Files to copy into a new run's folder, by path in it.

@@ -48,21 +48,32 @@ def test(cli: TrainCLI, seconds: Seconds) -> dict[str, Any]:
 
 
 def report(cli: TrainCLI, scores: Mapping[str, float], seconds: Seconds) -> None:
-    """Draws the figures for TensorBoard and the report; skipped in dry runs and on ranks other than zero."""
+    """Says the verdict, and draws the figures for TensorBoard and the page; not in dry runs, and on rank zero only."""
     folder, evaluation, module, data = cli.run_folder.folder, cli.collector.evaluation, cli.model, cli.datamodule
-    logger = cli.trainer.logger if isinstance(cli.trainer.logger, RunLogger) else None
+    if folder is None or evaluation is None:
+        return
     with seconds.of("report"):
-        if folder is None or evaluation is None or not cli.config.report:
-            return
-        from headstart.report.learning_curve import learning_curve_of  # plotting is slow to import
-        from headstart.report.mirror import mirror_check_of
-        from headstart.report.page import write_report
+        from headstart.report.verdict import verdict_of
 
-        mirror = mirror_check_of(module, data)
-        if mirror and mirror.advice:
-            say(f"data: {mirror.advice}")
-        curve = learning_curve_of(module, data, cli.trainer.max_epochs) if evaluation.split == "test" else None
-        write_report(folder, evaluation, data, module, scores, logger, curve, mirror)
+        mirror, curve, leaks = None, None, ""
+        if cli.config.report:
+            from headstart.report.leaks import leaks_of
+            from headstart.report.learning_curve import learning_curve_of
+            from headstart.report.mirror import mirror_check_of
+
+            curve = learning_curve_of(module, data) if evaluation.split == "test" else None
+            if (mirror := mirror_check_of(module, data)) and mirror.advice:
+                say(f"data: {mirror.advice}")
+            if leaks := "" if module.finetuned else leaks_of(data):
+                say(f"data: {leaks}")
+        where = f"--data.{'csv' if cli.config.data.csv else 'root'}={data.source.path}"
+        verdict = verdict_of(evaluation, curve, module, where, cli.chosen.best_model_path)
+        if cli.config.report:
+            from headstart.report.page import write_report
+
+            logger = cli.trainer.logger if isinstance(cli.trainer.logger, RunLogger) else None
+            write_report(folder, evaluation, data, module, scores, verdict, logger, curve, mirror, leaks, cli.changed())
+        verdict.say()
 
 
 def finish(cli: TrainCLI, scores: Mapping[str, Any], seconds: Seconds) -> dict[str, Any]:

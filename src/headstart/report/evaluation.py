@@ -19,6 +19,7 @@ from headstart.model.metrics import MeanAUROC
 # Maximum images in the embedding projector, evenly spread over the split; only their features are kept.
 MAX_PROJECTED = 2000
 CALIBRATION_BINS = 15
+MAX_ORDERED = 300  # classes; the best order of more takes long
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,29 @@ class Evaluation:
     def confusion(self) -> Tensor:
         """[true, predicted] counts, [C, C]."""
         return multiclass_confusion_matrix(self.predicted, self.labels, num_classes=len(self.class_names))
+
+    @cached_property
+    def by_similarity(self) -> list[int]:
+        """The labels, in an order in which classes that the head tells apart with difficulty are neighbours."""
+        from scipy.cluster.hierarchy import leaves_list, linkage  # scipy is slow to import
+        from scipy.spatial.distance import squareform
+
+        classes = len(self.class_names)
+        if classes < 3:
+            return list(range(classes))
+        sums = torch.zeros(classes, classes).index_add_(0, self.labels, self.probabilities)
+        means = sums / self.confusion.sum(dim=1, keepdim=True).clamp(min=1)
+        apart = 1 - (means + means.T).fill_diagonal_(1) / 2
+        tree = linkage(squareform(apart.numpy(), checks=False), "average", optimal_ordering=classes <= MAX_ORDERED)
+        return cast("list[int]", leaves_list(tree).tolist())
+
+    def most_confused(self, count: int) -> list[tuple[int, int, int]]:
+        """The most frequent mistakes: true label, predicted label and number of images."""
+        wrong = self.confusion.clone().fill_diagonal_(0)
+        size = len(self.class_names)
+        counts, cells = wrong.flatten().sort(descending=True, stable=True)
+        found = zip(cells[:count].tolist(), counts[:count].tolist(), strict=True)
+        return [(cell // size, cell % size, number) for cell, number in found if number]
 
     @property
     def acc(self) -> float:

@@ -2,104 +2,115 @@
 
 import base64
 import io
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from PIL import Image
-from pytorch_lightning import LightningModule
 
 from headstart.data.module import ImageData
 from headstart.data.splits import SPLITS
 from headstart.files import csv_bytes, write_atomically
+from headstart.model.classifier import TransferClassifier
+from headstart.report.drawing import BOTTOM, LEFT, RIGHT, TOP
 from headstart.report.evaluation import Evaluation
-from headstart.report.figures import TILES, curves_figure, evaluation_figures, learning_figure, png
+from headstart.report.figures import TILES, evaluation_figures, learning_figure, short, training_figures
 from headstart.report.learning_curve import LearningCurve
 from headstart.report.mirror import MirrorCheck
 from headstart.report.tensorboard import log_evaluation, thumbnails
+from headstart.report.verdict import Verdict
 from headstart.runs.folder import command_line, versions
-from headstart.runs.history import CONFIG, REPORT
+from headstart.runs.history import REPORT
 from headstart.runs.logger import RunLogger
 from headstart.terminal import score_rows
 
 MAX_SKIPPED_SHOWN = 50
+# Pictures behind the numbers of the confusion matrix: at most so many, and bytes, for a page under 5 MB.
+MAX_PICTURES, MAX_BYTES = 300, 2_500_000
+TOP_PAIRS, TOP_PICTURES = 6, 8  # of the most confused classes
+MAX_CELLS = 5000
 TITLES = {
-    "confusion_matrix": "Confusion matrix, counts",
-    "confusion_normalised": "Confusion matrix, shares of the true class",
-    "per_class": "Scores by class",
+    "loss": "Loss by training step",
+    "score": "Validation scores by training step",
+    "reliability": "Reliability: accuracy by confidence",
     "roc": "Receiver operating characteristic",
     "precision_recall": "Precision and recall",
-    "reliability": "Reliability: accuracy by confidence",
+    "roc_by_domain": "Receiver operating characteristic by domain, mean of the classes",
 }
+Thumbnail = Callable[[int], Image.Image]
 
 
 def write_report(
     folder: Path,
     evaluation: Evaluation,
     data: ImageData,
-    module: LightningModule,
+    module: TransferClassifier,
     scores: Mapping[str, float],
+    verdict: Verdict,
     logger: RunLogger | None = None,
     curve: LearningCurve | None = None,
     mirror: MirrorCheck | None = None,
+    leaks: str = "",
+    changed: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Draws the figures once, logs them to TensorBoard, writes the report and returns its path.
+    """Draws the figures once, logs them to TensorBoard, writes the report to the folder and returns its path.
 
-    The folder is a run's; the report shows its configuration, if any. Without a logger TensorBoard is skipped.
+    Without a logger TensorBoard is skipped. ``changed`` are the settings that differ from the defaults.
     """
-    figures = evaluation_figures(evaluation)
-    scalars: dict[str, list[tuple[int, float]]] = {}
+    figures, thumbnail = evaluation_figures(evaluation), thumbnails(data.store, evaluation.items)
     if logger:
-        log_evaluation(logger.experiment, evaluation, figures, data, module)
+        log_evaluation(logger.experiment, evaluation, figures, thumbnail, data, module)
         logger.experiment.flush()
-        scalars = read_scalars(folder)
-    pictures = [("Scores by training step", png(curves_figure(scalars)))] if scalars else []
-    pictures += [(TITLES.get(name, name.replace("_", " ")), drawn) for name, drawn in figures.items()]
-    page = render(folder, evaluation, data, scores, pictures, curve, mirror)
-    write_atomically(folder / REPORT, page.encode(errors="backslashreplace"))
-    return folder / REPORT
-
-
-def render(
-    folder: Path,
-    evaluation: Evaluation,
-    data: ImageData,
-    scores: Mapping[str, float],
-    pictures: Sequence[tuple[str, bytes]],
-    curve: LearningCurve | None,
-    mirror: MirrorCheck | None,
-) -> str:
-    """Renders the report as HTML; ``pictures`` are (title, PNG) pairs. Text from file names is escaped."""
-    environment = Environment(loader=PackageLoader("headstart", "report"), autoescape=True, trim_blocks=True)
-    config, thumbnail = folder / CONFIG, thumbnails(data, evaluation)
-    return environment.get_template("page.html.jinja").render(
+        figures = training_figures(read_scalars(folder)) | figures
+    page = rendered(
+        "report/page.html.jinja",
         title=f"{folder.parent.name}, {folder.name}",
+        verdict=verdict,
         command=command_line(),
-        config=config.read_text() if config.is_file() else "",
+        changed=changed,
         scores=score_rows(scores),
         evaluation=evaluation,
         errors=(evaluation.calibration_error(1.0), evaluation.calibration_error(evaluation.temperature)),
-        classes=_class_rows(evaluation),
-        counts=[(split, data.counts(split).tolist()) for split in SPLITS if data.items_in(split)],
-        class_names=evaluation.class_names,
         skipped=list(data.store.skipped.items())[:MAX_SKIPPED_SHOWN],
         total_skipped=len(data.store.skipped),
-        pictures=[(title, embedded(drawn, "png")) for title, drawn in pictures],
+        leaks=leaks,
+        figures=figures,
+        titles=TITLES,
+        axes=(LEFT, RIGHT, TOP, BOTTOM),
+        thresholds=_thresholds(evaluation),
         curve=curve,
         mirror=mirror,
-        curve_picture=embedded(png(learning_figure(curve.images, curve.accuracies)), "png") if curve else None,
-        mistakes=_tiles(evaluation, evaluation.surest(False, TILES), thumbnail),
-        surest=_tiles(evaluation, evaluation.surest(True, TILES), thumbnail),
+        curve_figure=learning_figure(curve.images, curve.accuracies) if curve else None,
         versions=versions(),
+        **_classes(evaluation, data),
+        **_pictures(evaluation, thumbnail),
     )
+    write_atomically(folder / REPORT, page)
+    return folder / REPORT
 
 
-def embedded(data: bytes, kind: str) -> Markup:
+def rendered(template: str, **values: Any) -> bytes:
+    """A page; text from file names is escaped."""
+    environment = Environment(loader=PackageLoader("headstart", ""), autoescape=True, trim_blocks=True)
+    return environment.get_template(template).render(**values).encode(errors="backslashreplace")
+
+
+def jpeg(image: Image.Image) -> Markup:
     """A picture as a data URI."""
-    return Markup(f"data:image/{kind};base64,{base64.b64encode(data).decode()}")
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=80)
+    return Markup(f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}")
+
+
+def common_folder(paths: Sequence[str]) -> str:
+    """The folder that all paths lie in, with a slash at its end; empty if there is none."""
+    levels = zip(*(path.split("/")[:-1] for path in paths), strict=False)
+    return "".join(f"{parts[0]}/" for parts in takewhile(lambda parts: len(set(parts)) == 1, levels))
 
 
 def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -111,26 +122,81 @@ def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(point.step, point.value) for point in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
-def _class_rows(evaluation: Evaluation) -> list[tuple[str, list[str]]]:
-    scores = evaluation.by_class()
-    rows = []
-    for label, name in enumerate(evaluation.class_names):
-        shares = [float(scores[score][label]) for score in ("precision", "recall", "f1")]
-        rows.append((name, [str(int(scores["images"][label])), *("–" if s != s else f"{s:.3f}" for s in shares)]))
-    return rows
+def _thresholds(evaluation: Evaluation) -> list[tuple[int, int]]:
+    """The number of images that are at least as probable as 0, 1, …, 100 %, and of right ones among them."""
+    percent = (100 * evaluation.confidence).floor().long().clamp(0, 100)
+    found = [torch.bincount(each, minlength=101) for each in (percent, percent[evaluation.right])]
+    return list(zip(*(counts.flip(0).cumsum(0).flip(0).tolist() for counts in found), strict=True))
 
 
-def _tiles(
-    evaluation: Evaluation, positions: Sequence[int], thumbnail: Callable[[int], Image.Image]
-) -> list[dict[str, Any]]:
-    tiles = []
-    for position in positions:
-        file = io.BytesIO()
-        thumbnail(position).save(file, "JPEG", quality=80)
+def _classes(evaluation: Evaluation, data: ImageData) -> dict[str, Any]:
+    """The table of the classes: images, scores, and what each is most often taken for; and the confusion matrix."""
+    scores, names, order = evaluation.by_class(), evaluation.class_names, evaluation.by_similarity
+    counts = {split: data.counts(split) for split in SPLITS if data.items_in(split)}
+    wrong, rows = evaluation.confusion.clone().fill_diagonal_(0), []
+    for label in order:
+        shares = [float(scores[score][label]) for score in ("recall", "precision", "f1")]
+        taken = names[int(wrong[label].argmax())] if wrong[label].any() else ""
+        images = [int(of_split[label]) for of_split in counts.values()]
+        rows.append((names[label], [*images, *("–" if s != s else f"{s:.3f}" for s in shares), taken]))
+    side, shown = 24 if len(names) <= 30 else 15, [short(names[label]) for label in order]
+    place = {label: side * number for number, label in enumerate(order)}
+    largest = evaluation.confusion.flatten().argsort(descending=True, stable=True)[:MAX_CELLS].tolist()
+    pairs = [divmod(cell, len(names)) for cell in largest]
+    cells = [
+        _cell(evaluation, true, predicted) | {"x": place[predicted], "y": place[true]}
+        for true, predicted in pairs
+        if evaluation.confusion[true, predicted]
+    ]
+    return {
+        "matrix": {"side": side, "edge": 12 + 7 * max(map(len, shown)), "names": shown, "cells": cells},
+        "columns": [*counts, "recall", "precision", "F1", "most often taken for"],
+        "classes": rows,
+        "totals": [*(int(of_split.sum()) for of_split in counts.values()), "", "", "", ""],
+    }
+
+
+def _cell(evaluation: Evaluation, true: int, predicted: int) -> dict[str, Any]:
+    """A cell of the confusion matrix."""
+    names, count = evaluation.class_names, int(evaluation.confusion[true, predicted])
+    total = int(evaluation.confusion[true].sum())
+    said = f"{names[true]}, right" if true == predicted else f"{names[true]} taken for {names[predicted]}"
+    about = f"{said}: {count} of {total} images"
+    return {"id": f"cell-{true}-{predicted}", "about": about, "count": count, "share": count / total}
+
+
+def _pictures(evaluation: Evaluation, thumbnail: Thumbnail) -> dict[str, Any]:
+    """The galleries: the most confused classes, the cells of the confusion matrix, mistakes, the surest."""
+    common, room = common_folder([item.path for item in evaluation.items]), MAX_BYTES
+
+    def tile(position: int) -> dict[str, Any]:
         row = evaluation.row(position)
-        about = asdict(row) | {"confidence": f"{row.confidence:.3f}"}
-        tiles.append({"picture": embedded(file.getvalue(), "jpeg"), **about})
-    return tiles
+        lines = [f"true: {row.true}", f"{row.predicted} {row.confidence:.3f}"]
+        return {"picture": jpeg(thumbnail(position)), "lines": lines, "path": row.path.removeprefix(common)}
+
+    top = [(true, predicted) for true, predicted, _ in evaluation.most_confused(TOP_PAIRS)]
+    galleries = {cell: _cell(evaluation, *cell) | {"top": True, "tiles": []} for cell in top}
+    for position in _by_interest(evaluation, top):
+        cell, shown = (int(evaluation.labels[position]), int(evaluation.predicted[position])), tile(position)
+        room -= len(shown["picture"])
+        if room < 0:
+            break
+        galleries.setdefault(cell, _cell(evaluation, *cell) | {"top": False, "tiles": []})["tiles"].append(shown)
+    mistakes, surest = (list(map(tile, evaluation.surest(right, TILES))) for right in (False, True))
+    by_id = {found["id"]: found for found in galleries.values()}
+    return {"galleries": by_id, "mistakes": mistakes, "surest": surest, "common": common}
+
+
+def _by_interest(evaluation: Evaluation, top: Sequence[tuple[int, int]]) -> list[int]:
+    """Positions whose pictures are kept: of the most confused classes, then the surest of each pair, mistakes first."""
+    seen: Counter[tuple[int, int]] = Counter()
+    found = []
+    for position in evaluation.confidence.argsort(descending=True, stable=True).tolist():
+        cell = int(evaluation.labels[position]), int(evaluation.predicted[position])
+        rank = seen[cell]
+        seen[cell] += 1
+        found.append((cell not in top or rank >= TOP_PICTURES, rank, cell[0] == cell[1], position))
+    return [position for *_, position in sorted(found, key=lambda key: key[:3])[:MAX_PICTURES]]
 
 
 def predictions_csv(evaluation: Evaluation) -> bytes:

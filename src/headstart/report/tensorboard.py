@@ -1,61 +1,74 @@
 """Logs an evaluation to TensorBoard: figures, pictures, the embedding projector and the graph."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from colorsys import hsv_to_rgb
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
-from pytorch_lightning import LightningModule
 from torchvision.transforms.v2 import functional
 
 from headstart.data.module import ImageData
+from headstart.data.splits import Item
+from headstart.data.store import FeatureStore
 from headstart.errors import UserError
+from headstart.model.classifier import TransferClassifier
+from headstart.report.drawing import Drawing
 from headstart.report.evaluation import Evaluation
-from headstart.report.figures import TILES, pixels, png, tiles_figure
+from headstart.report.figures import TILES, confusion_figure, tiles_figure
 from headstart.terminal import one_line
 
-SPRITE_SIDE, TILE_SIDE = 32, 128
+SPRITE_SIDE, FRAME, THUMBNAIL_SIDE = 32, 2, 160
 MAX_CLASSES_IN_TEXT = 100
 
 
-def thumbnails(data: ImageData, evaluation: Evaluation) -> Callable[[int], Image.Image]:
-    """Returns a function from a position in the evaluation to its picture, padded to 128 x 128 pixels."""
+def thumbnails(store: FeatureStore, items: Sequence[Item]) -> Callable[[int], Image.Image]:
+    """Returns a function from an item's position to its picture, padded to a square of 160 pixels."""
 
-    small = replace(data.store.backbone.preprocessing, resize_size=TILE_SIDE)
+    small = replace(store.backbone.preprocessing, resize_size=THUMBNAIL_SIDE)
 
+    @lru_cache(maxsize=1000)
     def thumbnail(position: int) -> Image.Image:
         try:
-            image = data.source.read(evaluation.items[position], small, data.store.max_pixels)
+            image = store.source.read(items[position], small, store.max_pixels)
         except UserError:  # the file was removed after its evaluation, which still stands
-            image = Image.new("RGB", (TILE_SIDE, TILE_SIDE), "grey")
-        return ImageOps.pad(image, (TILE_SIDE, TILE_SIDE), color="white")
+            image = Image.new("RGB", (THUMBNAIL_SIDE, THUMBNAIL_SIDE), "grey")
+        return ImageOps.pad(image, (THUMBNAIL_SIDE, THUMBNAIL_SIDE), color="white")
 
     return thumbnail
 
 
 def log_evaluation(
-    experiment: Any, evaluation: Evaluation, figures: Mapping[str, bytes], data: ImageData, module: LightningModule
+    experiment: Any,
+    evaluation: Evaluation,
+    figures: Mapping[str, Drawing],
+    thumbnail: Callable[[int], Image.Image],
+    data: ImageData,
+    module: TransferClassifier,
 ) -> None:
-    """Logs the figures, the tiles, the projector, the graph and the confusion table to TensorBoard."""
-    thumbnail, split = thumbnails(data, evaluation), evaluation.split
-    tiles = {
-        name: png(tiles_figure(evaluation, evaluation.surest(right, TILES), thumbnail))
-        for name, right in (("worst_mistakes", False), ("surest_right", True))
-        if evaluation.surest(right, 1)
-    }
-    for name, drawn in {**figures, **tiles}.items():
-        experiment.add_image(f"{split}/{name}", pixels(drawn), dataformats="HWC")
+    """Logs the figures, the tiles, the projector, the graph and the tables to TensorBoard."""
+    split, shown = evaluation.split, {name: figure.pixels() for name, figure in figures.items()}
+    shown["confusion_matrix"] = confusion_figure(evaluation).pixels()
+    for name, right in (("worst_mistakes", False), ("surest_right", True)):
+        if positions := evaluation.surest(right, TILES):
+            shown[name] = np.asarray(tiles_figure(evaluation, positions, thumbnail))
+    for name, pixels in shown.items():
+        experiment.add_image(f"{split}/{name}", pixels, dataformats="HWC")
     if len(evaluation.class_names) <= MAX_CLASSES_IN_TEXT:
         experiment.add_text(f"{split}/confusion_counts", confusion_table(evaluation))
     _project(experiment, evaluation, thumbnail, data.num_workers)
     with warnings.catch_warnings():
-        # `add_graph` uses tracing, which torch warns about, but TensorBoard reads nothing else.
+        # Tracing is deprecated, but TensorBoard reads nothing else. The metrics are left out, which take long.
         warnings.simplefilter("ignore")
+        network = torch.nn.Sequential(module.backbone, module.head).eval()
         images = torch.as_tensor(module.example_input_array, device=module.device)
-        experiment.add_graph(module, images)
+        traced = torch.jit.trace(network, images, check_trace=False)  # type: ignore[no-untyped-call]
+        experiment.add_graph(traced, images)
 
 
 def confusion_table(evaluation: Evaluation) -> str:
@@ -70,11 +83,14 @@ def confusion_table(evaluation: Evaluation) -> str:
 def _project(
     experiment: Any, evaluation: Evaluation, thumbnail: Callable[[int], Image.Image], num_workers: int
 ) -> None:
-    """The embedding projector: features with picture, class, prediction and whether it is right."""
+    """The embedding projector: features with class, prediction and picture, framed in the class's colour."""
+    classes = len(evaluation.class_names)
 
     def sprite(position: int) -> torch.Tensor:
-        small = thumbnail(position).resize((SPRITE_SIDE, SPRITE_SIDE))
-        drawn: torch.Tensor = functional.to_dtype(functional.pil_to_tensor(small), torch.float32, scale=True)
+        hue = int(evaluation.labels[position]) / classes
+        small = thumbnail(position).resize((SPRITE_SIDE - 2 * FRAME,) * 2)
+        framed = ImageOps.expand(small, FRAME, tuple(round(255 * part) for part in hsv_to_rgb(hue, 0.9, 0.9)))
+        drawn: torch.Tensor = functional.to_dtype(functional.pil_to_tensor(framed), torch.float32, scale=True)
         return drawn
 
     positions = evaluation.projected.tolist()

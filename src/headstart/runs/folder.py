@@ -89,8 +89,7 @@ class RunFolder(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(logger := trainer.logger, RunLogger) and trainer.is_global_zero and not self.resumed:
-            # The HParams tab stays empty unless the metric is named at the start.
-            logger.log_hyperparams(settings_in(self.config), {"hp/val_acc": 0.0})
+            logger.compare_by(settings_in(self.config))
             logger.experiment.add_text("run", self._card(trainer.datamodule))  # type: ignore[attr-defined]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -107,15 +106,13 @@ class RunFolder(Callback):
                 say(f"resume:   {run.resume_command()}")
 
     def finish(self, trainer: Trainer, scores: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
-        """Writes ``result.json`` and the score that the HParams tab compares; returns the result."""
+        """Writes ``result.json``; returns the result."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         self._check_there()
         backbone = cast(FrozenBackbone, trainer.lightning_module.backbone)
         result = result_of(backbone, data, scores, seconds) | {"images_per_epoch": images_per_epoch(trainer)}
         if self.folder and trainer.is_global_zero:
             if isinstance(trainer.logger, RunLogger):
-                if "val/acc" in scores:
-                    trainer.logger.log_metrics({"hp/val_acc": scores["val/acc"]}, trainer.global_step)
                 trainer.logger.save()
             write_result(self.folder, result)
             self.lock.release()

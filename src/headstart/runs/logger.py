@@ -1,11 +1,14 @@
 """TensorBoard in a run's folder."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from headstart.errors import UserError
+
+COMPARED = ("val/acc", "val/loss", "test/acc")
 
 
 class RunLogger(TensorBoardLogger):
@@ -35,3 +38,15 @@ class RunLogger(TensorBoardLogger):
         if not self.folder.is_dir():  # else the writer thread would end in a traceback
             raise UserError(f"{self.folder}: was deleted during the run; start again")
         return super().experiment
+
+    def compare_by(self, settings: Mapping[str, Any]) -> None:
+        """Adds the run to TensorBoard's HParams tab, with scores that it logs anyway and no curve of their own."""
+        from torch.utils.tensorboard.summary import hparams
+
+        self.hparams.update(settings)  # for hparams.yaml
+        plain = {
+            name: value if isinstance(value, bool | int | float) else str(value) for name, value in settings.items()
+        }
+        # The values of the scores are not read here.
+        for summary in hparams(plain, dict.fromkeys(COMPARED, 0.0)):  # type: ignore[no-untyped-call]
+            self.experiment.file_writer.add_summary(summary)

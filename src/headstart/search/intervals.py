@@ -1,7 +1,8 @@
-"""Confidence intervals of means: Student's t-interval, for scores and paired differences."""
+"""Confidence intervals: of means, by Student's t, and of shares, by Wilson."""
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -17,3 +18,16 @@ def mean_and_half_width(values: Tensor | Sequence[float]) -> tuple[float, float]
     if count < 2:
         return mean, math.inf
     return mean, float(stdtrit(count - 1, 0.975)) * float(found.std()) / math.sqrt(count)
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share of which ``right`` of ``count`` were seen.
+
+    Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 1927.
+    """
+    if not count:
+        return 0.0, 1.0
+    z, share = NormalDist().inv_cdf(0.975), right / count
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return max(0.0, middle - half), min(1.0, middle + half)

@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from headstart.audit.findings import KINDS, Finding, csv_rows, find, rooted
+from headstart.audit.findings import KINDS, Finding, csv_rows, find
+from headstart.audit.page import page
 from headstart.data import splits
 from headstart.data.module import ImageFolderData
 from headstart.data.sources import Source, open_source
@@ -22,9 +23,10 @@ from headstart.model.classifier import TransferClassifier
 from headstart.model.weights import for_data
 from headstart.parser import OptionParser, add_options, add_run, parser_of
 from headstart.runs.folder import new_run_folder
+from headstart.search.neighbours import rooted
 from headstart.terminal import one_line, quiet_libraries, say
 
-SHOWN = 10
+SHOWN, PAGE = 10, "check.html"
 GROUPED = ("duplicate", "near-duplicate")
 STORE_OPTIONS = ("num_workers", "cache_dir", "feature_precision", "max_pixels")
 SPLIT_OPTIONS = ("val_fraction", "test_fraction", "split_seed", "splits")
@@ -48,11 +50,13 @@ def check(options: Sequence[str]) -> dict[str, int]:
     findings = list(find(source, store.skipped, items, rooted(store.matrix(items).whole().cpu())))
     folder = new_run_folder(Path(given.logs), given.name or f"{source.path.stem}-check")
     write_atomically(folder / "check.csv", csv_bytes(csv_rows(findings)))
+    write_atomically(folder / PAGE, page(f"{folder.parent.name}, {folder.name}", findings, items, store))
     counts = Counter(finding.kind for finding in findings)
     _say_findings(findings, counts, len(items))
     if fault:
         say(f"train:    would stop: {fault}")
     say(f"findings: {folder / 'check.csv'}    (nothing was changed)")
+    say(f"pictures: {folder / PAGE}")
     return {kind: counts[kind] for kind in KINDS}
 
 

@@ -22,6 +22,7 @@ from headstart.parser import add_checkpoint, add_options, add_run, parser_of, re
 from headstart.report.domains import domain_scores, say_domains
 from headstart.report.evaluation import Evaluation, EvaluationCollector
 from headstart.report.page import predictions_csv, write_report
+from headstart.report.verdict import verdict_of
 from headstart.runs.folder import new_run_folder, result_of, write_result
 from headstart.runs.history import Run
 from headstart.runs.logger import RunLogger
@@ -66,8 +67,11 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     loss = functional.cross_entropy(evaluation.logits / evaluation.temperature, evaluation.labels)
     scores = {"test/loss_scaled": float(loss)} | scores
     write_atomically(folder / "predictions.csv", predictions_csv(evaluation))
+    where = f"--data.{'csv' if given.data.csv else 'root'}={data.source.path}"
+    verdict = verdict_of(evaluation, None, module, where, str(checkpoint))
+    verdict.say()
     with seconds.of("report"):
-        report = write_report(folder, evaluation, data, module, scores, logger) if given.report else None
+        report = write_report(folder, evaluation, data, module, scores, verdict, logger) if given.report else None
     logger.save()
     result = result_of(module.backbone, data, scores | domain_scores(evaluation), seconds.with_total())
     result["checkpoint"] = str(checkpoint)

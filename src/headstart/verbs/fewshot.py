@@ -27,8 +27,7 @@ from headstart.model.classifier import TransferClassifier
 from headstart.model.weights import for_data
 from headstart.parser import OptionParser, add_options, add_run, parser_of
 from headstart.ranges import Positive, Seed
-from headstart.report.figures import pixels, png
-from headstart.runs.folder import RunFolder, new_run_folder, result_of, write_result
+from headstart.runs.folder import RunFolder, new_run_folder, result_of, settings_in, write_result
 from headstart.runs.history import CONFIG, Run, newest_unfinished
 from headstart.runs.logger import RunLogger
 from headstart.search.intervals import mean_and_half_width
@@ -124,6 +123,7 @@ class _Command:
         else:
             folder = new_run_folder(self.logs, name)
             logger = RunLogger(folder)
+            logger.compare_by(settings_in(self.parser.dump(self.given, skip_none=False)))
         trainer = make_trainer(self.given.accelerator, logger=logger)
         scores |= {name: float(value) for name, value in trainer.test(module, tested, verbose=False)[0].items()}
         own = torch.cat(module.accuracies).cpu()
@@ -162,10 +162,12 @@ class _Command:
         heads = {name: head.to(self.device) for name, head in heads.items()}
         rows = compare(heads, samplers, int(self.given.episodes))
         write_atomically(folder / "heads.csv", to_csv(rows))
-        picture = png(shots_figure(rows))
-        write_atomically(folder / "heads.png", picture)
+        figure = shots_figure(rows)
+        figure.image().save(folder / "heads.png")
         logger = RunLogger(folder)
-        logger.experiment.add_image("accuracy_by_shots", pixels(picture), dataformats="HWC")
+        logger.experiment.add_image("accuracy_by_shots", figure.pixels(), dataformats="HWC")
+        for row in rows:
+            logger.experiment.add_scalar(f"accuracy_by_shots/{row.head}", row.acc, row.k_shot)
         logger.experiment.close()
         _say_comparison(rows)
         scores = {f"{row.head}/{row.k_shot}-shot": row.acc for row in rows}

@@ -9,8 +9,6 @@ from headstart.fit.run import finish, fit, report, test
 from headstart.terminal import Seconds, program, quiet_libraries, say
 
 OWN_IMAGES = "--data.root=path/to/your/photos    (one folder of images per class)"
-STRONGER = "--data.{}={} --model.weights=imagenet    (better features for photographs, 45 MB once)"
-SEARCH = "--data.{}={}    (64 heads at once, and the best one trained)"
 
 
 def train(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
@@ -27,11 +25,6 @@ def train(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
     scores = test(cli, seconds)
     report(cli, scores, seconds)
     result = finish(cli, scores, seconds)
-    data = "csv" if cli.config.data.csv else "root", cli.datamodule.source.path
-    if data[1] == root:
+    if cli.datamodule.source.path == root:
         say(f"next:     {program('train')} {OWN_IMAGES}")
-    elif cli.model.backbone.weights == "bundled":
-        say(f"next:     {program('train')} {STRONGER.format(*data)}")
-    else:
-        say(f"next:     {program('tune')} {SEARCH.format(*data)}")
     return result

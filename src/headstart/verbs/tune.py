@@ -13,7 +13,6 @@ import torch
 import yaml
 from pytorch_lightning.cli import LightningArgumentParser
 from rich.table import Table
-from torch.utils.tensorboard import SummaryWriter
 
 from headstart.data.splits import check_training, folds_of, labels_of
 from headstart.errors import UserError
@@ -223,15 +222,11 @@ def _cross_validate(cli: TuneCLI, heads: Heads, best: Trial | None) -> list[floa
 
 
 def _write(folder: Path, cli: TuneCLI, heads: Heads, best: Trial | None) -> tuple[Path, Path]:
-    """Writes the table, a run per head for the HParams tab, the configuration, and the winner's recipe."""
+    """Writes the table, the configuration, and the winner's recipe; TensorBoard shows the winner's run."""
     ranked = heads.ranked
     columns = [*vars(ranked[0][0]), "val/acc", "val/loss", "epoch"]
     rows = ([*vars(settings).values(), found.acc, found.loss, found.epoch] for settings, found in ranked)
     write_atomically(folder / "heads.csv", csv_bytes([columns, *rows]))
-    with SummaryWriter(str(folder)) as events:
-        for number, (settings, found) in enumerate(ranked):
-            scores = {"hp/val_acc": found.acc, "hp/val_loss": found.loss}
-            events.add_hparams(vars(settings), scores, run_name=f"head{number:03}")
     config = yaml.safe_load(cli.resolved_config())
     common = {name: value for name, value in config.items() if name not in ("tune", "folds", "backbones")}
     backbone = {"backbone": best.backbone, "weights": best.weights} if best else {}
