@@ -9,8 +9,10 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from headstart.errors import UserError
 from headstart.fit.cli import TrainCLI
+from headstart.fit.known import add_known
 from headstart.model.metrics import defined
 from headstart.report.domains import domain_scores, say_domains
+from headstart.model.sets import say_sets, set_scores
 from headstart.runs.history import REPORT
 from headstart.runs.logger import RunLogger
 from headstart.terminal import Seconds, say, say_scores
@@ -28,6 +30,8 @@ def fit(cli: TrainCLI, seconds: Seconds) -> None:
             raise
         raise UserError(f"--trainer: {' '.join(str(error).split())}") from error
     seconds["fit"] -= sum(cli.datamodule.store.seconds.values()) - before
+    with seconds.of("known"):
+        add_known(cli)
 
 
 def test(cli: TrainCLI, seconds: Seconds) -> dict[str, Any]:
@@ -40,7 +44,9 @@ def test(cli: TrainCLI, seconds: Seconds) -> dict[str, Any]:
         say("fit: nothing was validated, so the last checkpoint is used; choosing the best needs validation")
     with seconds.of("test"):
         if data.items_in("test") and (tested := trainer.test(module, data, path, verbose=False, weights_only=True)):
-            return scores | defined(tested[0])
+            found = cli.collector.evaluation  # on rank zero
+            sets = set_scores(module.true_probabilities, found.probabilities, found.labels) if found else {}
+            return scores | defined(tested[0]) | sets
         if scores:
             say("data: nothing is tested, so the optimistic validation score is reported; it also chose the epoch")
             trainer.validate(module, data, path, verbose=False, weights_only=True)
@@ -74,6 +80,7 @@ def finish(cli: TrainCLI, scores: Mapping[str, Any], seconds: Seconds) -> dict[s
         say(f"fit: an epoch saw {seen} of {images} training images")
     say_scores(result, f"the {cli.chosen.filename} checkpoint's scores")
     say_domains(result)
+    say_sets(result)
     if folder := cli.run_folder.folder:
         say(f"run:      {folder}")
         if (folder / REPORT).exists():

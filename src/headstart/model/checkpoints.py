@@ -17,8 +17,11 @@ from headstart.decoding import Picture, as_rgb
 from headstart.errors import UserError
 from headstart.images import preprocess
 from headstart.model.backbone import FrozenBackbone, check_frozen, combined, tensor_digests
+from headstart.model.calibration import fit_temperature
+from headstart.model.known import Known
 from headstart.model.metrics import defined
 from headstart.model.sealed import read_sealed
+from headstart.model.sets import true_probabilities
 from headstart.ranges import arguments_of, plain
 from headstart.terminal import listing, say
 
@@ -44,11 +47,23 @@ class HeadModule(LightningModule):
         self.weights_digest = combined(self.digests)  # of the original weights, before any fine-tuning
         self.trained_on: list[str] = []  # sha256 of each image, unless in the run's folder
         self.finetuned: list[str] = []  # tensors that differ from the original weights
+        self.true_probabilities = torch.empty(0)  # of the validation images' classes, ascending; for sets
+        self.known_content: dict[str, Tensor] | None = None  # set by loading a checkpoint that has it
 
     @property
     def frozen(self) -> FrozenBackbone:
         """The part that maps an image to the same features in every epoch, for the cache: the whole backbone."""
         return self.backbone
+
+    @property
+    def known(self) -> Known | None:
+        """Maps features to how familiar they are, as fitted when the head's training ended; None: it was not."""
+        return Known(**self.known_content) if self.known_content else None
+
+    def calibrate(self, logits: Tensor, labels: Tensor) -> None:
+        """Fits what later checkpoints hold to validation logits [N, C] and labels [N]: temperature, scores of sets."""
+        self.temperature = fit_temperature(logits, labels)
+        self.true_probabilities = true_probabilities((logits / self.temperature).softmax(dim=1), labels)
 
     def setup(self, stage: str) -> None:
         """Refuses data with other classes."""
@@ -89,6 +104,7 @@ class HeadModule(LightningModule):
             "weights": self.backbone.weights,
             "digest": self.weights_digest,
             "temperature": self.temperature,
+            "true_probabilities": self.true_probabilities if scores else torch.empty(0),  # else an earlier head's
             "scores": defined(scores),
             "trained_on": self.trained_on,
             "arithmetic": self.arithmetic,
@@ -140,6 +156,8 @@ class HeadModule(LightningModule):
             )
         self.take_bits(checkpoint)
         self.temperature, self.arithmetic = float(made["temperature"]), made.get("arithmetic")
+        self.true_probabilities = made.get("true_probabilities", torch.empty(0))  # older checkpoints have none
+        self.known_content = made.get("known")
         self.finetuned = sorted({*self.finetuned, *tuned})
 
     def take_bits(self, checkpoint: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from torchmetrics import classification as metrics
 from headstart.errors import UserError
 from headstart.images import Fit
 from headstart.model.backbone import FrozenBackbone, Layers
-from headstart.model.calibration import Temperature
+from headstart.model.calibration import Logits
 from headstart.model.checkpoints import HeadModule
 from headstart.model.heads import make_head
 from headstart.model.metrics import MeanAUROC, MeanF1, MeanRecall
@@ -77,7 +77,7 @@ class TransferClassifier(HeadModule):
         self.val_metrics, self.test_metrics = self.configure_metrics("val/"), self.configure_metrics("test/")
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.scaled_calibration = metrics.MulticlassCalibrationError(len(class_names), n_bins=15)
-        self.val_temperature, self.temperature = Temperature(), 1.0
+        self.val_logits, self.temperature = Logits(), 1.0
         self.loss_weights: Tensor | None = None
         self.example_input_array = torch.zeros(1, 3, *[self.backbone.preprocessing.crop_size] * 2, dtype=torch.uint8)
         self.remember_backbone()
@@ -150,13 +150,13 @@ class TransferClassifier(HeadModule):
 
     def validation_step(self, batch: Batch) -> dict[str, Tensor]:
         outputs = self._evaluate(batch, "val", self.val_metrics, self.val_loss)
-        self.val_temperature.update(outputs["logits"], batch[1])
+        self.val_logits.update(outputs["logits"], batch[1])
         return outputs
 
     def on_validation_epoch_end(self) -> None:
-        """Fits the temperature, which later checkpoints contain."""
-        self.temperature = float(self.val_temperature.compute())
-        self.val_temperature.reset()
+        """Fits the temperature and what sets of classes need, which later checkpoints contain."""
+        self.calibrate(*self.val_logits.compute())
+        self.val_logits.reset()
         self.log("val/temperature", self.temperature, logger=self._logger_of_curves())
 
     def test_step(self, batch: Batch) -> dict[str, Tensor]:
