@@ -62,8 +62,27 @@ class Known(nn.Module):
         return squares.amin(dim=1).clamp(min=0).sqrt().float()
 
     def forward(self, features: Tensor) -> Tensor:
-        farther = (self.distances >= self.distance(features)[:, None]).sum(dim=1)
+        return self.share(self.distance(features))
+
+    def share(self, distances: Tensor) -> Tensor:
+        """The share of validation images at least as far as each of the distances [B]."""
+        farther = (self.distances >= distances[:, None]).sum(dim=1)
         return (1 + farther).float() / (1 + len(self.distances))
+
+
+def unknown_scores(own: Tensor, unknown: Tensor) -> dict[str, float]:
+    """How well distances tell unknown images from own ones: AUROC, and false positives at 95 %.
+
+    The latter is the share of unknown images within the distance that 95 % of the own ones keep.
+    """
+    own = own.sort().values
+    nearer, as_near = (torch.searchsorted(own, unknown, right=right) for right in (False, True))
+    limit = own[-(-95 * len(own) // 100) - 1]
+    return {
+        "unknown/auroc": float((nearer + as_near).double().mean()) / (2 * len(own)),
+        "unknown/fpr95": float((unknown <= limit).double().mean()),
+        "unknown/images": len(unknown),
+    }
 
 
 def _triangle(side: int) -> tuple[Tensor, Tensor]:

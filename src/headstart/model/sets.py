@@ -61,6 +61,6 @@ def say_sets(result: Mapping[str, Any]) -> None:
         if f"test/coverage_{percent}" in result:
             held, size = result[f"test/coverage_{percent}"], result[f"test/set_size_{percent}"]
             say(
-                f"sets:     promised to hold the true class of {percent} % of images; on the test of {100 * held:.1f} %, "
+                f"sets:     promised to hold the true class of {percent} % of images; on the test {100 * held:.1f} %, "
                 f"with {size:.1f} of {result['classes']} classes on average"
             )
