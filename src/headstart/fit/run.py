@@ -11,8 +11,8 @@ from headstart.errors import UserError
 from headstart.fit.cli import TrainCLI
 from headstart.fit.known import add_known
 from headstart.model.metrics import defined
+from headstart.model.sets import say_sets
 from headstart.report.domains import domain_scores, say_domains
-from headstart.model.sets import say_sets, set_scores
 from headstart.runs.history import REPORT
 from headstart.runs.logger import RunLogger
 from headstart.terminal import Seconds, say, say_scores
@@ -24,14 +24,13 @@ def fit(cli: TrainCLI, seconds: Seconds) -> None:
     try:
         with seconds.of("fit"):
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
+            add_known(cli)
     except (MisconfigurationException, RuntimeError, ValueError) as error:
         # Lightning checks some options only against the data, or against what a callback finds.
         if "pytorch_lightning" not in extract_tb(error.__traceback__)[-1].filename:
             raise
         raise UserError(f"--trainer: {' '.join(str(error).split())}") from error
     seconds["fit"] -= sum(cli.datamodule.store.seconds.values()) - before
-    with seconds.of("known"):
-        add_known(cli)
 
 
 def test(cli: TrainCLI, seconds: Seconds) -> dict[str, Any]:
@@ -44,9 +43,7 @@ def test(cli: TrainCLI, seconds: Seconds) -> dict[str, Any]:
         say("fit: nothing was validated, so the last checkpoint is used; choosing the best needs validation")
     with seconds.of("test"):
         if data.items_in("test") and (tested := trainer.test(module, data, path, verbose=False, weights_only=True)):
-            found = cli.collector.evaluation  # on rank zero
-            sets = set_scores(module.true_probabilities, found.probabilities, found.labels) if found else {}
-            return scores | defined(tested[0]) | sets
+            return scores | defined(tested[0])
         if scores:
             say("data: nothing is tested, so the optimistic validation score is reported; it also chose the epoch")
             trainer.validate(module, data, path, verbose=False, weights_only=True)

@@ -10,6 +10,7 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics.functional.classification import multiclass_calibration_error
 from typing_extensions import Self
 
 from headstart import __version__
@@ -21,7 +22,7 @@ from headstart.model.calibration import fit_temperature
 from headstart.model.known import Known
 from headstart.model.metrics import defined
 from headstart.model.sealed import read_sealed
-from headstart.model.sets import true_probabilities
+from headstart.model.sets import set_scores, true_probabilities
 from headstart.ranges import arguments_of, plain
 from headstart.terminal import listing, say
 
@@ -64,6 +65,13 @@ class HeadModule(LightningModule):
         """Fits what later checkpoints hold to validation logits [N, C] and labels [N]: temperature, scores of sets."""
         self.temperature = fit_temperature(logits, labels)
         self.true_probabilities = true_probabilities((logits / self.temperature).softmax(dim=1), labels)
+
+    def calibrated_scores(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
+        """Scores of calibrated probabilities and of sets of classes, from test logits [N, C] and labels [N]."""
+        probabilities = (logits / self.temperature).softmax(dim=1)
+        error = multiclass_calibration_error(probabilities, labels, num_classes=len(self.class_names), n_bins=15)
+        scores = {"test/calibration_error_scaled": float(error)}
+        return scores | set_scores(self.true_probabilities, probabilities, labels)
 
     def setup(self, stage: str) -> None:
         """Refuses data with other classes."""

@@ -22,7 +22,7 @@ from headstart.model.checkpoints import read_checkpoint
 from headstart.model.classifier import TransferClassifier
 from headstart.model.known import unknown_scores
 from headstart.model.metrics import defined
-from headstart.model.sets import say_sets, set_scores
+from headstart.model.sets import say_sets
 from headstart.parser import add_checkpoint, add_options, add_run, parser_of, required
 from headstart.report.domains import domain_scores, say_domains
 from headstart.report.answered import answered_table
@@ -74,7 +74,6 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     # First, since it is the loss of the probabilities that every command returns; test/loss is of the raw logits.
     loss = functional.cross_entropy(evaluation.logits / evaluation.temperature, evaluation.labels)
     scores = {"test/loss_scaled": float(loss)} | scores
-    scores |= set_scores(module.true_probabilities, evaluation.probabilities, evaluation.labels)
     if far is not None:
         scores |= _scores_of_unknown(module, evaluation.features, far)  # at most 2,000 of the own
     write_atomically(folder / "predictions.csv", predictions_csv(evaluation))
