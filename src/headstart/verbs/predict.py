@@ -193,13 +193,13 @@ def _parser() -> OptionParser:
     parser.add_argument(
         "--unknown",
         type=OpenFraction | None,
-        help="share of images like the training's that may be answered `unknown`, as what is less known is; None: none",
+        help="answer `unknown` for what is as far from the classes as this share of validation images; None: never",
     )
     parser.add_argument("--min_probability", type=Share, default=0.0, help="answer `unknown` below this probability")
     parser.add_argument(
         "--coverage",
         type=OpenFraction | None,
-        help="add for each file the set of classes that holds the true one in this share of cases, such as 0.9",
+        help="add the set of classes that holds the true one in this share of cases, such as 0.9; None: no sets",
     )
     parser.add_argument("--explain", type=str | None, help="new folder for maps of where the head looks, one per file")
     parser.add_argument("--num_workers", type=Count | None, help="decoding threads; None: one per core, at most 8")
