@@ -24,8 +24,8 @@ from headstart.model.known import unknown_scores
 from headstart.model.metrics import defined
 from headstart.model.sets import say_sets
 from headstart.parser import add_checkpoint, add_options, add_run, parser_of, required
-from headstart.report.domains import domain_scores, say_domains
 from headstart.report.answered import answered_table
+from headstart.report.domains import domain_scores, say_domains
 from headstart.report.evaluation import Evaluation, EvaluationCollector
 from headstart.report.page import predictions_csv, write_report
 from headstart.runs.folder import new_run_folder, result_of, write_result
