@@ -106,7 +106,7 @@ def unknown_row(name, features, labels, splits, unknown):
     return scores["unknown/auroc"], *map(float, others), low <= refused <= high
 
 
-def strangers(folder, count, backbone):
+def strangers(folder, count, store):
     """Features of characters and of noise, by name."""
     kinds = {"noise": []}
     for number in range(count):
@@ -118,7 +118,7 @@ def strangers(folder, count, backbone):
 
         drawings = sorted(glyphs(cache_folder()).rglob("*.png"))
         kinds["characters"] = [drawings[place] for place in evenly_spaced(len(drawings), count).tolist()]
-    stream = FileStream(backbone, torch.device("cpu"))
+    stream = FileStream(store.backbone, torch.device("cpu"), store.arithmetic)
     return {name: torch.cat([part.features for part in stream(map(str, paths))]) for name, paths in kinds.items()}
 
 
@@ -134,7 +134,7 @@ def unknown(data, features, labels, splits, count):
     print(f"| mean of the pairs | {means[0]} | | {''.join(f'{mean} | ' for mean in means[1:])}| |")
     if count:
         with tempfile.TemporaryDirectory() as folder:
-            for name, found in strangers(Path(folder), count, data.store.backbone).items():
+            for name, found in strangers(Path(folder), count, data.store).items():
                 rows.append(unknown_row(name, features, labels, splits, found))
     print(f"refusals within the band: {sum(row[-1] for row in rows)} of {len(rows)} rows")
 
