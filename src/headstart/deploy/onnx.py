@@ -32,7 +32,7 @@ class ExportedWithKnown(Exported):
 
     def __init__(self, module: TransferClassifier) -> None:
         super().__init__(module)
-        self.known = module.known
+        self.known = module.known.float() if module.known else None
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """As ``Exported``, and ``Known`` of the same features."""

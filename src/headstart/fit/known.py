@@ -11,7 +11,7 @@ from headstart.model.sealed import SEAL, SealedCheckpointIO
 from headstart.terminal import say
 
 WIDEST = 4095  # features; the matrix of more is too large for a checkpoint, of 33 MB and more
-MOST = 50_000  # images that are used of a split, evenly spread
+MOST = 20_000  # images that are used of a split, evenly spread
 ROWS = 256
 
 

@@ -58,8 +58,8 @@ class HeadModule(LightningModule):
 
     @property
     def known(self) -> Known | None:
-        """Maps features to how familiar they are, as fitted when the head's training ended; None: it was not."""
-        return Known(**self.known_content) if self.known_content else None
+        """Maps features to how familiar they are, in float64, as fitted when the training ended; None: it was not."""
+        return Known(**self.known_content).double() if self.known_content else None
 
     def calibrate(self, logits: Tensor, labels: Tensor) -> None:
         """Fits what later checkpoints hold to validation logits [N, C] and labels [N]: temperature, scores of sets."""
