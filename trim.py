@@ -25,8 +25,6 @@ WINGS = {
     "deploy": (("predict", "export"), ("docs/deploy.md",)),
     "finetune": (("finetune",), ("benchmarks/finetune.py", "docs/finetune.md")),
 }
-# Modules that only wings use -> those wings; removed with the last of them.
-SHARED = {"features/stream.py": {"deploy"}}
 PART = re.compile(r"^ *(?:#|<!--) wing: (\w+)(?: -->)?\n.*?^ *(?:#|<!--) /wing(?: -->)?\n", re.MULTILINE | re.DOTALL)
 LINE = re.compile(r"^.*(?:#|<!--) wing: (\w+)(?: -->)?\n", re.MULTILINE)
 
@@ -68,9 +66,6 @@ def trim(wings: set[str]) -> None:
     """Removes the wings."""
     for wing in wings:
         remove_files(wing)
-    for name, users in SHARED.items():
-        if not any((PACKAGE / wing).exists() for wing in users):
-            (PACKAGE / name).unlink(missing_ok=True)
     if not any((PACKAGE / wing).exists() for wing in WINGS):  # no wing is left
         wings = wings | {"any"}
         Path(__file__).unlink()

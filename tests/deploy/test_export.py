@@ -16,8 +16,10 @@ from torchvision import models
 
 from headstart import DatasetData, ImageFolderData, TransferClassifier
 from headstart.cli import main
+from headstart.decoding import decode
 from headstart.deploy.check import _drawing, check_files
 from headstart.deploy.onnx import to_onnx
+from headstart.images import preprocess
 from headstart.verbs import export as exporting
 from support import REPOSITORY, RESNET18, newest_run
 
@@ -33,7 +35,7 @@ def probabilities(checkpoint: Path) -> torch.Tensor:
         return (module(images()) / module.temperature).softmax(dim=1)
 
 
-def test_the_onnx_file_needs_nothing_else(checkpoint):
+def test_the_onnx_file_needs_nothing_else(checkpoint, trained):
     result = main(["export", f"--ckpt_path={checkpoint}", "--output=model.onnx"])
     assert result["images"] == 32
     assert result["difference"] < 1e-4
@@ -45,6 +47,17 @@ def test_the_onnx_file_needs_nothing_else(checkpoint):
     for count in (1, 5):  # any number of images
         found = torch.from_numpy(session.run(None, {"images": images()[:count].numpy()})[0])
         torch.testing.assert_close(found, probabilities(checkpoint)[:count], rtol=0, atol=1e-5)
+    assert [output.name for output in session.get_outputs()] == ["probabilities", "known"]
+    assert "validation images" in about["known"]
+    module = TransferClassifier.load_from_checkpoint(checkpoint)
+    how, paths = module.backbone.preprocessing, sorted((trained / "colours").rglob("*.png"))
+    both = torch.cat([images(), torch.stack([preprocess(decode(path.read_bytes(), how), how) for path in paths])])
+    known = session.run(["known"], {"images": both.numpy()})[0]
+    with torch.no_grad():
+        wanted = module.known(module.backbone(both).double()).numpy()
+    assert np.abs(known - wanted).max() < 1.5 / len(module.known.distances)  # an image is one rank off at most
+    assert (known[:5] == known.min()).all()  # noise
+    assert len(set(known.tolist())) > 3
 
 
 def test_torchvision_alone_loads_the_weights(colours, train):

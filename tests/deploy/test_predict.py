@@ -16,7 +16,8 @@ from headstart.cli import main
 from headstart.deploy.explain import explainer
 from headstart.features import stream
 from headstart.features.stream import FileStream
-from headstart.verbs.predict import Predictor
+from headstart.model.sets import threshold
+from headstart.verbs.predict import Answers, Predictor
 from support import COLOURS, draw, newest_run, rows_of
 
 
@@ -111,6 +112,63 @@ def test_rows_go_to_the_standard_output_and_nothing_else_does(checkpoint, photos
     assert sum(shares) == pytest.approx(1, abs=1e-5)
     assert shares == sorted(shares, reverse=True)
     assert "1 files, and 1 that could not be read" in err
+
+
+def test_what_is_like_no_class_is_unknown(checkpoint, photos, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (3, 40, 48, 3), np.uint8)
+    for number, pixels in enumerate(noise):
+        Image.fromarray(pixels).save(tmp_path / f"noise{number}.png")
+    paths = [str(photos / "red"), *(str(path) for path in sorted(tmp_path.glob("noise*.png"))), "nothing.png"]
+    main(["predict", f"--ckpt_path={checkpoint}", *paths, "--unknown=0.2", "--output=p.csv"])
+    rows = rows_of(Path("p.csv"))
+    assert list(rows[0])[:5] == ["path", "label", "probability", "known", "label_2"]
+    assert [row["label"] for row in rows[-4:]] == ["unknown"] * 3 + [""]
+    images = len(TransferClassifier.load_from_checkpoint(checkpoint).known.distances)
+    assert [row["known"] for row in rows[-4:]] == [f"{1 / (1 + images):.6f}"] * 3 + [""]
+    assert all((row["label"] == "unknown") == (float(row["known"]) <= 0.2) for row in rows[:-1])
+    assert sum(row["label"] == "red" for row in rows[:20]) > 10
+    main(["predict", f"--ckpt_path={checkpoint}", *paths[:-1], "--output=all.jsonl"])
+    found = [json.loads(line) for line in Path("all.jsonl").read_text().splitlines()]
+    assert [f"{row['known']:.6f}" for row in found] == [row["known"] for row in rows[:-1]]
+    assert "unknown" not in {row["label"] for row in found}
+    assert "set" not in found[0]
+
+
+def test_sets_and_the_least_probability(checkpoint, photos):
+    module = TransferClassifier.load_from_checkpoint(checkpoint)
+    coverage, highest = 0.5, 0.0
+    least = threshold(module.true_probabilities, coverage)
+    options = ["predict", f"--ckpt_path={checkpoint}", str(photos), f"--coverage={coverage}"]
+    main([*options, "--output=p.jsonl"])
+    rows = [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()]
+    for row in rows:
+        highest = max(highest, row["probability"])
+        assert row["set"] == [name for name, share in row["top"].items() if share >= least or name == row["label"]]
+    main([*options, "--top_k=1", f"--min_probability={highest}", "--output=p.csv"])
+    written = rows_of(Path("p.csv"))
+    assert list(written[0]) == ["path", "label", "probability", "known", "set", "error"]
+    assert [row["set"] for row in written] == ["|".join(row["set"]) for row in rows]
+    assert [row["label"] for row in written] == [
+        row["label"] if row["probability"] >= highest else "unknown" for row in rows
+    ]
+
+
+@pytest.mark.fault("`--unknown` or `--coverage` that the validation images are too few for")
+def test_a_promise_that_the_head_cannot_keep_is_refused(checkpoint, photos, refused):
+    last, image = checkpoint.with_name("last.ckpt"), str(photos / "red/000.png")
+    images = len(TransferClassifier.load_from_checkpoint(checkpoint).known.distances)
+    for option in ("--unknown=0.001", "--coverage=0.999"):
+        line = refused("predict", f"--ckpt_path={checkpoint}", image, option)
+        assert line == f"error: {option}: needs 999 validation images, but the head has {images}"
+    assert "the head has none; take best.ckpt" in refused("predict", f"--ckpt_path={last}", image, "--unknown=0.5")
+    main(["predict", f"--ckpt_path={last}", image, "--output=p.csv"])
+    assert rows_of(Path("p.csv"))[0]["known"] == ""
+
+
+def test_a_class_named_unknown_is_not_taken_for_a_refusal():
+    module = TransferClassifier(["a", "unknown"], "timm/test_resnet", "random", image_size=32)
+    answers = Answers(module, min_probability=0.7)
+    assert [answers.label(("unknown", share), None) for share in (0.8, 0.6)] == ["unknown", "(unknown)"]
 
 
 def test_what_cannot_be_done_is_refused(checkpoint, photos, refused):

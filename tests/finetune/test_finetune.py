@@ -228,13 +228,19 @@ def test_the_checkpoint_holds_what_learnt_and_all_verbs_take_it(head, stripes, t
     assert evaluated["digest"] != json.loads((head.parent.parent / "result.json").read_text())["digest"]
     # wing: deploy
     with (run / "splits.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
+        all_rows = list(csv.DictReader(file))
+    rows = [row for row in all_rows if row["split"] == "test"]
     paths = [str(stripes / row["path"]) for row in rows]
     main(["predict", f"--ckpt_path={best}", *paths, "--output=rows.csv", "--feature_precision=fp32"])
     with Path("rows.csv").open(newline="") as file:
         said = [row["label"] for row in csv.DictReader(file)]
     right = sum(label == row["class"] for label, row in zip(said, rows, strict=True))
     assert right / len(rows) == pytest.approx(result["test/acc"])
+    val = [str(stripes / row["path"]) for row in all_rows if row["split"] == "val"]
+    main(["predict", f"--ckpt_path={best}", *val, "--output=val.csv", "--feature_precision=fp32"])
+    with Path("val.csv").open(newline="") as file:  # of the tuned features, each validation image has its own rank
+        known = sorted(float(row["known"]) for row in csv.DictReader(file))
+    assert known == pytest.approx([(rank + 2) / (len(val) + 1) for rank in range(len(val))], abs=1.1 / len(val))
     for output in ("model.pth", "model.onnx"):
         assert main(["export", f"--ckpt_path={best}", f"--output={output}"])["difference"] < 1e-4
     name = "layer4.0.conv1.weight"

@@ -9,6 +9,7 @@ from filelock import FileLock
 
 from headstart.cli import main
 from headstart.model.classifier import TransferClassifier
+from headstart.model.sealed import BEST, SEAL, content_digest
 from support import draw, killed_at, newest_run, rows_of
 
 CKPT = "checkpoints/last.ckpt"
@@ -41,6 +42,20 @@ def last(run: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+def known(run: Path) -> dict[str, torch.Tensor]:
+    content: dict[str, torch.Tensor] = torch.load(run / BEST, weights_only=True)["headstart"]["known"]
+    return content
+
+
+def test_a_run_killed_when_its_fit_ends_makes_up_for_it(own, train):
+    with killed_at(2, TransferClassifier, "on_fit_end"):
+        train(own, "--trainer.max_epochs=2")
+    run = newest_run()
+    assert "known" not in torch.load(run / BEST, weights_only=True)["headstart"]
+    train(own, "--ckpt_path=last")
+    assert len(known(run)["distances"]) == sum(split == "val" for split in split_of(run).values())
+
+
 @pytest.mark.fault("images added, deleted or changed before a run is resumed")
 def test_a_resumed_run_has_the_images_of_its_own_split(own, train, stopped, capsys):
     train(own, "--trainer.max_epochs=4", "--logs=whole")
@@ -56,6 +71,8 @@ def test_a_resumed_run_has_the_images_of_its_own_split(own, train, stopped, caps
     assert "12 image(s) are not in" in capsys.readouterr().out
     assert (run / "splits.csv").read_bytes() == before
     whole, parts = last(newest_run(Path("whole"))), last(run)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    whole, parts = known(newest_run(Path("whole"))), known(run)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
@@ -186,4 +203,7 @@ def test_what_a_run_begins_from_stays_the_best_where_nothing_is_better(own, trai
     monkeypatch.setattr(TransferClassifier, "on_train_batch_end", spoil)
     train(own, f"--ckpt_path={first / CKPT}", "--trainer.max_epochs=5")
     assert newest_run() != first
-    assert (newest_run() / "checkpoints/best.ckpt").read_bytes() == (first / CKPT).read_bytes()
+    best, begun = (torch.load(path, weights_only=True) for path in (newest_run() / BEST, first / CKPT))
+    assert best["headstart"].pop("known")
+    del best[SEAL], begun[SEAL]
+    assert content_digest(best) == content_digest(begun)

@@ -194,6 +194,15 @@ def test_the_fine_tuning_benchmark_in_a_small_form(run, copy, tmp_path):
         assert f"\n| {row} | " in done.stdout
 
 
+def test_the_benchmark_of_trust_in_a_small_form(run, copy):
+    colours = {name: (number * 50, 120, 200 - 30 * number) for number, name in enumerate("abcdef")}
+    small = ["--splits=3", "--others=0"]
+    done = run("python", "benchmarks/trust.py", str(draw(copy / "photos", images=25, colours=colours)), *small)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "| mean of the pairs | " in done.stdout
+    assert "\n| photos: 6 classes, " in done.stdout
+
+
 @pytest.mark.wing("audit")
 def test_the_label_benchmark_in_a_small_form(run, copy):
     done = run("python", "benchmarks/labels.py", str(draw(copy / "photos", images=12)))

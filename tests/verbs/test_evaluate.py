@@ -29,6 +29,22 @@ def test_another_folder_is_evaluated_whole(checkpoint, tmp_path):
     assert not (newest_run() / "report.html").exists()
 
 
+def test_unknown_images_are_told_from_the_own(checkpoint, tmp_path, capsys, refused):
+    pink = draw(tmp_path / "pink", images=8, colours={"pink": (250, 150, 200)})
+    options = "evaluate", f"--ckpt_path={checkpoint}", "--report=false", f"--unknown.root={pink}"
+    result = main(list(options))
+    assert result["unknown/images"] == 8
+    assert result["unknown/auroc"] == 1.0
+    assert result["unknown/fpr95"] == 0.0
+    said = capsys.readouterr().out
+    assert "unknown:  AUROC 1.000, false positives at 95 % 0.000" in said
+    assert "how sure is sure enough" in said
+    assert f"--unknown.root={tmp_path}/none: no readable images" in refused(*options, f"--unknown.root={tmp_path}/none")
+    checkpoint.unlink()
+    last = checkpoint.with_name("last.ckpt")
+    assert "take best.ckpt" in refused("evaluate", f"--ckpt_path={last}", f"--unknown.root={pink}")
+
+
 def test_other_classes_are_refused_with_the_difference(checkpoint, tmp_path, refused):
     other = draw(tmp_path / "other", images=5, colours={"red": COLOURS["red"], "pink": COLOURS["blue"]})
     line = refused("evaluate", f"--ckpt_path={checkpoint}", f"--data.root={other}")

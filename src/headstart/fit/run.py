@@ -9,7 +9,9 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from headstart.errors import UserError
 from headstart.fit.cli import TrainCLI
+from headstart.fit.known import add_known
 from headstart.model.metrics import defined
+from headstart.model.sets import say_sets
 from headstart.report.domains import domain_scores, say_domains
 from headstart.runs.history import REPORT
 from headstart.runs.logger import RunLogger
@@ -22,6 +24,7 @@ def fit(cli: TrainCLI, seconds: Seconds) -> None:
     try:
         with seconds.of("fit"):
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
+            add_known(cli)
     except (MisconfigurationException, RuntimeError, ValueError) as error:
         # Lightning checks some options only against the data, or against what a callback finds.
         if "pytorch_lightning" not in extract_tb(error.__traceback__)[-1].filename:
@@ -85,6 +88,7 @@ def finish(cli: TrainCLI, scores: Mapping[str, Any], seconds: Seconds) -> dict[s
         say(f"fit: an epoch saw {seen} of {images} training images")
     say_scores(result, f"the {cli.chosen.filename} checkpoint's scores")
     say_domains(result)
+    say_sets(result)
     if folder := cli.run_folder.folder:
         say(f"run:      {folder}")
         if (folder / REPORT).exists():

@@ -1,8 +1,5 @@
 """Temperature scaling: calibrates confidence by one number, fitted on the validation split."""
 
-from typing import Any
-
-import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
@@ -31,8 +28,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return float((low * high) ** -0.5)
 
 
-class Temperature(Metric):
-    """``fit_temperature`` over all batches and ranks."""
+class Logits(Metric):
+    """The logits and labels of all batches and ranks."""
 
     higher_is_better = None
     full_state_update = False
@@ -49,6 +46,6 @@ class Temperature(Metric):
         self.logits.append(logits.detach())
         self.labels.append(labels)
 
-    def compute(self) -> Any:
-        """The temperature, [] float32."""
-        return torch.tensor(fit_temperature(dim_zero_cat(self.logits), dim_zero_cat(self.labels)))
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """All logits [N, C] and labels [N]."""
+        return dim_zero_cat(self.logits), dim_zero_cat(self.labels)

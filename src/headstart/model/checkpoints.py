@@ -10,6 +10,7 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics.functional.classification import multiclass_calibration_error
 from typing_extensions import Self
 
 from headstart import __version__
@@ -17,8 +18,11 @@ from headstart.decoding import Picture, as_rgb
 from headstart.errors import UserError
 from headstart.images import preprocess
 from headstart.model.backbone import FrozenBackbone, check_frozen, combined, tensor_digests
+from headstart.model.calibration import fit_temperature
+from headstart.model.known import Known
 from headstart.model.metrics import defined
 from headstart.model.sealed import read_sealed
+from headstart.model.sets import set_scores, true_probabilities
 from headstart.ranges import arguments_of, plain
 from headstart.terminal import listing, say
 
@@ -44,11 +48,30 @@ class HeadModule(LightningModule):
         self.weights_digest = combined(self.digests)  # of the original weights, before any fine-tuning
         self.trained_on: list[str] = []  # sha256 of each image, unless in the run's folder
         self.finetuned: list[str] = []  # tensors that differ from the original weights
+        self.true_probabilities = torch.empty(0)  # of the validation images' classes, ascending; for sets
+        self.known_content: dict[str, Tensor] | None = None  # set by loading a checkpoint that has it
 
     @property
     def frozen(self) -> FrozenBackbone:
         """The part that maps an image to the same features in every epoch, for the cache: the whole backbone."""
         return self.backbone
+
+    @property
+    def known(self) -> Known | None:
+        """Maps features to how familiar they are, in float64, as fitted when the training ended; None: it was not."""
+        return Known(**self.known_content).double() if self.known_content else None
+
+    def calibrate(self, logits: Tensor, labels: Tensor) -> None:
+        """Fits what later checkpoints hold to validation logits [N, C] and labels [N]: temperature, scores of sets."""
+        self.temperature = fit_temperature(logits, labels)
+        self.true_probabilities = true_probabilities((logits / self.temperature).softmax(dim=1), labels)
+
+    def calibrated_scores(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
+        """Scores of calibrated probabilities and of sets of classes, from test logits [N, C] and labels [N]."""
+        probabilities = (logits / self.temperature).softmax(dim=1)
+        error = multiclass_calibration_error(probabilities, labels, num_classes=len(self.class_names), n_bins=15)
+        scores = {"test/calibration_error_scaled": float(error)}
+        return scores | set_scores(self.true_probabilities, probabilities, labels)
 
     def setup(self, stage: str) -> None:
         """Refuses data with other classes."""
@@ -89,6 +112,7 @@ class HeadModule(LightningModule):
             "weights": self.backbone.weights,
             "digest": self.weights_digest,
             "temperature": self.temperature,
+            "true_probabilities": self.true_probabilities if scores else torch.empty(0),  # else an earlier head's
             "scores": defined(scores),
             "trained_on": self.trained_on,
             "arithmetic": self.arithmetic,
@@ -140,6 +164,8 @@ class HeadModule(LightningModule):
             )
         self.take_bits(checkpoint)
         self.temperature, self.arithmetic = float(made["temperature"]), made.get("arithmetic")
+        self.true_probabilities = made.get("true_probabilities", torch.empty(0))  # older checkpoints have none
+        self.known_content = made.get("known")
         self.finetuned = sorted({*self.finetuned, *tuned})
 
     def take_bits(self, checkpoint: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from torchmetrics import classification as metrics
 from headstart.errors import UserError
 from headstart.images import Fit
 from headstart.model.backbone import FrozenBackbone, Layers
-from headstart.model.calibration import Temperature
+from headstart.model.calibration import Logits
 from headstart.model.checkpoints import HeadModule
 from headstart.model.heads import make_head
 from headstart.model.metrics import MeanAUROC, MeanF1, MeanRecall
@@ -76,8 +76,7 @@ class TransferClassifier(HeadModule):
         self.head = self.configure_head()
         self.val_metrics, self.test_metrics = self.configure_metrics("val/"), self.configure_metrics("test/")
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
-        self.scaled_calibration = metrics.MulticlassCalibrationError(len(class_names), n_bins=15)
-        self.val_temperature, self.temperature = Temperature(), 1.0
+        self.logits, self.temperature = Logits(), 1.0
         self.loss_weights: Tensor | None = None
         self.example_input_array = torch.zeros(1, 3, *[self.backbone.preprocessing.crop_size] * 2, dtype=torch.uint8)
         self.remember_backbone()
@@ -149,26 +148,27 @@ class TransferClassifier(HeadModule):
         return loss
 
     def validation_step(self, batch: Batch) -> dict[str, Tensor]:
-        outputs = self._evaluate(batch, "val", self.val_metrics, self.val_loss)
-        self.val_temperature.update(outputs["logits"], batch[1])
-        return outputs
+        return self._evaluate(batch, "val", self.val_metrics, self.val_loss)
 
     def on_validation_epoch_end(self) -> None:
-        """Fits the temperature, which later checkpoints contain."""
-        self.temperature = float(self.val_temperature.compute())
-        self.val_temperature.reset()
+        """Fits the temperature and what sets of classes need, which later checkpoints contain."""
+        self.calibrate(*self.logits.compute())
+        self.logits.reset()
         self.log("val/temperature", self.temperature, logger=self._logger_of_curves())
 
     def test_step(self, batch: Batch) -> dict[str, Tensor]:
-        outputs = self._evaluate(batch, "test", self.test_metrics, self.test_loss)
-        self.scaled_calibration.update((outputs["logits"] / self.temperature).softmax(dim=1), batch[1])
-        self.log("test/calibration_error_scaled", self.scaled_calibration, on_epoch=True)
-        return outputs
+        return self._evaluate(batch, "test", self.test_metrics, self.test_loss)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the scores of calibrated probabilities and of sets of classes."""
+        self.log_dict(self.calibrated_scores(*self.logits.compute()))
+        self.logits.reset()
 
     def _evaluate(self, batch: Batch, split: str, scores: MetricCollection, loss: MeanMetric) -> dict[str, Tensor]:
         """Updates and logs the metrics of the split; returns features and logits for callbacks."""
         features = self.features(batch[0])
         logits = self.head(features).float()
+        self.logits.update(logits, batch[1])
         loss.update(functional.cross_entropy(logits, batch[1], reduction="none"))
         scores.update(logits.softmax(dim=1), batch[1])
         self.log(f"{split}/loss", loss, on_epoch=True, logger=self._logger_of_curves())

@@ -6,19 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
+from headstart.data import folders
 from headstart.data.module import ImageData, ImageFolderData
 from headstart.data.sources import open_source
 from headstart.data.splits import Split, places_of, repeated
 from headstart.device import quiet_trainer
 from headstart.errors import UserError
 from headstart.features.arithmetic import as_trained
+from headstart.features.stream import FileStream
 from headstart.files import write_atomically
 from headstart.model.checkpoints import read_checkpoint
 from headstart.model.classifier import TransferClassifier
+from headstart.model.known import unknown_scores
 from headstart.model.metrics import defined
+from headstart.model.sets import say_sets
 from headstart.parser import add_checkpoint, add_options, add_run, parser_of, required
+from headstart.report.answered import answered_table
 from headstart.report.domains import domain_scores, say_domains
 from headstart.report.evaluation import Evaluation, EvaluationCollector
 from headstart.report.page import predictions_csv, write_report
@@ -28,6 +34,7 @@ from headstart.runs.history import Run
 from headstart.runs.logger import RunLogger
 from headstart.terminal import Seconds, listing, quiet_libraries, say, say_scores
 
+REFUSED = 0.05  # of the own images, in what is printed
 WHERE = ("root", "csv", "source")
 DATA_OPTIONS = ("num_workers", "cache", "cache_dir", "feature_precision", "max_pixels", "batch_size", "strict")
 
@@ -43,6 +50,7 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     add_checkpoint(parser)
     add_options(parser, ImageFolderData, "data", (*WHERE, *DATA_OPTIONS))
     add_run(parser, "<data folder>-evaluate")
+    parser.add_argument("--unknown.root", type=str | None, help="folder of images of no class, to measure `known` on")
     parser.add_argument("--report", type=bool, default=True, help="draw the figures and write report.html")
     given = parser.parse_args(list(options))
     required(given, "--ckpt_path")
@@ -55,6 +63,7 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     device, asked = trainer.strategy.root_device, data.store.feature_precision
     data.store.feature_precision = as_trained(asked, module.arithmetic, device)
     data.load(module.backbone, device)  # before the folder is created, since it may raise
+    far = _unknown_distances(given.unknown.root, module, data, device) if given.unknown.root else None
     seen = _seen_before(checkpoint, content, data) if given.data.root or given.data.csv else {}
     if seen and given.data.strict:
         raise UserError(f"--data.strict: {len(seen)} of these images were in training or chose the epoch; remove them")
@@ -66,6 +75,8 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     # First, since it is the loss of the probabilities that every command returns; test/loss is of the raw logits.
     loss = functional.cross_entropy(evaluation.logits / evaluation.temperature, evaluation.labels)
     scores = {"test/loss_scaled": float(loss)} | scores
+    if far is not None:
+        scores |= _scores_of_unknown(module, evaluation.features, far)  # at most 2,000 of the own
     write_atomically(folder / "predictions.csv", predictions_csv(evaluation))
     where = f"--data.{'csv' if given.data.csv else 'root'}={data.source.path}"
     verdict = verdict_of(evaluation, None, module, where, str(checkpoint))
@@ -78,6 +89,8 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     write_result(folder, result)
     say_scores(result, f"{len(evaluation.items)} images of {data.source.path}")
     say_domains(result)
+    say_sets(result)
+    say(answered_table(evaluation))
     say(f"mistakes: {folder / 'predictions.csv'}")
     if report:
         say(f"report:   {report}")
@@ -130,6 +143,34 @@ def _scores_of_new(module: TransferClassifier, evaluation: Evaluation, seen: Map
     metrics.update(evaluation.logits[new].softmax(dim=1), evaluation.labels[new])
     scores = defined(metrics.compute())
     say(f"{said}; on the {int(new.sum())} new ones: {', '.join(f'{k[4:]} {v:.3f}' for k, v in scores.items())}")
+    return scores
+
+
+def _unknown_distances(root: str, module: TransferClassifier, data: ImageData, device: torch.device) -> Tensor:
+    """The distances of the images to measure `known` on."""
+    option, store, known = f"--unknown.root={root}", data.store, module.known
+    if known is None:
+        raise UserError(f"{option}: the head cannot tell; take best.ckpt of a run with the cache and this version")
+    arithmetic = store.arithmetic if store.cache else "fp32"  # of the images evaluated
+    stream = FileStream(module.backbone, device, arithmetic, store.workers, store.max_pixels)
+    paths = map(str, folders.images(Path(root).expanduser()))
+    found = [known.distance(computed.features.double()) for computed in stream(paths)]
+    if not sum(map(len, found)):
+        raise UserError(f"{option}: no readable images in there; give a folder with images of none of the classes")
+    return torch.cat(found)
+
+
+def _scores_of_unknown(module: TransferClassifier, own_features: Tensor, far: Tensor) -> dict[str, float]:
+    """How well `known` tells images at the distances ``far``, of no class, from the own ones."""
+    known = module.known
+    assert known
+    own = known.distance(own_features.double())
+    scores = unknown_scores(own, far)
+    refused = [float((known.share(distances) <= REFUSED).float().mean()) for distances in (far, own)]
+    say(
+        f"unknown:  AUROC {scores['unknown/auroc']:.3f}, false positives at 95 % {scores['unknown/fpr95']:.3f}; "
+        f"--unknown={REFUSED} refuses {refused[0]:.1%} of the {len(far)} images, and {refused[1]:.1%} of the own"
+    )
     return scores
 
 

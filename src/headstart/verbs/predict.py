@@ -5,6 +5,7 @@ import csv
 import io
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -29,8 +30,9 @@ from headstart.features.hashes import cache_folder
 from headstart.features.stream import FileStream
 from headstart.files import in_either_form, new_path
 from headstart.model.classifier import TransferClassifier
+from headstart.model.sets import images_needed, sets_of, threshold
 from headstart.parser import OptionParser, add_accelerator, add_checkpoint, parser_of, required
-from headstart.ranges import Count, Positive
+from headstart.ranges import Count, OpenFraction, Positive, Share
 from headstart.terminal import images_bar, quiet_libraries, say
 
 FORMATS = (".csv", ".jsonl")
@@ -41,8 +43,47 @@ class Prediction:
     """A head's prediction for a file."""
 
     path: str  # as given, or below the given folder
+    label: str = ""  # the most probable class, or that it is unknown
     best: tuple[tuple[str, float], ...] = ()  # the k most probable classes with calibrated probabilities
+    known: float | None = None  # as ``Known``; None: the head has none
+    names: tuple[str, ...] = ()  # the set of classes that holds the truth as often as promised, if it was asked for
     error: str = ""  # why there is no prediction; else empty
+
+
+class Answers:
+    """How a head answers: with which sets of classes, and where with `unknown`; the options of the same names.
+
+    Raises:
+        UserError: the head cannot keep what is asked for.
+    """
+
+    def __init__(
+        self,
+        module: TransferClassifier,
+        unknown: float | None = None,
+        coverage: float | None = None,
+        min_probability: float = 0.0,
+    ) -> None:
+        self.known, self.unknown, self.min_probability = module.known, unknown, min_probability
+        self.least: float | None = None  # the probability from which on a class is in the set
+        self.word = "(unknown)" if "unknown" in module.class_names else "unknown"
+        if unknown is not None:
+            images = len(self.known.distances) if self.known else 0
+            _check_images(f"--unknown={unknown}", images, math.ceil(1 / unknown - 1 - 1e-9))
+        if coverage is not None:
+            _check_images(f"--coverage={coverage}", len(module.true_probabilities), images_needed(coverage))
+            self.least = threshold(module.true_probabilities, coverage)
+
+    def label(self, best: tuple[str, float], known: float | None) -> str:
+        """The best class, or `unknown`: below the least probability, or too far from all classes."""
+        refused = known is not None and self.unknown is not None and known <= self.unknown
+        return self.word if refused or best[1] < self.min_probability else best[0]
+
+
+def _check_images(option: str, images: int, needed: int) -> None:
+    if images < needed:
+        why = "" if images else "; take best.ckpt of a run with the cache, validation and this version"
+        raise UserError(f"{option}: needs {needed} validation images, but the head has {images or 'none'}{why}")
 
 
 def predict(options: Sequence[str]) -> dict[str, int]:
@@ -62,6 +103,7 @@ def predict(options: Sequence[str]) -> dict[str, int]:
             if isinstance(rows, io.TextIOWrapper):  # paths keep their bytes, as in a file
                 rows.reconfigure(encoding="utf-8", errors="surrogateescape")
         module = TransferClassifier.load_from_checkpoint(Path(given.ckpt_path).expanduser()).eval()
+        answers = Answers(module, given.unknown, given.coverage, given.min_probability)
         device = device_of(given.accelerator)
         paths, total = _inputs(given.paths)
         maps = _empty_folder(given.explain) if given.explain else None
@@ -69,9 +111,9 @@ def predict(options: Sequence[str]) -> dict[str, int]:
         precision = as_trained(given.feature_precision, module.arithmetic, device)
         arithmetic = chosen(precision, module.backbone, device, total or 0, cache_folder())
         stream = FileStream(module.backbone, device, arithmetic, workers, given.max_pixels)
-        predictor = Predictor(module, stream, given.top_k, maps)
+        predictor = Predictor(module, stream, given.top_k, maps, answers)
         file = stack.enter_context(_open(given.output)) if given.output else rows
-        write = _writer(file, given.output, given.format, predictor.top_k)
+        write = _writer(file, given.output, given.format, predictor.top_k, given.coverage is not None)
         with images_bar("predicting", total) as advance:
             for prediction in predictor(paths):
                 write(prediction)
@@ -89,9 +131,15 @@ class Predictor:
     """
 
     def __init__(
-        self, module: TransferClassifier, stream: FileStream, top_k: int = 5, maps: Path | None = None
+        self,
+        module: TransferClassifier,
+        stream: FileStream,
+        top_k: int = 5,
+        maps: Path | None = None,
+        answers: Answers | None = None,
     ) -> None:
         self.module, self.stream, self.maps = module, stream, maps
+        self.answers = answers or Answers(module)
         self.top_k = min(top_k, len(module.class_names))
         self._explain = explainer(module, stream.backbone) if maps else None
         self.method = self._explain.method if self._explain else ""
@@ -104,10 +152,12 @@ class Predictor:
 
     @torch.no_grad()
     def _predictions(self, computed: Computed) -> Iterator[Prediction]:
-        logits = self.module.head(computed.features)
-        probabilities, labels = (logits / self.module.temperature).softmax(dim=1).topk(self.top_k)
+        probabilities = (self.module.head(computed.features) / self.module.temperature).softmax(dim=1)
+        order = probabilities.argsort(dim=1, descending=True, stable=True)
+        known = self.answers.known(computed.features.double()).tolist() if self.answers.known else None
+        sets = sets_of(probabilities, self.answers.least) if self.answers.least is not None else None
         finite = computed.features.isfinite().all(dim=1)
-        heat = self._explain(labels[:, 0]) if self._explain and len(labels) else None
+        heat = self._explain(order[:, 0]) if self._explain and len(order) else None
         number = {key: place for place, key in enumerate(computed.rows)}
         for key in computed.keys:
             self._done += 1
@@ -117,10 +167,14 @@ class Predictor:
             elif not finite[place]:
                 yield Prediction(path, error="its features are not finite")
             else:
-                names = [self.module.class_names[label] for label in labels[place].tolist()]
+                labels = order[place].tolist()
+                names, shares = [self.module.class_names[label] for label in labels], probabilities[place, labels]
                 if heat is not None:
                     self._draw(path, names[0], heat[place])
-                yield Prediction(path, tuple(zip(names, probabilities[place].tolist(), strict=True)))
+                best = tuple(zip(names, shares.tolist(), strict=True))[: self.top_k]
+                share = round(known[place], 6) if known else None
+                held = tuple(names[: int(sets[place].sum())]) if sets is not None else ()
+                yield Prediction(path, self.answers.label(best[0], share), best, share, held)
 
     def _draw(self, path: str, name: str, heat: Tensor) -> None:
         assert self.maps
@@ -136,6 +190,17 @@ def _parser() -> OptionParser:
     formats = Literal["csv", "jsonl"] | None
     parser.add_argument("--format", type=formats, help="csv or jsonl; None: by the output's suffix, else csv")
     parser.add_argument("--top_k", type=Positive, default=5, help="most probable classes per row")
+    parser.add_argument(
+        "--unknown",
+        type=OpenFraction | None,
+        help="answer `unknown` for what is as far from the classes as this share of validation images; None: never",
+    )
+    parser.add_argument("--min_probability", type=Share, default=0.0, help="answer `unknown` below this probability")
+    parser.add_argument(
+        "--coverage",
+        type=OpenFraction | None,
+        help="add the set of classes that holds the true one in this share of cases, such as 0.9; None: no sets",
+    )
     parser.add_argument("--explain", type=str | None, help="new folder for maps of where the head looks, one per file")
     parser.add_argument("--num_workers", type=Count | None, help="decoding threads; None: one per core, at most 8")
     parser.add_argument(
@@ -197,25 +262,29 @@ def _open(output: str) -> Iterator[TextIO]:
         raise
 
 
-def _writer(file: TextIO, output: str | None, form: str | None, top_k: int) -> Callable[[Prediction], None]:
+def _writer(file: TextIO, output: str | None, form: str | None, top_k: int, sets: bool) -> Callable[[Prediction], None]:
     form = form or (Path(output).suffix.removeprefix(".") if output else "csv")
 
     def write_json(prediction: Prediction) -> None:
         row: dict[str, Any] = {"path": prediction.path, "error": prediction.error}
         if prediction.best:
-            label, probability = prediction.best[0]
-            row = {"path": prediction.path, "label": label, "probability": probability, "top": dict(prediction.best)}
+            row = {"path": prediction.path, "label": prediction.label, "probability": prediction.best[0][1]}
+            row |= {"known": prediction.known} | ({"set": prediction.names} if sets else {})
+            row["top"] = dict(prediction.best)
         file.write(json.dumps(row) + "\n")
 
     if form == "jsonl":
         return write_json
     rows = csv.writer(file)
     rest = [f"{name}_{place}" for place in range(2, top_k + 1) for name in ("label", "probability")]
-    rows.writerow(["path", "label", "probability", *rest, "error"])
+    rows.writerow(["path", "label", "probability", "known", *["set"] * sets, *rest, "error"])
 
     def write_csv(prediction: Prediction) -> None:
         best = [cell for name, probability in prediction.best for cell in (name, f"{probability:.6f}")]
-        rows.writerow([prediction.path, *(best or [""] * 2 * top_k), prediction.error])
+        best = best or [""] * 2 * top_k
+        known = "" if prediction.known is None else f"{prediction.known:.6f}"
+        names = ["|".join(prediction.names)] * sets
+        rows.writerow([prediction.path, prediction.label, best[1], known, *names, *best[2:], prediction.error])
 
     return write_csv
 

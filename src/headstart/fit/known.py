@@ -1,0 +1,46 @@
+"""The last step of a fit: how familiar images are to the head, added to the best checkpoint."""
+
+import torch
+from torch import Tensor
+
+from headstart.features.matrix import Labelled
+from headstart.fit.cli import TrainCLI
+from headstart.model.classifier import TransferClassifier
+from headstart.model.known import Known
+from headstart.model.sealed import SEAL, SealedCheckpointIO
+from headstart.terminal import say
+
+WIDEST = 4095  # features; the matrix of more is too large for a checkpoint, of 33 MB and more
+MOST = 20_000  # images that are used of a split, evenly spread
+ROWS = 256
+
+
+def add_known(cli: TrainCLI) -> None:
+    """Fits ``Known`` to the cached features and adds it to the best checkpoint, which is replaced as a whole.
+
+    Resuming a run that was killed before makes up for it.
+    """
+    data, module, path = cli.datamodule, cli.model, cli.best.best_model_path
+    if not path or not cli.trainer.is_global_zero or not data.store.cache or not data.items_in("val"):
+        return
+    if module.backbone.num_features > WIDEST:
+        say(f"known: is left out, since more than {WIDEST:,} features are too many for its matrix")
+        return
+    checkpoint = SealedCheckpointIO().load_checkpoint(path)
+    module.load_state_dict(checkpoint["state_dict"], strict=False)
+    train, val = (_features(module.to(data.store.device).eval(), data.labelled(split)) for split in ("train", "val"))
+    if known := Known.fit(*train, val[0]):
+        checkpoint["headstart"]["known"] = known.content()
+        checkpoint.pop(SEAL, None)
+        SealedCheckpointIO().save_checkpoint(checkpoint, path)
+    else:
+        say("known: is left out, since the training images of each class are all alike; add more images per class")
+
+
+@torch.no_grad()
+def _features(module: TransferClassifier, labelled: Labelled) -> tuple[Tensor, Tensor]:
+    """Features [N, D] as the head gets them, and labels [N], of at most ``MOST`` images as they are."""
+    chosen = Labelled(labelled.views[:1], labelled.labels)
+    if len(chosen) > MOST:
+        chosen = chosen.take(torch.linspace(0, len(chosen) - 1, MOST).round().long())
+    return torch.cat([module.features(rows) for rows, _ in chosen.blocks(ROWS)]), chosen.labels

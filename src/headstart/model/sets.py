@@ -1,0 +1,66 @@
+"""Sets of classes that hold the truth as often as was promised: split conformal prediction."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from headstart.terminal import say
+
+COVERAGES = (0.9,)  # of the scores in a run's result
+
+
+def true_probabilities(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """The probability of each image's true class, ascending, [N] float32: from probabilities [N, C], labels [N]."""
+    return probabilities.gather(1, labels[:, None])[:, 0].float().sort().values.cpu()
+
+
+def images_needed(coverage: float) -> int:
+    """The least number of validation images for which any set but that of all classes can be promised."""
+    return math.ceil(coverage / (1 - coverage) - 1e-9)
+
+
+def threshold(validation: Tensor, coverage: float) -> float:
+    """The probability from which on a class is in the set, from ``true_probabilities`` of N >= ``images_needed``.
+
+    With the score 1 - p, the threshold is its ceil((N + 1) coverage)-th smallest value: Vovk et al., "Algorithmic
+    Learning in a Random World", 2005; the sets of this score are the smallest on average: Sadinle et al., "Least
+    Ambiguous Set-Valued Classifiers with Bounded Error Levels", JASA 2019.
+    """
+    rank = math.ceil((len(validation) + 1) * coverage - 1e-9)
+    return float(validation[len(validation) - rank])
+
+
+def sets_of(probabilities: Tensor, least: float) -> Tensor:
+    """Whether each class is in each image's set, [N, C] bool; the most probable class always is, so none is empty."""
+    return (probabilities >= least) | (probabilities >= probabilities.amax(dim=1, keepdim=True))
+
+
+def set_scores(validation: Tensor, probabilities: Tensor, labels: Tensor) -> dict[str, float]:
+    """The share of sets that hold the truth, and their mean size, as ``coverage_90`` and ``set_size_90``.
+
+    Args:
+        validation: the ``true_probabilities`` of the validation images.
+        probabilities: those of other images, [N, C].
+        labels: their classes, [N].
+    """
+    scores = {}
+    for coverage in COVERAGES:
+        if len(validation) >= images_needed(coverage):
+            sets = sets_of(probabilities, threshold(validation, coverage))
+            percent = round(100 * coverage)
+            scores[f"test/coverage_{percent}"] = float(sets.gather(1, labels[:, None]).float().mean())
+            scores[f"test/set_size_{percent}"] = float(sets.sum(dim=1).float().mean())
+    return scores
+
+
+def say_sets(result: Mapping[str, Any]) -> None:
+    """Prints, from a run's result, what was promised and what the test shows."""
+    for percent in (round(100 * coverage) for coverage in COVERAGES):
+        if f"test/coverage_{percent}" in result:
+            held, size = result[f"test/coverage_{percent}"], result[f"test/set_size_{percent}"]
+            say(
+                f"sets:     promised to hold the true class of {percent} % of images; on the test {100 * held:.1f} %, "
+                f"with {size:.1f} of {result['classes']} classes on average"
+            )
