@@ -23,10 +23,11 @@ WINGS = {
     "audit": (("check",), ("benchmarks/labels.py",)),
     "domains": (("domains",), ("benchmarks/domains.py", "docs/domains.md")),
     "deploy": (("predict", "export"), ("docs/deploy.md",)),
+    "label": (("embed", "similar", "next", "label"), ("benchmarks/label.py", "docs/label.md")),
     "finetune": (("finetune",), ("benchmarks/finetune.py", "docs/finetune.md")),
 }
 # Modules that only wings use -> those wings; removed with the last of them.
-SHARED = {"features/stream.py": {"deploy"}, "search/neighbours.py": {"audit"}}
+SHARED = {"features/stream.py": {"deploy", "label"}}
 PART = re.compile(r"^ *(?:#|<!--) wing: (\w+)(?: -->)?\n.*?^ *(?:#|<!--) /wing(?: -->)?\n", re.MULTILINE | re.DOTALL)
 LINE = re.compile(r"^.*(?:#|<!--) wing: (\w+)(?: -->)?\n", re.MULTILINE)
 

@@ -1,6 +1,5 @@
 """A heap: images of no class, with their features from the cache."""
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,12 +7,11 @@ from typing import Any
 
 from headstart.data import folders
 from headstart.data.module import ImageFolderData
-from headstart.data.sources import FileSource
+from headstart.data.sources import ListedSource
 from headstart.data.splits import Item
 from headstart.data.store import FeatureStore
 from headstart.device import device_of
 from headstart.errors import UserError
-from headstart.files import read_csv
 from headstart.model.backbone import BACKBONE_OPTIONS, FrozenBackbone
 from headstart.model.classifier import TransferClassifier
 from headstart.model.weights import for_data
@@ -23,29 +21,45 @@ from headstart.terminal import say_all
 STORE_OPTIONS = ("num_workers", "cache_dir", "feature_precision", "max_pixels")
 
 
-class Heap(FileSource):
-    """The images below a folder, or below several folders and files; then paths are as given."""
+def folder_of_images(root: str | None, option: str = "--data.root") -> ListedSource:
+    """All images below a folder, whatever the folders within it."""
+    if root is None:
+        raise UserError(f"{option} is missing; give a folder of images")
+    folder, others = folders.existing(root, option), Counter[str]()
+    paths = folders.images(folder, others)
+    folders.say_left_out(others)
+    if not paths:
+        raise UserError(f"{option}={root}: no images in there; give a folder with images")
+    return ListedSource(folder, [], [Item(path.relative_to(folder).as_posix(), 0) for path in paths])
 
-    def __init__(self, given: Sequence[str], option: str = "PATH") -> None:
-        folder = folders.existing(given[0], option) if given[1:] == [] and not Path(given[0]).is_file() else None
-        self.root = self.path = folder or Path.cwd()
-        self.class_names, self._given = [], [folder] if folder else [Path(path) for path in given]
 
-    def files(self) -> list[Path]:
-        """The image files below the folders, and the files given; says what else is there."""
-        others, found = Counter[str](), list[Path]()
-        for path in self._given:
-            found += folders.images(path, others) if path.is_dir() else [path]
-        folders.say_left_out(others)
-        return found
-
-    def listed(self) -> list[Item]:
-        return [Item(os.path.relpath(path, self.root) if path == self.root / path.name else str(path), 0) for path in self.files()]
+def files_and_folders(paths: Sequence[str]) -> ListedSource:
+    """Images given as files and folders; their paths are as given."""
+    found = list[str]()
+    for path in paths:
+        inside = folder_of_images(path, "PATH").listed() if Path(path).is_dir() else None
+        found += [path] if inside is None else [str(Path(path) / item.path) for item in inside]
+    return ListedSource(Path.cwd(), [], [Item(path, 0) for path in dict.fromkeys(found)])
 
 
 def add_features(parser: OptionParser) -> None:
-    """Adds the options of the backbone, and of the cache."""
+    """Adds the options of the backbone and of the cache."""
     add_checkpoint(parser)
     add_options(parser, TransferClassifier, "model", BACKBONE_OPTIONS)
     add_options(parser, ImageFolderData, "data", STORE_OPTIONS)
     add_accelerator(parser)
+
+
+def load(source: ListedSource, given: Any, root: str | None = None) -> tuple[FeatureStore, TransferClassifier | None]:
+    """The readable images with their features, by the backbone of the checkpoint, if any, or of the options."""
+    module = None
+    if given.ckpt_path:
+        module = TransferClassifier.load_from_checkpoint(Path(given.ckpt_path).expanduser()).eval()
+    given.model.weights = for_data(given.model.backbone, given.model.weights, root or str(source.path))
+    backbone = module.backbone if module else FrozenBackbone(*(given.model[name] for name in BACKBONE_OPTIONS))
+    store = FeatureStore(source, **{name: given.data[name] for name in STORE_OPTIONS})
+    store.load(backbone, device_of(given.accelerator))
+    say_all([f"data: {path} is left out: {reason}" for path, reason in store.skipped.items()])
+    if not store.items:
+        raise UserError(f"{source.path}: no readable image; {len(store.skipped)} files cannot be read")
+    return store, module
