@@ -23,7 +23,10 @@ WINGS = {
     "audit": (("check",), ("benchmarks/labels.py",)),
     "domains": (("domains",), ("benchmarks/domains.py", "docs/domains.md")),
     "deploy": (("predict", "export"), ("docs/deploy.md",)),
-    "label": (("embed", "similar", "next", "label"), ("benchmarks/label.py", "docs/label.md")),
+    "label": (
+        ("embed", "similar", "next", "label"),
+        ("benchmarks/label.py", "docs/label.md", "tests/journeys/test_labelling.py"),
+    ),
     "finetune": (("finetune",), ("benchmarks/finetune.py", "docs/finetune.md")),
 }
 # Modules that only wings use -> those wings; removed with the last of them.

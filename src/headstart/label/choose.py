@@ -25,8 +25,8 @@ def choose(features: Tensor, labels: Tensor, count: int, seed: int, head: Callab
     unit, known = functional.normalize(features - features.mean(dim=0), dim=1), labels >= 0
     if head is None and len(set(labels[known].tolist())) < 2:
         return typical(unit, known, count, seed)
-    probabilities = head(features) if head else _probabilities(unit, labels)
-    return uncertain_and_diverse(unit, known, doubts(probabilities), count, seed)
+    best = (head(features) if head else _probabilities(unit, labels)).topk(2, dim=1).values
+    return uncertain_and_diverse(unit, known, 1 - (best[:, 0] - best[:, 1]), count, seed)
 
 
 def typical(unit: Tensor, known: Tensor, count: int, seed: int) -> Tensor:
@@ -55,15 +55,8 @@ def typical(unit: Tensor, known: Tensor, count: int, seed: int) -> Tensor:
 
 def _typicality(unit: Tensor) -> Tensor:
     """The mean similarity of each row to its nearest other rows, [N]."""
-    count = min(NEIGHBOURS + 1, len(unit))
-    blocks = torch.split(unit, 1024)
-    return torch.cat([(block @ unit.T).topk(count).values[:, 1:].mean(dim=1) for block in blocks])
-
-
-def doubts(probabilities: Tensor) -> Tensor:
-    """One minus the margin between the two most probable classes of each row, [N]."""
-    best = probabilities.topk(2, dim=1).values
-    return 1 - (best[:, 0] - best[:, 1])
+    near = [(block @ unit.T).topk(min(NEIGHBOURS + 1, len(unit))).values[:, 1:] for block in torch.split(unit, 1024)]
+    return torch.cat(near).mean(dim=1)
 
 
 def _probabilities(unit: Tensor, labels: Tensor) -> Tensor:

@@ -21,10 +21,8 @@ from headstart.terminal import say_all
 STORE_OPTIONS = ("num_workers", "cache_dir", "feature_precision", "max_pixels")
 
 
-def folder_of_images(root: str | None, option: str = "--data.root") -> ListedSource:
+def folder_of_images(root: str, option: str = "--data.root") -> ListedSource:
     """All images below a folder, whatever the folders within it."""
-    if root is None:
-        raise UserError(f"{option} is missing; give a folder of images")
     folder, others = folders.existing(root, option), Counter[str]()
     paths = folders.images(folder, others)
     folders.say_left_out(others)
@@ -37,8 +35,8 @@ def files_and_folders(paths: Sequence[str]) -> ListedSource:
     """Images given as files and folders; their paths are as given."""
     found = list[str]()
     for path in paths:
-        inside = folder_of_images(path, "PATH").listed() if Path(path).is_dir() else None
-        found += [path] if inside is None else [str(Path(path) / item.path) for item in inside]
+        items = folder_of_images(path, "PATH").listed() if Path(path).is_dir() else [Item("", 0)]
+        found += [str(Path(path) / item.path) for item in items]
     return ListedSource(Path.cwd(), [], [Item(path, 0) for path in dict.fromkeys(found)])
 
 
@@ -52,9 +50,8 @@ def add_features(parser: OptionParser) -> None:
 
 def load(source: ListedSource, given: Any, root: str | None = None) -> tuple[FeatureStore, TransferClassifier | None]:
     """The readable images with their features, by the backbone of the checkpoint, if any, or of the options."""
-    module = None
-    if given.ckpt_path:
-        module = TransferClassifier.load_from_checkpoint(Path(given.ckpt_path).expanduser()).eval()
+    path = Path(given.ckpt_path).expanduser() if given.ckpt_path else None
+    module = TransferClassifier.load_from_checkpoint(path).eval() if path else None
     given.model.weights = for_data(given.model.backbone, given.model.weights, root or str(source.path))
     backbone = module.backbone if module else FrozenBackbone(*(given.model[name] for name in BACKBONE_OPTIONS))
     store = FeatureStore(source, **{name: given.data[name] for name in STORE_OPTIONS})

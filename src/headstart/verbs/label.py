@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import socket
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +11,8 @@ from headstart.errors import UserError
 from headstart.files import read_csv
 from headstart.label.answers import Answers
 from headstart.label.heap import folder_of_images
-from headstart.parser import parser_of
-from headstart.ranges import Count
+from headstart.parser import parser_of, required
+from headstart.ranges import Port
 from headstart.terminal import say
 
 
@@ -25,9 +26,10 @@ def label(options: Sequence[str]) -> dict[str, int]:
     parser.add_argument("--queue", type=str | None, help="CSV file of paths, as of `headstart next`; None: all images")
     parser.add_argument("--labels", type=str, default="labels.csv", help="CSV file to write; continued if it is there")
     parser.add_argument("--classes", type=str | None, help="class names, such as ant,bee; others are typed on the page")
-    parser.add_argument("--port", type=Count, default=0, help="port on localhost; 0: a free one")
+    parser.add_argument("--port", type=Port, default=0, help="port on localhost; 0: a free one")
     parser.add_argument("--browser", type=bool, default=True, help="open the page in a browser")
     given = parser.parse_args(list(options))
+    required(given, "--data.root")
     try:
         from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -49,9 +51,11 @@ def label(options: Sequence[str]) -> dict[str, int]:
     token, classes = secrets.token_urlsafe(16), [name.strip() for name in (given.classes or "").split(",")]
     page = LabelPage(queue, source.root, answers, [name for name in classes if name], token)
     try:
-        server = make_server("127.0.0.1", given.port, page, threaded=True, request_handler=Silent)
-    except (OSError, SystemExit, OverflowError) as error:
-        raise UserError(f"--port={given.port}: cannot be used; 0 finds a free one") from error
+        listener = socket.create_server(("127.0.0.1", given.port))
+    except OSError as error:
+        raise UserError(f"--port={given.port}: cannot be used ({error.strerror}); 0 finds a free one") from error
+    with listener:
+        server = make_server("127.0.0.1", 0, page, True, request_handler=Silent, fd=listener.fileno())
     address = f"http://127.0.0.1:{server.port}/{token}/"
     say(f"page:     {address}    (Ctrl-C ends)")
     if given.browser:

@@ -14,7 +14,7 @@ from headstart.label.answers import COLUMNS, Answers
 from headstart.label.choose import choose
 from headstart.label.heap import add_features, folder_of_images, load
 from headstart.model.classifier import TransferClassifier
-from headstart.parser import parser_of
+from headstart.parser import parser_of, required
 from headstart.ranges import Positive, Seed
 from headstart.terminal import quiet_libraries, say
 
@@ -33,6 +33,7 @@ def next(options: Sequence[str]) -> dict[str, int]:
     parser.add_argument("--seed", type=Seed, default=0, help="seed of clusters and samples")
     add_features(parser)
     given = parser.parse_args(list(options))
+    required(given, "--data.root")
     output = new_path("--output", given.output)
     source = folder_of_images(given.data.root)
     answers = Answers(Path(given.labels)).labels if given.labels else {}

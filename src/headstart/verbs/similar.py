@@ -15,7 +15,7 @@ from headstart.errors import UserError
 from headstart.features.stream import FileStream
 from headstart.files import csv_bytes, write_atomically
 from headstart.label.heap import add_features, folder_of_images, load
-from headstart.parser import parser_of
+from headstart.parser import parser_of, required
 from headstart.ranges import Positive, RunName
 from headstart.report.page import embedded
 from headstart.runs.folder import new_run_folder
@@ -39,6 +39,7 @@ def similar(options: Sequence[str]) -> list[dict[str, Any]]:
     parser.add_argument("--name", type=RunName | None, help="name of the run; None: <folder>-similar")
     parser.add_argument("--logs", type=str, default="logs", help="where to write the folder of the run")
     given = parser.parse_args(list(options))
+    required(given, "--in")
     if not given.pictures:
         raise UserError("no PICTURE; give image files")
     source = folder_of_images(given["in"], "--in")
