@@ -23,7 +23,8 @@ class Answers:
         if not self.file.exists():
             return
         for line, row in enumerate(read_csv("--labels", self.file, COLUMNS, "surrogateescape"), start=2):
-            path, label = self.absolute(row["path"].strip()), row["label"].strip()
+            path = Path(os.path.normpath(self.file.parent / row["path"].strip()))
+            label = row["label"].strip()
             if not label:
                 raise UserError(f"--labels={self.file}, line {line}: no label; a list to be labelled is --queue")
             if path in self.labels:
@@ -31,10 +32,6 @@ class Answers:
             self.labels[path] = label
         first = self._content.decode("utf-8-sig", "surrogateescape").splitlines()[:1]
         self._columns = [name.strip() for name in next(csv.reader(first))]
-
-    def absolute(self, path: str) -> Path:
-        """The absolute path of an image in the file."""
-        return Path(os.path.normpath(self.file.parent / path))
 
     def add(self, path: Path, label: str) -> None:
         """Labels an image."""

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def files_and_folders(paths: Sequence[str]) -> ListedSource:
     for path in paths:
         items = folder_of_images(path, "PATH").listed() if Path(path).is_dir() else [Item("", 0)]
         found += [str(Path(path) / item.path) for item in items]
-    return ListedSource(Path.cwd(), [], [Item(path, 0) for path in dict.fromkeys(found)])
+    return ListedSource(Path.cwd(), [], [Item(path, 0) for path in dict.fromkeys(found)], Path(paths[0]))
 
 
 def add_features(parser: OptionParser) -> None:
@@ -48,11 +49,14 @@ def add_features(parser: OptionParser) -> None:
     add_accelerator(parser)
 
 
-def load(source: ListedSource, given: Any, root: str | None = None) -> tuple[FeatureStore, TransferClassifier | None]:
+def load(source: ListedSource, given: Any) -> tuple[FeatureStore, TransferClassifier | None]:
     """The readable images with their features, by the backbone of the checkpoint, if any, or of the options."""
+    defaults = signature(TransferClassifier).parameters
+    if given.ckpt_path and any(given.model[name] != defaults[name].default for name in BACKBONE_OPTIONS):
+        raise UserError("--ckpt_path brings its own backbone; leave out --model")
     path = Path(given.ckpt_path).expanduser() if given.ckpt_path else None
     module = TransferClassifier.load_from_checkpoint(path).eval() if path else None
-    given.model.weights = for_data(given.model.backbone, given.model.weights, root or str(source.path))
+    given.model.weights = for_data(given.model.backbone, given.model.weights, str(source.path))
     backbone = module.backbone if module else FrozenBackbone(*(given.model[name] for name in BACKBONE_OPTIONS))
     store = FeatureStore(source, **{name: given.data[name] for name in STORE_OPTIONS})
     store.load(backbone, device_of(given.accelerator))

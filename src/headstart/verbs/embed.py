@@ -24,7 +24,7 @@ def embed(options: Sequence[str]) -> dict[str, int]:
     if not given.paths:
         raise UserError("no PATH; give files or folders of images")
     check_output(given.output)
-    store, _ = load(files_and_folders(given.paths), given, given.paths[0])
+    store, _ = load(files_and_folders(given.paths), given)
     matrix = store.matrix(store.items)
     written = write_features(given.output, [item.path for item in store.items], matrix)
     say(f"embed:    {len(matrix)} images, {matrix.width} features each, and {len(store.skipped)} that cannot be read")
