@@ -4,8 +4,7 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
 
 from headstart.errors import UserError
 from headstart.features.matrix import Labelled
@@ -22,7 +21,7 @@ def choose(features: Tensor, labels: Tensor, count: int, seed: int, head: Callab
     Without labels of two classes and without a head (features -> probabilities), the most typical of each cluster;
     else uncertainty times diversity.
     """
-    unit, known = functional.normalize(features - features.mean(dim=0), dim=1), labels >= 0
+    unit, known = nn.functional.normalize(features - features.mean(dim=0), dim=1), labels >= 0
     if head is None and len(set(labels[known].tolist())) < 2:
         return typical(unit, known, count, seed)
     best = (head(features) if head else _probabilities(unit, labels)).topk(2, dim=1).values
@@ -63,8 +62,7 @@ def _probabilities(unit: Tensor, labels: Tensor) -> Tensor:
     """What a head fitted to the known labels says of each row."""
     known = labels >= 0
     head = fit_exact(Labelled.of(unit[known], labels[known]), int(labels.max()) + 1, STRENGTH / int(known.sum()))
-    with torch.no_grad():
-        found: Tensor = head(unit).softmax(dim=1)
+    found: Tensor = head(unit).softmax(dim=1).detach()
     return found
 
 
