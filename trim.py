@@ -30,7 +30,7 @@ WINGS = {
     "finetune": (("finetune",), ("benchmarks/finetune.py", "docs/finetune.md")),
 }
 # Modules that only wings use -> those wings; removed with the last of them.
-SHARED = {"features/stream.py": {"deploy", "label"}}
+SHARED = {"features/stream.py": {"deploy", "label"}, "search/neighbours.py": {"audit"}}
 PART = re.compile(r"^ *(?:#|<!--) wing: (\w+)(?: -->)?\n.*?^ *(?:#|<!--) /wing(?: -->)?\n", re.MULTILINE | re.DOTALL)
 LINE = re.compile(r"^.*(?:#|<!--) wing: (\w+)(?: -->)?\n", re.MULTILINE)
 

@@ -25,7 +25,7 @@ from headstart.label.heap import folder_of_images
 from headstart.label.tables import write_features
 from headstart.search.exact import fit_exact
 from headstart.search.intervals import mean_and_half_width
-from headstart.search.neighbours import nearest
+from headstart.search.knn import nearest
 from headstart.terminal import quiet_libraries
 
 BUDGETS, SEEDS = (1, 2, 5, 10), 10

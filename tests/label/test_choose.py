@@ -9,7 +9,7 @@ from headstart.cli import main
 from headstart.data.table import read_table
 from headstart.features.matrix import FeatureMatrix
 from headstart.label.choose import choose
-from headstart.search.neighbours import nearest
+from headstart.search.knn import nearest
 from support import COLOURS, draw, rows_of
 
 SIZES = (100, 60, 30)
@@ -77,7 +77,7 @@ def test_among_many_rows_it_chooses_from_samples(blobs, monkeypatch):
 def test_the_nearest_rows_are_those_of_brute_force(block, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     rows, queries = torch.rand(60, 8, generator=generator), torch.rand(5, 8, generator=generator)
-    monkeypatch.setattr("headstart.search.neighbours.ROWS_AT_ONCE", block)
+    monkeypatch.setattr("headstart.search.knn.ROWS_AT_ONCE", block)
     similarities, numbers = nearest(queries, FeatureMatrix.of(rows), 9)
     centred = (functional.normalize(each - rows.mean(dim=0), dim=1) for each in (queries, rows))
     wanted = torch.mm(next(centred), next(centred).T).topk(9)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from headstart.features.matrix import FeatureMatrix
 from headstart.terminal import images_bar
 
 ROWS_AT_ONCE = 2048
@@ -36,21 +35,3 @@ def neighbours(features: Tensor, digests: Sequence[bytes], k: int, threshold: fl
             pairs.append((block >= threshold).nonzero() + torch.tensor([start, 0]))
             advance(len(block))
     return Neighbours(torch.cat(similarities), torch.cat(pairs))
-
-
-def nearest(queries: Tensor, matrix: FeatureMatrix, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` rows of a matrix nearest to each query [Q, D], by cosine of features centred on the matrix's mean.
-
-    Similarities [Q, k], nearest first, and row numbers [Q, k].
-    """
-    total = sum((block.sum(dim=0, dtype=torch.float64) for block in matrix.blocks(ROWS_AT_ONCE)), torch.zeros(1))
-    mean = (total / len(matrix)).to(queries)
-    unit = functional.normalize(queries - mean, dim=1)
-    best, rows, start = unit.new_empty(len(unit), 0), torch.empty(len(unit), 0, dtype=torch.long), 0
-    for block in matrix.blocks(ROWS_AT_ONCE):
-        found = unit @ functional.normalize(block.to(mean) - mean, dim=1).T
-        numbers = torch.arange(start, start + len(block)).expand(len(unit), -1)
-        both = torch.cat([best, found], dim=1)
-        best, places = both.topk(min(k, both.shape[1]), dim=1)
-        rows, start = torch.cat([rows, numbers], dim=1).gather(1, places.cpu()), start + len(block)
-    return best.cpu(), rows

@@ -19,7 +19,7 @@ from headstart.parser import parser_of, required
 from headstart.ranges import Positive, RunName
 from headstart.report.page import embedded
 from headstart.runs.folder import new_run_folder
-from headstart.search.neighbours import nearest
+from headstart.search.knn import nearest
 from headstart.terminal import quiet_libraries, say
 
 SIDE = 160  # pixels of a picture on the page
