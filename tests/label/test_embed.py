@@ -25,11 +25,15 @@ def test_the_files_hold_the_cached_features(checkpoint, photos, tmp_path):
     wanted = {}
     for split in ("train", "val", "test"):
         features, labels, paths = data.numpy(split, model)
-        assert features.shape == (len(labels), 512)
+        assert features.shape == (len(labels), model.backbone.num_features)
         assert [data.class_names[label] for label in labels] == [path.split("/")[0] for path in paths]
         wanted |= {str(photos / path): row for path, row in zip(paths, features, strict=True)}
     single, options = str(photos / "red/000.png"), f"--ckpt_path={checkpoint}"
-    assert main(["embed", str(photos), options, "--output=all.parquet"]) == {"images": 60, "width": 512, "skipped": 0}
+    assert main(["embed", str(photos), options, "--output=all.parquet"]) == {
+        "images": 60,
+        "width": model.backbone.num_features,
+        "skipped": 0,
+    }
     table = parquet.read_table("all.parquet").to_pydict()
     assert table["path"] == sorted(wanted)
     for path, row in zip(table["path"], table["features"], strict=True):
@@ -70,7 +74,7 @@ def test_nothing_is_overwritten_and_no_file_begun_in_vain(checkpoint, photos, re
 def test_numpy_needs_the_cache(photos):
     data = ImageFolderData(str(photos), cache=False)
     with pytest.raises(Exception, match="needs the cached features"):
-        data.numpy("train", TransferClassifier(data.class_names, image_size=32))
+        data.numpy("train", TransferClassifier(data.class_names, backbone="timm/test_resnet", weights="random"))
 
 
 def test_similar_finds_the_colour_and_not_the_picture_itself(checkpoint, photos):

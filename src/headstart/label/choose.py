@@ -18,8 +18,7 @@ STRENGTH = 0.1  # L2 penalty of the head fitted to the labels, times their numbe
 def choose(features: Tensor, labels: Tensor, count: int, seed: int, head: Callable[[Tensor], Tensor] | None) -> Tensor:
     """The rows [count] of features [N, D] to label next, most useful first; labels [N] are -1 where unknown.
 
-    Without labels of two classes and without a head (features -> probabilities), the most typical of each cluster;
-    else uncertainty times diversity.
+    Without two labelled classes or a head (features -> probabilities) the most typical, else the uncertain and diverse.
     """
     unit, known = nn.functional.normalize(features - features.mean(dim=0), dim=1), labels >= 0
     if head is None and len(set(labels[known].tolist())) < 2:

@@ -13,6 +13,7 @@ from headstart.data.splits import Item
 from headstart.data.store import FeatureStore
 from headstart.device import device_of
 from headstart.errors import UserError
+from headstart.features.arithmetic import as_trained
 from headstart.model.backbone import BACKBONE_OPTIONS, FrozenBackbone
 from headstart.model.classifier import TransferClassifier
 from headstart.model.weights import for_data
@@ -51,15 +52,15 @@ def add_features(parser: OptionParser) -> None:
 
 def load(source: ListedSource, given: Any) -> tuple[FeatureStore, TransferClassifier | None]:
     """The readable images with their features, by the backbone of the checkpoint, if any, or of the options."""
-    defaults = signature(TransferClassifier).parameters
-    if given.ckpt_path and any(given.model[name] != defaults[name].default for name in BACKBONE_OPTIONS):
-        raise UserError("--ckpt_path brings its own backbone; leave out --model")
-    path = Path(given.ckpt_path).expanduser() if given.ckpt_path else None
-    module = TransferClassifier.load_from_checkpoint(path).eval() if path else None
+    device, module, options = device_of(given.accelerator), None, signature(TransferClassifier).parameters
+    if given.ckpt_path:
+        if any(given.model[name] != options[name].default for name in BACKBONE_OPTIONS):
+            raise UserError("--ckpt_path brings its own backbone; leave out --model")
+        module = TransferClassifier.load_from_checkpoint(Path(given.ckpt_path).expanduser()).eval()
+        given.data.feature_precision = as_trained(given.data.feature_precision, module.arithmetic, device)
     given.model.weights = for_data(given.model.backbone, given.model.weights, str(source.path))
-    backbone = module.backbone if module else FrozenBackbone(*(given.model[name] for name in BACKBONE_OPTIONS))
     store = FeatureStore(source, **{name: given.data[name] for name in STORE_OPTIONS})
-    store.load(backbone, device_of(given.accelerator))
+    store.load(module.backbone if module else FrozenBackbone(*(given.model[name] for name in BACKBONE_OPTIONS)), device)
     say_all([f"data: {path} is left out: {reason}" for path, reason in store.skipped.items()])
     if not store.items:
         raise UserError(f"{source.path}: no readable image; {len(store.skipped)} files cannot be read")
