@@ -100,6 +100,7 @@ def test_it_resumes_and_rows_that_are_there_stay_byte_for_byte(heap, queue):
     assert again.shown() == 1
 
 
+@pytest.mark.fault("labels.csv that another program changes while pictures are labelled")
 def test_a_file_that_another_program_changed_is_left_alone(heap, queue):
     page = Page(queue, heap)
     page.post(0, label="ant")
@@ -111,6 +112,7 @@ def test_a_file_that_another_program_changed_is_left_alone(heap, queue):
     assert page.shown() == 1
 
 
+@pytest.mark.fault("full disk while pictures are labelled")
 def test_a_full_disk_loses_nothing_and_is_told(heap, queue, monkeypatch):
     page = Page(queue, heap)
     page.post(0, label="ant")
@@ -146,6 +148,7 @@ def test_only_the_owner_of_the_address_gets_in(heap, queue):
     assert not Path("labels.csv").exists()
 
 
+@pytest.mark.fault("link in a heap to a file elsewhere")
 def test_only_pictures_of_the_heap_are_served_and_only_as_pixels(heap, queue, tmp_path):
     outside = tmp_path / "outside.png"
     outside.write_bytes(queue[0].read_bytes())
