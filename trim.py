@@ -23,6 +23,10 @@ WINGS = {
     "audit": (("check",), ("benchmarks/labels.py",)),
     "domains": (("domains",), ("benchmarks/domains.py", "docs/domains.md")),
     "deploy": (("predict", "export"), ("docs/deploy.md",)),
+    "label": (
+        ("embed", "similar", "next", "label"),
+        ("benchmarks/label.py", "docs/label.md", "tests/journeys/test_labelling.py"),
+    ),
     "finetune": (("finetune",), ("benchmarks/finetune.py", "docs/finetune.md")),
 }
 PART = re.compile(r"^ *(?:#|<!--) wing: (\w+)(?: -->)?\n.*?^ *(?:#|<!--) /wing(?: -->)?\n", re.MULTILINE | re.DOTALL)

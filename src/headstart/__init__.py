@@ -5,7 +5,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from headstart.data.module import DatasetData, ImageFolderData
+    from headstart.data.datasets import DatasetData
+    from headstart.data.module import ImageFolderData
     from headstart.model.backbone import FrozenBackbone
     from headstart.model.classifier import TransferClassifier
 
@@ -13,7 +14,7 @@ __version__ = version("headstart")
 __all__ = ["DatasetData", "FrozenBackbone", "ImageFolderData", "TransferClassifier", "__version__"]
 
 _HOMES = {
-    "DatasetData": "data.module",
+    "DatasetData": "data.datasets",
     "ImageFolderData": "data.module",
     "FrozenBackbone": "model.backbone",
     "TransferClassifier": "model.classifier",

@@ -42,6 +42,7 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
+@cache
 def image_suffixes() -> frozenset[str]:
     """The file suffixes that are treated as images."""
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _formats())

@@ -23,14 +23,14 @@ PASSING = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, er
 PAUSES = (0.1, 1.0)  # seconds before each new attempt
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file atomically: to a temporary file in the same folder, flushed to disk, then renamed."""
+@contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """Yields a temporary path in the same folder; when complete, it is flushed to disk and renamed to ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
         _flush_folder(path.parent)
@@ -39,6 +39,12 @@ def write_atomically(path: Path, data: bytes) -> None:
         if isinstance(error, OSError):
             error.filename = str(path)  # the error of a full disk names no file
         raise
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file atomically."""
+    with atomically(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def _flush_folder(folder: Path) -> None:
@@ -102,14 +108,22 @@ def new_path(option: str, given: str | Path) -> Path:
     return path
 
 
-def write_new(option: str, given: str | Path, data: bytes) -> Path:
-    """Writes a file that must not exist yet."""
+@contextmanager
+def new_file(option: str, given: str | Path) -> Iterator[Path]:
+    """Yields a temporary path; when complete, it becomes the file, which must not exist yet."""
     path = new_path(option, given)
     try:
-        write_atomically(path, data)
+        with atomically(path) as temporary:
+            yield temporary
     except OSError as error:
         raise UserError(f"{option}={path}: cannot be written ({error.strerror})") from error
-    return path
+
+
+def write_new(option: str, given: str | Path, data: bytes) -> Path:
+    """Writes a file that must not exist yet."""
+    with new_file(option, given) as temporary:
+        temporary.write_bytes(data)
+    return Path(given).expanduser()
 
 
 @contextmanager

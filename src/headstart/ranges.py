@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # plain types to a type checker
     Seed = int
     Positive = int
     ImageSize = int
+    Port = int
     Rate = float
     NonNegative = float
     Fraction = float
@@ -26,6 +27,7 @@ else:
     OpenFraction = typing.OpenUnitInterval
     Share = typing.ClosedUnitInterval
     ImageSize = typing.restricted_number_type("ImageSize", int, [(">=", 32), ("<=", 2048)])
+    Port = typing.restricted_number_type("Port", int, [(">=", 0), ("<", 2**16)])
     # The upper bound excludes infinity.
     Rate = typing.restricted_number_type("Rate", float, [(">", 0), ("<=", 1000)])
     NonNegative = typing.restricted_number_type("NonNegative", float, [(">=", 0), ("<=", 1000)])

@@ -217,6 +217,16 @@ def test_the_domain_benchmark_in_a_small_form(run, copy):
     assert re.search(r"sketch +headstart [01]\.\d+  scikit-learn [01]\.\d+", done.stdout)
 
 
+@pytest.mark.wing("label")
+def test_the_labelling_benchmark_in_a_small_form(run, copy):
+    done = run("python", "benchmarks/label.py", str(draw(copy / "photos", images=12)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "| headstart next | " in done.stdout
+    done = run("python", "benchmarks/label.py", "rows", "3000")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "| `next`: 50 more, given 50 labels | " in done.stdout
+
+
 @pytest.mark.wing("fewshot")
 def test_the_fewshot_benchmarks_in_a_small_form(run, copy):
     for number in range(16):

@@ -5,6 +5,7 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,6 +22,7 @@ from headstart.model.backbone import FrozenBackbone
 from headstart.search.backbones import Heads, Trial, best_of, compare
 from headstart.search.bank import Bank, HeadSettings, Schedule, TrainedHead, train_bank
 from headstart.search.exact import accuracy_and_loss, fit_exact
+from headstart.search.knn import KS, knn_scores
 from support import COLOURS, draw, newest_run, rows_of
 
 
@@ -87,6 +89,30 @@ def test_the_exact_optimum_has_no_gradient_and_nothing_below_it(problem):
     torch.testing.assert_close(again.weight, head.weight, rtol=1e-2, atol=1e-3)
 
 
+def test_the_neighbours_vote_as_in_scikit_learn(problem):
+    from sklearn.neighbors import KNeighborsClassifier
+
+    features, labels = problem
+    parts = (slice(0, 120), slice(120, 160), slice(160, 200))
+    train, val, test = (Labelled.of(features[part], labels[part]) for part in parts)
+    centred = (features - features[:120].mean(dim=0)).numpy()
+
+    def votes(distances):
+        return np.clip(1 - distances, 0, None)
+
+    def accuracy(k: int, part: slice) -> float:
+        model = KNeighborsClassifier(k, metric="cosine", weights=votes).fit(centred[:120], labels[:120])
+        return float(model.score(centred[part], labels[part]))
+
+    by_k = {k: accuracy(k, parts[1]) for k in KS}
+    best = max(KS, key=lambda k: by_k[k])
+    wanted = {"k": best, "val/acc": by_k[best], "test/acc": accuracy(best, parts[2])}
+    assert knn_scores(train, val, test, 4) == pytest.approx(wanted)
+    assert knn_scores(train, val, None, 4) == pytest.approx({"k": best, "val/acc": by_k[best]})
+    few = Labelled.of(features[:4], labels[:4])
+    assert knn_scores(few, val, None, 4)["k"] <= 3
+
+
 def test_the_best_epoch_is_kept_or_the_last(problem):
     features, labels = problem
     train, val = Labelled.of(features[:120], labels[:120]), Labelled.of(features[120:], labels[120:])
@@ -124,8 +150,11 @@ def test_the_search_ends_with_a_run_of_the_winner(mixed, capsys):
         assert len(list(csv.DictReader(file))) == 4
     assert {path.name for path in folder.iterdir()} == {"config.yaml", "heads.csv", "winner.yaml"}
     assert "test/acc" in found["exact"]
+    assert found["knn"]["k"] >= 1
+    assert found["knn"]["test/acc"] > 0.5
     out = capsys.readouterr().out
     assert "L-BFGS" in out
+    assert f"k-NN:     k {found['knn']['k']}, val/acc {found['knn']['val/acc']:.3f}" in out
     assert "+-" in out
 
 

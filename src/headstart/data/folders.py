@@ -93,18 +93,18 @@ def read(root: Path, item: Item, preprocessing: Preprocessing, max_pixels: int) 
         raise UserError(f"{root / item.path}: vanished during the run; start again") from error
 
 
-def existing(root: str) -> Path:
+def existing(root: str, option: str = "--data.root") -> Path:
     """The absolute path of an existing folder; ``UserError`` if it is missing or unreadable."""
     if not root:
-        raise UserError("--data.root is empty; give a folder, or . for the current one")
+        raise UserError(f"{option} is empty; give a folder, or . for the current one")
     path = in_either_form(Path(root).expanduser()).resolve()
     if not path.is_dir():
         nearest = next(parent for parent in path.parents if parent.exists())
-        raise UserError(f"--data.root={root}: no such folder; the nearest that exists is {nearest}")
+        raise UserError(f"{option}={root}: no such folder; the nearest that exists is {nearest}")
     try:
         next(path.iterdir(), None)
     except OSError as error:
-        raise UserError(f"--data.root={root}: cannot be read ({error.strerror}); change its mode or owner") from error
+        raise UserError(f"{option}={root}: cannot be read ({error.strerror}); change its mode or owner") from error
     return path
 
 

@@ -5,17 +5,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule, Trainer
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from headstart.data import splits
 from headstart.data.loaders import BatchOrder, FeatureLoader, ImageDataset, ImageLoader, trained_epochs
-from headstart.data.sources import DatasetSource, Source, open_source
+from headstart.data.sources import Source, open_source
 from headstart.data.splits import SPLITS, Item, Repeat, Split
 from headstart.data.store import FeatureStore
 from headstart.decoding import MAX_PIXELS
+from headstart.device import device_of
 from headstart.errors import UserError
 from headstart.features.arithmetic import FeaturePrecision
 from headstart.features.matrix import FeatureMatrix, Labelled
@@ -140,6 +141,14 @@ class ImageData(LightningDataModule):
         """The cached features of a split's images, one matrix per view, with their labels."""
         return Labelled(self._features[split], self.labels(split))
 
+    def numpy(self, split: Split, model: Any) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Without a Trainer: cached features [N, D], labels [N] and paths of a split, for a model or its backbone."""
+        if not self.store.cache:
+            raise UserError("data.numpy: needs the cached features; leave out cache=False")
+        self.load(getattr(model, "backbone", model), device_of("auto"))
+        paths = [item.path for item in self.items_in(split)]
+        return self.labelled(split).views[0].whole().cpu().numpy(), self.labels(split).numpy(), paths
+
     def train_dataloader(self) -> Any:
         return self._loader("train")
 
@@ -236,30 +245,3 @@ class ImageFolderData(ImageData):
         self, root: str | None = None, csv: str | None = None, source: str | None = None, **kwargs: Any
     ) -> None:
         super().__init__(open_source(root, csv, source), **kwargs)
-
-
-class DatasetData(ImageData):
-    """Any map-style datasets of (PIL image, label) pairs, such as torchvision's.
-
-    Images that are opened but not loaded, as by ``ImageFolder(root, loader=Image.open)``, are decoded from their files.
-
-    Args:
-        train: training dataset.
-        val: validation dataset; None: split from ``train``.
-        test: test dataset; None: split from ``train``.
-        class_names: class names by label; None: the ``classes`` of ``train``.
-        kwargs: as ``ImageData``.
-    """
-
-    def __init__(
-        self,
-        train: Dataset[Any],
-        val: Dataset[Any] | None = None,
-        test: Dataset[Any] | None = None,
-        class_names: list[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        given: dict[str, tuple[Dataset[Any], Split | None]] = {"train": (train, "train" if val and test else None)}
-        given |= {"val": (val, "val")} if val else {}
-        given |= {"test": (test, "test")} if test else {}
-        super().__init__(DatasetSource(given, class_names), **kwargs)

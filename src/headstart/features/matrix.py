@@ -74,6 +74,11 @@ class FeatureMatrix:
     def __len__(self) -> int:
         return len(self._row)
 
+    @property
+    def width(self) -> int:
+        """The number of features of a row."""
+        return (self._parts[0] if self._whole is None else self._whole).shape[1]
+
     def to(self, device: torch.device) -> "FeatureMatrix":
         """Moves the features to a GPU if they are in memory and take at most a quarter of its free memory."""
         if self._whole is not None and device.type == "cuda":

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Heads:
     ranked: list[tuple[HeadSettings, TrainedHead]]  # those of the grid, best first
     exact: TrainedHead  # the exact optimum
     exact_scores: dict[str, float]  # its penalty and its scores
+    knn: dict[str, float] = field(default_factory=dict)  # the number of neighbours and its scores
 
     @property
     def best(self) -> TrainedHead:

@@ -27,6 +27,7 @@ from headstart.search.backbones import Heads, Trial, best_of, check_backbones, c
 from headstart.search.bank import HeadSettings, Schedule, train_bank
 from headstart.search.exact import accuracy_and_loss, best_exact
 from headstart.search.intervals import mean_and_half_width
+from headstart.search.knn import knn_scores
 from headstart.terminal import Seconds, images_bar, program, quiet_libraries, rank, say
 
 LRS = [0.0003, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03]
@@ -103,8 +104,8 @@ class TuneCLI(TrainCLI):
 def tune(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
     """Trains the grid at once, fits the exact optimum, and trains the winner in a run.
 
-    Returns `settings` (one per head, best first), `exact`, `folds`, the rows of `backbones` that were compared, the
-    winner's `recipe`, and its `result`.
+    Returns `settings` (one per head, best first), `exact`, `knn`, `folds`, the rows of `backbones` that were compared,
+    the winner's `recipe`, and its `result`.
     """
     quiet_libraries()
     if rank() > 0:  # a further process of the final run, which Lightning starts with the same command line
@@ -129,6 +130,7 @@ def tune(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
     return {
         "settings": [vars(settings) | {"val/acc": head.acc, "val/loss": head.loss} for settings, head in heads.ranked],
         "exact": heads.exact_scores,
+        "knn": heads.knn,
         "folds": folds,
         "backbones": rows,
         "recipe": str(recipe),
@@ -198,7 +200,8 @@ def _fit_heads(cli: TuneCLI) -> Heads:
     scores = {"l2": l2, "val/acc": exact.acc, "val/loss": exact.loss}
     if data.items_in("test"):
         scores["test/acc"] = accuracy_and_loss(exact.head, data.labelled("test"))[0]
-    return Heads(ranked, exact, scores)
+    test = data.labelled("test") if data.items_in("test") else None
+    return Heads(ranked, exact, scores, knn_scores(train, val, test, classes))
 
 
 def _cross_validate(cli: TuneCLI, heads: Heads, best: Trial | None) -> list[float]:
@@ -246,6 +249,9 @@ def _say_table(heads: Heads, folds: Sequence[float], folder: Path) -> None:
     say(table)
     tested = f", test/acc {exact['test/acc']:.3f}" if "test/acc" in exact else ""
     say(f"exact:    L2 penalty {exact['l2']:g}, val/acc {exact['val/acc']:.3f}{tested} (L-BFGS, no steps to tune)")
+    near = heads.knn
+    tested = f", test/acc {near['test/acc']:.3f}" if "test/acc" in near else ""
+    say(f"k-NN:     k {near['k']}, val/acc {near['val/acc']:.3f}{tested} (by similarity, no training)")
     if folds:
         mean, half_width = mean_and_half_width(folds)
         say(f"folds:    the winner's accuracy is {mean:.3f} +- {half_width:.3f} (95 %, {len(folds)} folds)")
