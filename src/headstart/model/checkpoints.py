@@ -44,6 +44,7 @@ class HeadModule(LightningModule):
         self.weights_digest = combined(self.digests)  # of the original weights, before any fine-tuning
         self.trained_on: list[str] = []  # sha256 of each image, unless in the run's folder
         self.finetuned: list[str] = []  # tensors that differ from the original weights
+        self.origin = ""  # what made the head, if not an epoch
 
     @property
     def frozen(self) -> FrozenBackbone:
@@ -89,6 +90,7 @@ class HeadModule(LightningModule):
             "weights": self.backbone.weights,
             "digest": self.weights_digest,
             "temperature": self.temperature,
+            "head": self.origin or f"epoch {self.current_epoch}",
             "scores": defined(scores),
             "trained_on": self.trained_on,
             "arithmetic": self.arithmetic,

@@ -17,7 +17,7 @@ from headstart.images import Fit
 from headstart.model.backbone import FrozenBackbone, Layers
 from headstart.model.calibration import Temperature
 from headstart.model.checkpoints import HeadModule
-from headstart.model.heads import make_head
+from headstart.model.heads import check_class_weights, class_weights, make_head
 from headstart.model.metrics import MeanAUROC, MeanF1, MeanRecall
 from headstart.model.schedule import warmup_cosine
 from headstart.ranges import Fraction, ImageSize, NonNegative, Rate, check_arguments, plain
@@ -42,8 +42,9 @@ class TransferClassifier(HeadModule):
         lr: peak learning rate of AdamW.
         weight_decay: weight decay of AdamW.
         label_smoothing: label smoothing of the training loss.
-        class_weights: class weights of the training loss: none, or balanced (inverse to the class frequency).
+        class_weights: weights of classes: none, balanced (inverse to the class frequency), or by name: {rare: 5}.
         warmup: fraction of the steps in which the learning rate warms up, before cosine decay.
+        best_by: validation score that chooses the best head; the loss says most, also where validation images are few.
 
     Raises:
         UserError: an argument is invalid, or as for ``FrozenBackbone``.
@@ -62,8 +63,9 @@ class TransferClassifier(HeadModule):
         lr: Rate = 0.003,
         weight_decay: NonNegative = 0.01,
         label_smoothing: Fraction = 0.1,
-        class_weights: Literal["none", "balanced"] = "none",
+        class_weights: Literal["none", "balanced"] | dict[str, Rate] = "none",
         warmup: Fraction = 0.04,
+        best_by: Literal["val/loss", "val/balanced_acc", "val/f1"] = "val/loss",
     ) -> None:
         super().__init__()
         check_arguments(TransferClassifier, vars())
@@ -73,6 +75,7 @@ class TransferClassifier(HeadModule):
         self.class_names = list(class_names)
         if len(set(class_names)) < len(class_names):
             raise UserError(f"class_names: {len(class_names)} names, only {len(set(class_names))} distinct")
+        check_class_weights(class_weights, class_names)
         self.head = self.configure_head()
         self.val_metrics, self.test_metrics = self.configure_metrics("val/"), self.configure_metrics("test/")
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
@@ -134,9 +137,9 @@ class TransferClassifier(HeadModule):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        if self.hparams["class_weights"] == "balanced":
+        if self.hparams["class_weights"] != "none":
             counts = self.trainer.datamodule.counts("train").to(self.device)  # type: ignore[attr-defined]
-            self.loss_weights = counts.sum() / (len(counts) * counts.clamp(min=1))
+            self.loss_weights = class_weights(self.hparams["class_weights"], self.class_names, counts)
         self.loss = self.configure_loss()
 
     def training_step(self, batch: Batch) -> Tensor:

@@ -48,10 +48,18 @@ def learning_curve_of(module: TransferClassifier, data: ImageData, epochs: int |
     if module.finetuned or not data.store.cache or not isinstance(module.head, nn.Linear):
         return None
     settings = HeadSettings(*(float(module.hparams[name]) for name in ("lr", "weight_decay", "label_smoothing")))
-    return learning_curve(data, settings, max(1, epochs or 1), module.hparams["warmup"], seed=0)
+    warmup, weights = module.hparams["warmup"], module.loss_weights
+    return learning_curve(data, settings, max(1, epochs or 1), warmup, seed=0, class_weights=weights)
 
 
-def learning_curve(data: ImageData, settings: HeadSettings, epochs: int, warmup: float, seed: int) -> LearningCurve:
+def learning_curve(
+    data: ImageData,
+    settings: HeadSettings,
+    epochs: int,
+    warmup: float,
+    seed: int,
+    class_weights: Tensor | None = None,
+) -> LearningCurve:
     """Trains on 5, 10, 25, 50 and 100 % of the training images per class, and tests.
 
     Each head is taken at its lowest validation loss, as in `train`. The data must be loaded, with a cache and a test
@@ -72,7 +80,8 @@ def learning_curve(data: ImageData, settings: HeadSettings, epochs: int, warmup:
     with images_bar("learning curve", total) as advance:
         for (share, part), length in zip(parts, lengths, strict=True):
             schedule = Schedule(length, data.batch_size, warmup, seed)
-            (trained,) = train_bank([settings], train.take(part), val, len(data.class_names), schedule, advance)
+            classes, rows = len(data.class_names), train.take(part)
+            (trained,) = train_bank([settings], rows, val, classes, schedule, advance, class_weights=class_weights)
             right[share].append((predicted(trained.head, test) == test.labels).float())
             sizes[share] = len(part)
     means = {share: torch.stack(found).mean(dim=0) for share, found in right.items()}
