@@ -6,7 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from headstart.data.module import ImageData
+from headstart.features.matrix import Labelled
 from headstart.fit.cli import TrainCLI
+from headstart.model.calibration import fit_temperature
 from headstart.model.classifier import TransferClassifier
 from headstart.model.heads import linear_head
 from headstart.model.sealed import SealedCheckpointIO
@@ -60,15 +62,17 @@ def _better(
         say(f"fit: the exact optimum would take longer than {epochs} epochs of training, so it was left out")
         return None
     module.load_state_dict(best["state_dict"], strict=False)
-    rank, val = partial(validation_rank, module), data.labelled("val")
-    if rank(logits_of(exact.head, val), val.labels) >= rank(logits_of(module.head, val), val.labels):
-        return None
-    return l2, exact.head.cpu().state_dict()
+    theirs, own = (_calibrated_rank(module, head, data.labelled("val")) for head in (exact.head, module.head))
+    return (l2, exact.head.cpu().state_dict()) if theirs < own else None
 
 
-def exact_rival(
-    module: TransferClassifier, data: ImageData, passes: int = UNLIMITED
-) -> tuple[float, TrainedHead]:
+def _calibrated_rank(module: TransferClassifier, head: nn.Module, val: Labelled) -> tuple[float, float]:
+    """As ``validation_rank``, by the probabilities that a checkpoint gives: label smoothing makes logits too small."""
+    logits = logits_of(head, val)
+    return validation_rank(module, logits / fit_temperature(logits, val.labels), val.labels)
+
+
+def exact_rival(module: TransferClassifier, data: ImageData, passes: int = UNLIMITED) -> tuple[float, TrainedHead]:
     """The L2 penalty and the exact optimum that validate best; raises as ``best_exact``."""
     train, val = data.labelled("train"), data.labelled("val")
     weights = None if module.loss_weights is None else module.loss_weights.cpu()[train.labels]
@@ -77,10 +81,8 @@ def exact_rival(
 
 
 def validation_rank(module: TransferClassifier, logits: Tensor, labels: Tensor) -> tuple[float, float]:
-    """The place of a head among others by ``best_by``, from logits [N, C] and labels [N]: the lowest is the best.
-
-    The loss is that of calibrated probabilities: label smoothing, of the trained head alone, makes its own unsure.
-    """
-    by, (loss, _) = module.hparams["best_by"], by_loss(logits, labels)
-    scores = {"val/loss": loss} if by == "val/loss" else module.configure_metrics("val/")(logits.softmax(dim=1), labels)
-    return float(scores[by]) * (1 if by == "val/loss" else -1), loss
+    """The place of a head among others by ``best_by``, from logits [N, C] and labels [N]: the lowest is the best."""
+    name, loss = module.hparams["best_by"], by_loss(logits, labels)
+    if name == "val/loss":
+        return loss
+    return -float(module.configure_metrics("val/")(logits.softmax(dim=1), labels)[name]), loss[1]

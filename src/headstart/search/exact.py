@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from headstart.features.matrix import Labelled
-from headstart.model.calibration import fit_temperature
 from headstart.model.heads import as_linear
 from headstart.search.bank import ROWS_AT_ONCE, TrainedHead
 
@@ -60,8 +59,8 @@ def fit_exact(train: Labelled, num_classes: int, l2: float, tolerance: float = T
 
 
 def by_loss(logits: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Ranks by the cross entropy of calibrated probabilities, which a checkpoint gives."""
-    loss = float(functional.cross_entropy(logits / fit_temperature(logits, labels), labels))
+    """Ranks by cross entropy."""
+    loss = float(functional.cross_entropy(logits, labels))
     return loss, loss
 
 
