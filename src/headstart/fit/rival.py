@@ -26,11 +26,10 @@ EXACT = "exact optimum"
 def meet_rival(cli: TrainCLI) -> None:
     """Replaces the best epoch's head in ``best.ckpt`` by the exact optimum, if that validates better.
 
-    A function of the data and the options, so that a resumed run ends with the same head. Checkpoints of other heads,
-    without cached features, of fine-tuned backbones and with another loss have no such rival.
+    A function of the data and the options, so that a resumed run ends with the same head.
     """
     path, module, data, trainer = cli.best.best_model_path, cli.model, cli.datamodule, cli.trainer
-    if not path or not _has_rival(module, data, trainer):
+    if not path or not has_rival(module, data, trainer):
         return
     best = SealedCheckpointIO().load_checkpoint(path)
     if best["headstart"].get("head", "").startswith(EXACT):  # the run was killed after this step
@@ -45,7 +44,8 @@ def meet_rival(cli: TrainCLI) -> None:
     trainer.save_checkpoint(path, weights_only=True)  # there is no optimizer to resume
 
 
-def _has_rival(module: TransferClassifier, data: ImageData, trainer: Any) -> bool:
+def has_rival(module: TransferClassifier, data: ImageData, trainer: Any) -> bool:
+    """Whether the head is linear and learns from the cached features of all images, by cross entropy."""
     plain = type(module.head) is nn.Linear and type(module).configure_loss is TransferClassifier.configure_loss
     whole = trainer.limit_train_batches == trainer.limit_val_batches == 1.0 and not trainer.overfit_batches
     return plain and whole and data.store.cache and not module.finetuned

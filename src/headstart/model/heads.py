@@ -84,11 +84,13 @@ def class_weights(given: str | Mapping[str, float], names: Sequence[str], counts
     return torch.tensor([given.get(name, 1.0) for name in names], device=counts.device)
 
 
-def check_class_weights(given: str | Mapping[str, float], names: Sequence[str]) -> None:
-    """Raises ``UserError`` for weights of classes that do not exist, and for weights that are not positive."""
-    for name, weight in given.items() if isinstance(given, Mapping) else []:
+def check_classes(names: Sequence[str], weights: str | Mapping[str, float]) -> None:
+    """Raises ``UserError`` for a name that is there twice, and for a weight of no class or that is not positive."""
+    if len(set(names)) < len(names):
+        raise UserError(f"class_names: {len(names)} names, only {len(set(names))} distinct")
+    for name, weight in weights.items() if isinstance(weights, Mapping) else []:
         if name not in names:
-            near = ", ".join(difflib.get_close_matches(name, names)) or ", ".join(names[:5])
+            near = ", ".join(difflib.get_close_matches(name, names) or names[:5])
             raise UserError(f"--model.class_weights: {name}: no such class; the nearest names are {near}")
         if not weight > 0:
             raise UserError(f"--model.class_weights: {name}: {weight}: must be a number >0")
