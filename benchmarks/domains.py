@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
 from headstart.cli import main
 from headstart.data import splits
@@ -35,12 +36,13 @@ def plain(root: Path) -> dict[str, float]:
         there = {digest for digest, name in zip(digests, domains, strict=True) if name == domain}
         outside = np.array([digest not in there for digest in digests])
         train, val = (outside & (part == name) for name in ("train", "val"))
+        scaled = StandardScaler().fit(rows[train]).transform(rows)
         heads = [
-            LogisticRegression(C=1 / (l2 * train.sum()), max_iter=5000, tol=1e-5).fit(rows[train], labels[train])
+            LogisticRegression(C=1 / (l2 * train.sum()), max_iter=5000, tol=1e-5).fit(scaled[train], labels[train])
             for l2 in PENALTIES
         ]
-        losses = [-head.predict_log_proba(rows[val])[np.arange(val.sum()), labels[val]].mean() for head in heads]
-        found[domain] = float(heads[int(np.argmin(losses))].score(rows[domains == domain], labels[domains == domain]))
+        losses = [-head.predict_log_proba(scaled[val])[np.arange(val.sum()), labels[val]].mean() for head in heads]
+        found[domain] = float(heads[int(np.argmin(losses))].score(scaled[domains == domain], labels[domains == domain]))
     return found
 
 

@@ -132,7 +132,7 @@ class OptionParser(ArgumentParser):
         value = re.search(r"Given value: (\S+)|: (\S+) does not conform|with base 10: (\S+)|to float: (\S+)", message)
         given = f"{next(filter(None, value.groups()))}: " if value else ""
         option = message.split(": ")[0]
-        if restriction := re.search(r"does not conform to restriction (.*?)(?: - |$)", message):
+        if restriction := re.search(r"does not conform to restriction (.*?)(?: - | Given|$)", message):
             return f"{option}: {given}must be a number {restriction[1].replace('v', '').strip()}"
         if number := re.search(r"invalid literal for int|could not convert string to float", message):
             return f"{option}: {given}is not {'a whole' if 'int' in number[0] else 'a'} number"

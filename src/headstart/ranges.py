@@ -51,7 +51,7 @@ def check_arguments(of: type, values: Mapping[str, Any]) -> None:
         for kind in [hint, *get_args(hint)]:
             choices = get_args(kind) if get_origin(kind) is Literal else None
             restriction = getattr(kind, "_restrictions", None)
-            if value is None or not (choices or restriction):
+            if value is None or isinstance(value, Mapping) or not (choices or restriction):
                 continue
             if choices and value not in choices:
                 raise UserError(f"{of.__name__}: {name}={value!r} is not one of {', '.join(map(str, choices))}")

@@ -201,6 +201,7 @@ def test_what_a_run_begins_from_stays_the_best_where_nothing_is_better(own, trai
         self.head.bias.data[0] = 1000
 
     monkeypatch.setattr(TransferClassifier, "on_train_batch_end", spoil)
+    monkeypatch.setattr("headstart.fit.run.meet_rival", lambda cli: None)
     train(own, f"--ckpt_path={first / CKPT}", "--trainer.max_epochs=5")
     assert newest_run() != first
     best, begun = (torch.load(path, weights_only=True) for path in (newest_run() / BEST, first / CKPT))

@@ -11,6 +11,7 @@ from torchvision import models
 from headstart import ImageFolderData, TransferClassifier
 from headstart.errors import UserError
 from headstart.model.backbone import FrozenBackbone, combined, tensor_digests
+from headstart.model.heads import class_weights
 from headstart.model.schedule import warmup_cosine
 from headstart.model.sealed import SEAL
 from support import TINY, draw
@@ -96,6 +97,28 @@ def test_balanced_class_weights_weigh_the_training_loss_alone(tmp_path):
     features, labels = val.views[0].whole(), val.labels
     expected = functional.cross_entropy(model(features), labels)
     torch.testing.assert_close(fit.callback_metrics["val/loss"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_class_weights_by_name_are_one_for_all_others():
+    counts = torch.tensor([10, 30, 20])
+    assert class_weights({"b": 5}, ["a", "b", "c"], counts).tolist() == [1, 5, 1]
+    assert class_weights("balanced", ["a", "b", "c"], counts).tolist() == pytest.approx([2, 2 / 3, 1])
+    assert class_weights("none", ["a", "b", "c"], counts) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("{gren: 5}", "gren: no such class; the nearest names are green"),
+        ("{green: 0}", "0: must be a number >0 and <=1000"),
+        ("{green: much}", "'much': is not a number"),
+        ("balenced", "balenced: is not one of"),
+    ],
+)
+def test_a_mistake_in_the_class_weights_is_one_line(given, said, colours, refused):
+    line = refused("train", f"--data.root={colours}", *TINY, f"--model.class_weights={given}")
+    assert line.startswith("error: --model.class_weights: ")
+    assert line.endswith(said) or "one of" in said
 
 
 def test_the_metrics_are_what_their_names_say():

@@ -10,6 +10,9 @@ import pytest
 import torch
 import yaml
 from scipy import stats
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.preprocessing import StandardScaler
 from torch.nn import functional
 
 from headstart.cli import main
@@ -20,8 +23,8 @@ from headstart.errors import UserError
 from headstart.features.matrix import Labelled
 from headstart.model.backbone import FrozenBackbone
 from headstart.search.backbones import Heads, Trial, best_of, compare
-from headstart.search.bank import Bank, HeadSettings, Schedule, TrainedHead, train_bank
-from headstart.search.exact import accuracy_and_loss, fit_exact
+from headstart.search.bank import BETAS, Bank, HeadSettings, Schedule, TrainedHead, train_bank
+from headstart.search.exact import PENALTIES, TooManyPasses, accuracy_and_loss, best_exact, fit_exact
 from headstart.search.knn import KS, knn_scores
 from support import COLOURS, draw, newest_run, rows_of
 
@@ -85,8 +88,41 @@ def test_the_exact_optimum_has_no_gradient_and_nothing_below_it(problem):
     for _ in range(20):
         moved = weight + 0.01 * torch.randn(weight.shape, generator=generator)
         assert objective(moved, bias) > least
-    again = fit_exact(train, 4, l2=0.01, start=fit_exact(train, 4, 1.0))
-    torch.testing.assert_close(again.weight, head.weight, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_best_exact_head_is_scikit_learns_on_standardised_features(problem, weighted):
+    features, labels = problem[0] * torch.logspace(-2, 3, 16), problem[1]
+    features[:, 3] = 7.0  # constant
+    train, val = Labelled.of(features[:150], labels[:150]), Labelled.of(features[150:], labels[150:])
+    weights = torch.tensor([1.0, 5.0, 1.0, 0.5])[train.labels] if weighted else None
+    l2, found = best_exact(train, val, 4, weights, tolerance=1e-6)
+    scale = StandardScaler().fit(features[:150].double())
+    total = 150 if weights is None else float(weights.sum())
+
+    def oracle(l2: float) -> LogisticRegression:
+        head = LogisticRegression(C=1 / (l2 * total), max_iter=5000, tol=1e-8)
+        return head.fit(scale.transform(features[:150].double()), labels[:150], sample_weight=weights)
+
+    rows = scale.transform(features[150:].double())
+    losses = [log_loss(labels[150:], oracle(penalty).predict_proba(rows)) for penalty in PENALTIES]
+    assert l2 == PENALTIES[losses.index(min(losses))]
+    assert found.loss == pytest.approx(min(losses), rel=1e-3)
+    expected = torch.from_numpy(oracle(l2).predict_proba(rows)).float()
+    torch.testing.assert_close(found.head(features[150:]).softmax(dim=1), expected, rtol=0, atol=2e-3)
+    with pytest.raises(TooManyPasses):
+        best_exact(train, val, 4, weights, passes=20)
+
+
+def test_class_weights_weigh_a_bank_as_cross_entropy(problem):
+    features, labels = problem
+    weights = torch.tensor([1.0, 5.0, 0.2, 1.0])
+    bank = Bank(SETTINGS[1:2], 4, 16, seed=3, device=torch.device("cpu"), class_weights=weights)
+    head = bank.head(0).requires_grad_()
+    functional.cross_entropy(head(features), labels, weight=weights, label_smoothing=0.1).backward()
+    bank.step(features, labels, 1.0)
+    first = bank.moments[0][0][0] / (1 - BETAS[0])  # after one step, the gradient
+    torch.testing.assert_close(first, head.weight.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_the_neighbours_vote_as_in_scikit_learn(problem):

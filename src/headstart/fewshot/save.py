@@ -31,7 +31,7 @@ def save(path: Path, module: TransferClassifier, head: nn.Module, classes: Seque
         target = linear_head(module.head)
         target.weight.copy_(weight)
         target.bias.copy_(bias)
-    module.temperature = fit_temperature(logits, labels)
+    module.temperature, module.origin = fit_temperature(logits, labels), f"{type(head).__name__.lower()}, few-shot"
     trainer = make_trainer("cpu")
     trainer.strategy.connect(module)
     module.trainer = trainer

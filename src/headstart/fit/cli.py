@@ -18,7 +18,7 @@ from headstart.data.splits import Repeat, repeated
 from headstart.device import COMMON
 from headstart.errors import UserError
 from headstart.files import flat
-from headstart.model.checkpoints import read_checkpoint
+from headstart.model.checkpoints import finetuned_in, read_checkpoint
 from headstart.model.classifier import TransferClassifier
 from headstart.model.sealed import BEST, RunCheckpoint, SealedCheckpointIO, run_checkpoints
 from headstart.model.weights import for_data
@@ -104,6 +104,11 @@ class TrainCLI(LightningCLI):
         if self.config.ckpt_path:
             self.resume_from = Path(self.config.ckpt_path)
             self.checkpoint = read_checkpoint(self.resume_from, self.logs)
+            if "optimizer_states" not in self.checkpoint and not finetuned_in(self.checkpoint):
+                raise UserError(
+                    f"--ckpt_path={self.resume_from}: its head ({self.checkpoint['headstart'].get('head')}) has no "
+                    "optimizer to resume; give the last.ckpt of its run"
+                )
             self._keep_the_split(Run.of(self.resume_from).splits_file)
             if self.config.data.feature_precision == "auto":
                 self.config.data.feature_precision = self.checkpoint["headstart"].get("arithmetic") or "auto"
@@ -150,9 +155,10 @@ class TrainCLI(LightningCLI):
             allowed = "use 32-true, bf16-mixed or 16-mixed"
             raise UserError(f"--trainer.precision={given.precision}: converts the frozen backbone's weights; {allowed}")
         self.run_folder = RunFolder(self.logs, self.name, self.resolved_config(), self.resumed, self.kept())
-        # "best" by the loss: with few validation images accuracy moves in steps and picks an early epoch by luck.
+        by = self.config.model.best_by
+        mode = "min" if by == "val/loss" else "max"
         self.best, self.last = run_checkpoints(
-            self.resumed is not None, monitor="val/loss", save_weights_only=self.lean_best
+            self.resumed is not None, monitor=by, mode=mode, save_weights_only=self.lean_best
         )
         self.collector = EvaluationCollector()
         own = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks] if given.callbacks else []

@@ -10,6 +10,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from headstart.errors import UserError
 from headstart.fit.cli import TrainCLI
 from headstart.fit.known import add_known
+from headstart.fit.rival import meet_rival
 from headstart.model.metrics import defined
 from headstart.model.sets import say_sets
 from headstart.report.domains import domain_scores, say_domains
@@ -19,11 +20,15 @@ from headstart.terminal import Seconds, say, say_scores
 
 
 def fit(cli: TrainCLI, seconds: Seconds) -> None:
-    """Fits the module; time that the data module records itself is not counted."""
+    """Fits the module, and keeps the better one of the best epoch's head and the exact optimum as ``best.ckpt``.
+
+    Time that the data module records itself is not counted.
+    """
     before = sum(cli.datamodule.store.seconds.values())
     try:
         with seconds.of("fit"):
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
+            meet_rival(cli)
             add_known(cli)
     except (MisconfigurationException, RuntimeError, ValueError) as error:
         # Lightning checks some options only against the data, or against what a callback finds.
@@ -38,16 +43,17 @@ def test(cli: TrainCLI, seconds: Seconds) -> dict[str, Any]:
     trainer, module, data, path = cli.trainer, cli.model, cli.datamodule, cli.chosen.best_model_path
     if not path:  # a dry run keeps no checkpoint
         return dict(defined(trainer.callback_metrics))
-    scores: dict[str, Any] = torch.load(path, weights_only=True)["headstart"]["scores"]
+    made = torch.load(path, weights_only=True)["headstart"]
+    scores, head = made["scores"], {"head": made["head"]}
     if cli.chosen is cli.last:
         say("fit: nothing was validated, so the last checkpoint is used; choosing the best needs validation")
     with seconds.of("test"):
         if data.items_in("test") and (tested := trainer.test(module, data, path, verbose=False, weights_only=True)):
-            return scores | defined(tested[0])
+            return {**head, **scores, **defined(tested[0])}
         if scores:
             say("data: nothing is tested, so the optimistic validation score is reported; it also chose the epoch")
             trainer.validate(module, data, path, verbose=False, weights_only=True)
-    return scores
+    return {**head, **scores}
 
 
 def report(cli: TrainCLI, scores: Mapping[str, float], seconds: Seconds) -> None:
@@ -88,6 +94,8 @@ def finish(cli: TrainCLI, scores: Mapping[str, Any], seconds: Seconds) -> dict[s
         say(f"fit: an epoch saw {seen} of {images} training images")
     say_scores(result, f"the {cli.chosen.filename} checkpoint's scores")
     say_domains(result)
+    if "head" in result:
+        say(f"head:     {result['head']}")
     say_sets(result)
     if folder := cli.run_folder.folder:
         say(f"run:      {folder}")

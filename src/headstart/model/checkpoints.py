@@ -50,6 +50,7 @@ class HeadModule(LightningModule):
         self.finetuned: list[str] = []  # tensors that differ from the original weights
         self.true_probabilities = torch.empty(0)  # of the validation images' classes, ascending; for sets
         self.known_content: dict[str, Tensor] | None = None  # set by loading a checkpoint that has it
+        self.origin = ""  # what made the head, if not an epoch
 
     @property
     def frozen(self) -> FrozenBackbone:
@@ -113,6 +114,7 @@ class HeadModule(LightningModule):
             "digest": self.weights_digest,
             "temperature": self.temperature,
             "true_probabilities": self.true_probabilities if scores else torch.empty(0),  # else an earlier head's
+            "head": self.origin or f"epoch {self.current_epoch}",
             "scores": defined(scores),
             "trained_on": self.trained_on,
             "arithmetic": self.arithmetic,

@@ -17,7 +17,7 @@ from headstart.images import Fit
 from headstart.model.backbone import FrozenBackbone, Layers
 from headstart.model.calibration import Logits
 from headstart.model.checkpoints import HeadModule
-from headstart.model.heads import make_head
+from headstart.model.heads import check_classes, class_weights, make_head
 from headstart.model.metrics import MeanAUROC, MeanF1, MeanRecall
 from headstart.model.schedule import warmup_cosine
 from headstart.ranges import Fraction, ImageSize, NonNegative, Rate, check_arguments, plain
@@ -42,8 +42,9 @@ class TransferClassifier(HeadModule):
         lr: peak learning rate of AdamW.
         weight_decay: weight decay of AdamW.
         label_smoothing: label smoothing of the training loss.
-        class_weights: class weights of the training loss: none, or balanced (inverse to the class frequency).
+        class_weights: weights of classes: none, balanced (inverse to the class frequency), or by name: {rare: 5}.
         warmup: fraction of the steps in which the learning rate warms up, before cosine decay.
+        best_by: validation score that chooses the best head; all but the loss move in steps if images are few.
 
     Raises:
         UserError: an argument is invalid, or as for ``FrozenBackbone``.
@@ -62,8 +63,9 @@ class TransferClassifier(HeadModule):
         lr: Rate = 0.003,
         weight_decay: NonNegative = 0.01,
         label_smoothing: Fraction = 0.1,
-        class_weights: Literal["none", "balanced"] = "none",
+        class_weights: Literal["none", "balanced"] | dict[str, Rate] = "none",
         warmup: Fraction = 0.04,
+        best_by: Literal["val/loss", "val/balanced_acc", "val/f1"] = "val/loss",
     ) -> None:
         super().__init__()
         check_arguments(TransferClassifier, vars())
@@ -71,8 +73,7 @@ class TransferClassifier(HeadModule):
         self.backbone = FrozenBackbone(backbone, weights, image_size, fit, layers, mirror)
         self.hparams.update(plain(dict(self.hparams)) | {"weights": self.backbone.weights})
         self.class_names = list(class_names)
-        if len(set(class_names)) < len(class_names):
-            raise UserError(f"class_names: {len(class_names)} names, only {len(set(class_names))} distinct")
+        check_classes(class_names, class_weights)
         self.head = self.configure_head()
         self.val_metrics, self.test_metrics = self.configure_metrics("val/"), self.configure_metrics("test/")
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
@@ -104,8 +105,8 @@ class TransferClassifier(HeadModule):
 
     def configure_optimizers(self) -> Any:
         """Returns AdamW with linear warmup and cosine decay of the learning rate, per step."""
-        rates = {"lr": self.hparams["lr"], "weight_decay": self.hparams["weight_decay"]}
-        optimizer = torch.optim.AdamW(self.parameter_groups(), **rates)
+        lr, decay = self.hparams["lr"], self.hparams["weight_decay"]
+        optimizer = torch.optim.AdamW(self.parameter_groups(), lr, weight_decay=decay)
         steps = self.trainer.estimated_stepping_batches
         warmup_steps = 0 if math.isinf(steps) else round(steps * self.hparams["warmup"])
         rate = partial(warmup_cosine, warmup_steps=warmup_steps, steps=steps)
@@ -133,17 +134,16 @@ class TransferClassifier(HeadModule):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        if self.hparams["class_weights"] == "balanced":
+        if self.hparams["class_weights"] != "none":
             counts = self.trainer.datamodule.counts("train").to(self.device)  # type: ignore[attr-defined]
-            self.loss_weights = counts.sum() / (len(counts) * counts.clamp(min=1))
+            self.loss_weights = class_weights(self.hparams["class_weights"], self.class_names, counts)
         self.loss = self.configure_loss()
 
     def training_step(self, batch: Batch) -> Tensor:
         loss = self.loss(self(batch[0]), batch[1])
         if not loss.isfinite():
-            raise UserError(
-                f"the loss is not finite in epoch {self.current_epoch}: lower --model.lr; best.ckpt is intact"
-            )
+            epoch = self.current_epoch
+            raise UserError(f"the loss is not finite in epoch {epoch}: lower --model.lr; best.ckpt is intact")
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(batch[1]), sync_dist=True)
         return loss
 

@@ -3,7 +3,8 @@
 To add a head, write a class with the arguments width and num_classes, and a line in ``HEADS`` for ``--model.head``.
 """
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -72,3 +73,24 @@ def as_linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     head = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     head.weight, head.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
     return head
+
+
+def class_weights(given: str | Mapping[str, float], names: Sequence[str], counts: Tensor) -> Tensor | None:
+    """The weight of each class in a loss, [num_classes]: balanced by the ``counts`` of images, or by name, else 1."""
+    if given == "none":
+        return None
+    if isinstance(given, str):
+        return counts.sum() / (len(counts) * counts.clamp(min=1))
+    return torch.tensor([given.get(name, 1.0) for name in names], device=counts.device)
+
+
+def check_classes(names: Sequence[str], weights: str | Mapping[str, float]) -> None:
+    """Raises ``UserError`` for a name that is there twice, and for a weight of no class or that is not positive."""
+    if len(set(names)) < len(names):
+        raise UserError(f"class_names: {len(names)} names, only {len(set(names))} distinct")
+    for name, weight in weights.items() if isinstance(weights, Mapping) else []:
+        if name not in names:
+            near = ", ".join(difflib.get_close_matches(name, names) or names[:5])
+            raise UserError(f"--model.class_weights: {name}: no such class; the nearest names are {near}")
+        if not weight > 0:
+            raise UserError(f"--model.class_weights: {name}: {weight}: must be a number >0")

@@ -58,7 +58,13 @@ class Bank:
     """
 
     def __init__(
-        self, settings: Sequence[HeadSettings], num_classes: int, width: int, seed: int, device: torch.device
+        self,
+        settings: Sequence[HeadSettings],
+        num_classes: int,
+        width: int,
+        seed: int,
+        device: torch.device,
+        class_weights: Tensor | None = None,
     ) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -71,7 +77,7 @@ class Bank:
             torch.tensor([getattr(setting, name) for setting in settings], device=device)
             for name in ("lr", "weight_decay", "label_smoothing")
         )
-        self.steps = 0
+        self.steps, self.class_weights = 0, class_weights
 
     def logits(self, features: Tensor) -> Tensor:
         """Features [B, D] -> logits [H, B, C]."""
@@ -86,7 +92,12 @@ class Bank:
         # The gradient of cross entropy with smoothed labels: softmax minus target.
         uniform = (self.smoothing / classes)[:, None, None].expand(heads, rows, classes)
         target = uniform + (1 - self.smoothing)[:, None, None] * functional.one_hot(labels, classes)
-        error = (logits.softmax(dim=2) - target) / rows  # [H, B, C]
+        if self.class_weights is None:
+            error = (logits.softmax(dim=2) - target) / rows  # [H, B, C]
+        else:
+            target = target * self.class_weights
+            error = logits.softmax(dim=2) * target.sum(dim=2, keepdim=True) - target
+            error = error / self.class_weights[labels].sum()
         by_class = error.transpose(1, 2).reshape(heads * classes, rows)
         gradients = (by_class @ features).view_as(self.weight), error.sum(dim=1)
         self.steps += 1
@@ -126,6 +137,7 @@ def train_bank(
     schedule: Schedule,
     advance: Callable[[int], None] = lambda images: None,
     keep_last: bool = False,
+    class_weights: Tensor | None = None,
 ) -> list[TrainedHead]:
     """Trains one head per setting, as `headstart train` would; returns each at its lowest validation loss.
 
@@ -135,7 +147,7 @@ def train_bank(
     epoch = 0
     loader = FeatureLoader(train, BatchOrder(len(train), schedule.batch_size, schedule.seed, lambda: epoch))
     sample = train.sample()
-    bank = Bank(settings, num_classes, sample.shape[1], schedule.seed, sample.device)
+    bank = Bank(settings, num_classes, sample.shape[1], schedule.seed, sample.device, class_weights)
     steps = len(loader) * schedule.epochs
     warmup_steps = round(steps * schedule.warmup)
     best: dict[int, TrainedHead] = {}

@@ -19,7 +19,7 @@ from headstart.terminal import Seconds, quiet_libraries, say
 
 HEAD = "checkpoints/head.ckpt"  # the head that a run started from, in its folder
 # Settings that fine-tuning inherits from the head; its learning rate does not suit a backbone.
-INHERITED = (*BACKBONE_OPTIONS, "head", "weight_decay", "label_smoothing", "class_weights")
+INHERITED = (*BACKBONE_OPTIONS, "head", "weight_decay", "label_smoothing", "class_weights", "best_by")
 # Bytes. The front's cached output takes tens of times the space of features.
 LARGEST_CACHE = 8 * 2**30
 
@@ -108,7 +108,8 @@ def finetune(options: Sequence[str]) -> dict[str, Any]:
     fit(cli, seconds)
     scores = test(cli, seconds)
     report(cli, scores, seconds)
-    better = "val/loss" not in scores or scores["val/loss"] < before["val/loss"]
+    by = cli.model.hparams["best_by"]
+    better = by not in scores or (scores[by] < before[by] if by == "val/loss" else scores[by] > before[by])
     about: dict[str, Any] = {"recommended": "checkpoints/best.ckpt" if better else HEAD}
     about |= {f"before/{name}": value for name, value in before.items()}
     result = finish(cli, scores | about, seconds)
@@ -134,7 +135,7 @@ def _say_gain(result: Mapping[str, Any], folder: Path | None) -> None:
             before, after = result[f"before/{split}/acc"], result[f"{split}/acc"]
             say(f"{split}/acc:  {before:.3f} with the head alone, {after:.3f} now")
     if folder and result["recommended"] == HEAD:
-        say("finetune: the validation loss did not improve: the head alone is the better choice")
+        say("finetune: validation did not improve: the head alone is the better choice")
     # wing: deploy
     if folder:
         say(f"next:     headstart predict --ckpt_path={folder / result['recommended']} path/to/files")

@@ -1,13 +1,11 @@
 """The `similar` command: the nearest images of a folder to each of some pictures."""
 
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, PackageLoader
 from PIL import Image
 
 from headstart.data.store import FeatureStore
@@ -17,7 +15,7 @@ from headstart.files import csv_bytes, write_atomically
 from headstart.label.heap import add_features, folder_of_images, load
 from headstart.parser import parser_of, required
 from headstart.ranges import Positive, RunName
-from headstart.report.page import embedded
+from headstart.report.page import jpeg, rendered
 from headstart.runs.folder import new_run_folder
 from headstart.search.knn import nearest
 from headstart.terminal import quiet_libraries, say
@@ -49,7 +47,7 @@ def similar(options: Sequence[str]) -> list[dict[str, Any]]:
     folder = new_run_folder(Path(given.logs), given.name or f"{source.path.name}-similar")
     table = [list(rows[0]), *([*row.values()] for row in rows)]
     write_atomically(folder / "similar.csv", csv_bytes(table))
-    write_atomically(folder / "similar.html", _page(rows, stream).encode(errors="backslashreplace"))
+    write_atomically(folder / "similar.html", _page(rows, stream))
     for row in rows[:5]:
         say(f"similar:  {row['similarity']:.3f}  {row['path']}")
     say(f"table:    {folder / 'similar.csv'}")
@@ -79,18 +77,16 @@ def _rows(pictures: Sequence[str], features: torch.Tensor, store: FeatureStore, 
     return rows
 
 
-def _page(rows: Sequence[dict[str, Any]], stream: FileStream) -> str:
+def _page(rows: Sequence[dict[str, Any]], stream: FileStream) -> bytes:
     """The found images beside each picture; one file without links to others."""
 
     def tile(path: str, text: str) -> dict[str, Any]:
-        image, file = stream.image(path), io.BytesIO()
+        image = stream.image(path)
         image.thumbnail((SIDE, SIDE), Image.Resampling.BILINEAR)
-        image.save(file, "JPEG", quality=80)
-        return {"picture": embedded(file.getvalue(), "jpeg"), "text": text}
+        return {"picture": jpeg(image), "text": text}
 
     sections = dict[str, list[dict[str, Any]]]()
     for row in rows:
         tiles = sections.setdefault(row["picture"], [tile(row["picture"], row["picture"])])
         tiles.append(tile(row["path"], f"{row['similarity']:.3f} {row['path']}"))
-    environment = Environment(loader=PackageLoader("headstart", "label"), autoescape=True)
-    return environment.get_template("similar.html.jinja").render(title="Similar pictures", rows=sections.values())
+    return rendered("label/similar.html.jinja", title="Similar pictures", rows=sections.values())

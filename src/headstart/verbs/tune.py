@@ -19,13 +19,15 @@ from headstart.errors import UserError
 from headstart.features.matrix import Labelled
 from headstart.files import csv_bytes, write_atomically
 from headstart.fit.cli import TrainCLI
+from headstart.fit.rival import exact_rival
 from headstart.fit.run import finish, fit, report, test
 from headstart.model.backbone import FrozenBackbone
+from headstart.model.heads import class_weights
 from headstart.ranges import Fraction, NonNegative, Positive, Rate
 from headstart.runs.folder import new_run_folder
 from headstart.search.backbones import Heads, Trial, best_of, check_backbones, compare, name_and_weights, reported
 from headstart.search.bank import HeadSettings, Schedule, train_bank
-from headstart.search.exact import accuracy_and_loss, best_exact
+from headstart.search.exact import accuracy_and_loss
 from headstart.search.intervals import mean_and_half_width
 from headstart.search.knn import knn_scores
 from headstart.terminal import Seconds, images_bar, program, quiet_libraries, rank, say
@@ -162,6 +164,8 @@ def _load(cli: TuneCLI) -> None:
         raise UserError(
             "tune: there is no validation image, but the search chooses by validation; add some to that split"
         )
+    given, counts = cli.model.hparams["class_weights"], data.counts("train").to(cli.device)
+    cli.model.loss_weights = class_weights(given, data.class_names, counts)
 
 
 def _train_winner(options: Sequence[str], root: Path | None) -> dict[str, Any]:
@@ -194,9 +198,10 @@ def _fit_heads(cli: TuneCLI) -> Heads:
     data, settings = cli.datamodule, _settings(cli.config.tune, int(cli.config.seed_everything))
     train, val, classes = data.labelled("train"), data.labelled("val"), len(data.class_names)
     with images_bar(f"{len(settings)} heads", len(train) * cli.schedule.epochs) as advance:
-        trained = train_bank(settings, train, val, classes, cli.schedule, advance)
+        weights = cli.model.loss_weights
+        trained = train_bank(settings, train, val, classes, cli.schedule, advance, class_weights=weights)
     ranked = sorted(zip(settings, trained, strict=True), key=lambda pair: pair[1].rank)
-    l2, exact = best_exact(train, val, classes)
+    l2, exact = exact_rival(cli.model, data)
     scores = {"l2": l2, "val/acc": exact.acc, "val/loss": exact.loss}
     if data.items_in("test"):
         scores["test/acc"] = accuracy_and_loss(exact.head, data.labelled("test"))[0]
@@ -219,7 +224,8 @@ def _cross_validate(cli: TuneCLI, heads: Heads, best: Trial | None) -> list[floa
         outside = set(part)
         inside = [item for item in items if item not in outside]
         train, val = (Labelled([data.store.matrix(found)], labels_of(found)) for found in (inside, part))
-        (trained,) = train_bank([settings], train, val, len(data.class_names), cli.schedule, keep_last=True)
+        arguments = [settings], train, val, len(data.class_names), cli.schedule
+        (trained,) = train_bank(*arguments, keep_last=True, class_weights=cli.model.loss_weights)
         accuracies.append(trained.acc)
     return accuracies
 

@@ -1,0 +1,88 @@
+"""The exact optimum as a rival of the trained head: the better one by validation becomes ``best.ckpt``."""
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from headstart.data.module import ImageData
+from headstart.features.matrix import Labelled
+from headstart.fit.cli import TrainCLI
+from headstart.model.calibration import fit_temperature
+from headstart.model.classifier import TransferClassifier
+from headstart.model.heads import linear_head
+from headstart.model.sealed import SealedCheckpointIO
+from headstart.search.bank import TrainedHead
+from headstart.search.exact import UNLIMITED, TooManyPasses, best_exact, by_loss, logits_of
+from headstart.terminal import say
+
+TOLERANCE = 1e-3  # of the gradient of standardised features; 1e-4 changes no validation loss by 1 %
+# Passes over the features per epoch of training, at most; with small batches they take a tenth of its time.
+MOST_PASSES = 8
+STEP = 3e7  # so many multiplications of features by weights take as long as what a step of the Trainer does beside them
+EXACT = "exact optimum"
+
+
+def meet_rival(cli: TrainCLI) -> None:
+    """Replaces the best epoch's head in ``best.ckpt`` by the exact optimum, if that validates better.
+
+    A function of the data and the options, so that a resumed run ends with the same head.
+    """
+    path, module, data, trainer = cli.best.best_model_path, cli.model, cli.datamodule, cli.trainer
+    if not path or not has_rival(module, data, trainer):
+        return
+    best = SealedCheckpointIO().load_checkpoint(path)
+    if best["headstart"].get("head", "").startswith(EXACT):  # the run was killed after this step
+        return
+    found = trainer.strategy.broadcast(_better(module, data, best, trainer.current_epoch))
+    if found is None:
+        return
+    l2, state = found
+    module.head.load_state_dict(state)
+    module.origin = f"{EXACT}, L2 {l2:.1g}"
+    trainer.validate(module, data, verbose=False)  # for its scores and its temperature
+    trainer.save_checkpoint(path, weights_only=True)  # there is no optimizer to resume
+
+
+def has_rival(module: TransferClassifier, data: ImageData, trainer: Any) -> bool:
+    """Whether the head is linear and learns from the cached features of all images, by cross entropy."""
+    plain = type(module.head) is nn.Linear and type(module).configure_loss is TransferClassifier.configure_loss
+    whole = trainer.limit_train_batches == trainer.limit_val_batches == 1.0 and not trainer.overfit_batches
+    return plain and whole and data.store.cache and not module.finetuned
+
+
+def _better(
+    module: TransferClassifier, data: ImageData, best: dict[str, Any], epochs: int
+) -> tuple[float, dict[str, Tensor]] | None:
+    """The penalty and the tensors of the exact optimum, if it validates better than the checkpoint ``best``."""
+    multiplications = data.batch_size * linear_head(module.head).weight.numel()  # per step of the training
+    try:
+        l2, exact = exact_rival(module, data, int(epochs * min(MOST_PASSES, 1 + STEP / multiplications)))
+    except TooManyPasses:
+        say(f"fit: the exact optimum would take longer than {epochs} epochs of training, so it was left out")
+        return None
+    module.load_state_dict(best["state_dict"], strict=False)
+    theirs, own = (_calibrated_rank(module, head, data.labelled("val")) for head in (exact.head, module.head))
+    return (l2, exact.head.cpu().state_dict()) if theirs < own else None
+
+
+def _calibrated_rank(module: TransferClassifier, head: nn.Module, val: Labelled) -> tuple[float, float]:
+    """As ``validation_rank``, by the probabilities that a checkpoint gives: label smoothing makes logits too small."""
+    logits = logits_of(head, val)
+    return validation_rank(module, logits / fit_temperature(logits, val.labels), val.labels)
+
+
+def exact_rival(module: TransferClassifier, data: ImageData, passes: int = UNLIMITED) -> tuple[float, TrainedHead]:
+    """The L2 penalty and the exact optimum that validate best; raises as ``best_exact``."""
+    train, val = data.labelled("train"), data.labelled("val")
+    weights = None if module.loss_weights is None else module.loss_weights.cpu()[train.labels]
+    rank = partial(validation_rank, module)
+    return best_exact(train, val, len(data.class_names), weights, rank, TOLERANCE, passes)
+
+
+def validation_rank(module: TransferClassifier, logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """The place of a head among others by ``best_by``, from logits [N, C] and labels [N]: the lowest is the best."""
+    name, loss = module.hparams["best_by"], by_loss(logits, labels)
+    if name == "val/loss":
+        return loss
+    return -float(module.configure_metrics("val/")(logits.softmax(dim=1), labels)[name]), loss[1]
