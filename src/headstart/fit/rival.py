@@ -1,12 +1,13 @@
-"""The exact optimum as a rival of the trained head: the better one by validation becomes ``best.ckpt``."""
+"""The exact optimum as a rival of the trained head: the better one by validation is ``best.ckpt``."""
 
+import math
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from headstart.data.module import ImageData
-from headstart.features.matrix import Labelled
 from headstart.fit.cli import TrainCLI
 from headstart.model.calibration import fit_temperature
 from headstart.model.classifier import TransferClassifier
@@ -17,14 +18,15 @@ from headstart.search.exact import UNLIMITED, TooManyPasses, best_exact, by_loss
 from headstart.terminal import say
 
 TOLERANCE = 1e-3  # of the gradient of standardised features; 1e-4 changes no validation loss by 1 %
-# Passes over the features per epoch of training, at most; with small batches they take a tenth of its time.
-MOST_PASSES = 8
-STEP = 3e7  # so many multiplications of features by weights take as long as what a step of the Trainer does beside them
+# A pass over the features takes the arithmetic of an epoch, but one step. What a step of the Trainer does beside its
+# multiplications of features by weights takes as long as so many of them, so that in an epoch's time there are
+# 1 + STEP / multiplications passes. More than MOST_PASSES are not needed.
+STEP, MOST_PASSES = 3e7, 20
 EXACT = "exact optimum"
 
 
 def meet_rival(cli: TrainCLI) -> None:
-    """Replaces the best epoch's head in ``best.ckpt`` by the exact optimum, if that validates better.
+    """Replaces the best epoch's head in ``best.ckpt`` by the exact optimum, unless it validates better.
 
     A function of the data and the options, so that a resumed run ends with the same head.
     """
@@ -54,22 +56,33 @@ def has_rival(module: TransferClassifier, data: ImageData, trainer: Any) -> bool
 def _better(
     module: TransferClassifier, data: ImageData, best: dict[str, Any], epochs: int
 ) -> tuple[float, dict[str, Tensor]] | None:
-    """The penalty and the tensors of the exact optimum, if it validates better than the checkpoint ``best``."""
+    """The penalty and the tensors of the exact optimum, if it is kept instead of the checkpoint ``best``."""
     multiplications = data.batch_size * linear_head(module.head).weight.numel()  # per step of the training
+    passes = int(epochs * min(MOST_PASSES, 1 + STEP / multiplications))
     try:
-        l2, exact = exact_rival(module, data, int(epochs * min(MOST_PASSES, 1 + STEP / multiplications)))
+        l2, exact = exact_rival(module, data, passes)
     except TooManyPasses:
-        say(f"fit: the exact optimum would take longer than {epochs} epochs of training, so it was left out")
+        say(f"fit: the exact optimum was left out, since it takes more than {passes} passes over the features")
         return None
     module.load_state_dict(best["state_dict"], strict=False)
-    theirs, own = (_calibrated_rank(module, head, data.labelled("val")) for head in (exact.head, module.head))
-    return (l2, exact.head.cpu().state_dict()) if theirs < own else None
+    val = data.labelled("val")
+    both = [logits_of(head, val) for head in (module.head, exact.head)]
+    trained, found = (logits / fit_temperature(logits, val.labels) for logits in both)
+    return (l2, exact.head.cpu().state_dict()) if is_kept(module, trained, found, val.labels) else None
 
 
-def _calibrated_rank(module: TransferClassifier, head: nn.Module, val: Labelled) -> tuple[float, float]:
-    """As ``validation_rank``, by the probabilities that a checkpoint gives: label smoothing makes logits too small."""
-    logits = logits_of(head, val)
-    return validation_rank(module, logits / fit_temperature(logits, val.labels), val.labels)
+def is_kept(module: TransferClassifier, trained: Tensor, exact: Tensor, labels: Tensor) -> bool:
+    """Whether the exact head is kept, from the calibrated validation logits [N, C] of both heads, and labels [N].
+
+    By loss, the trained head must be better by more than the standard error of the paired difference: it is the best of
+    many epochs by the same images, so that part of its lead is luck (the one-standard-error rule of Breiman et al.,
+    "Classification and Regression Trees", 1984).
+    """
+    if module.hparams["best_by"] != "val/loss":
+        return validation_rank(module, exact, labels) < validation_rank(module, trained, labels)
+    losses, theirs = (functional.cross_entropy(logits, labels, reduction="none") for logits in (trained, exact))
+    gain = losses - theirs
+    return float(gain.mean()) > -float(gain.std(correction=0)) / math.sqrt(len(gain))
 
 
 def exact_rival(module: TransferClassifier, data: ImageData, passes: int = UNLIMITED) -> tuple[float, TrainedHead]:
