@@ -124,6 +124,8 @@ SCORES = {
     "calibration_error": "calibration error",
     "calibration_error_scaled": "calibration error, scaled",
     "temperature": "temperature",
+    "coverage_90": "sets that hold the truth, 0.9 promised",
+    "set_size_90": "classes in a set, mean",
 }
 SPLIT_NAMES = {"test": "test", "val": "validation"}
 

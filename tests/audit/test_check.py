@@ -1,4 +1,5 @@
 import csv
+import re
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,10 @@ def test_copies_are_found_in_groups_with_splits_and_classes(photos):
     group = {row["group"] for row in rows if row["path"].startswith("blue/")}
     assert len(group) == 1
     assert "in 2 classes: green, red" in next(row["note"] for row in findings() if row["problem"] == "duplicate")
+    page = (newest_run() / "check.html").read_text()
+    together = page[page.index("in 2 classes: green, red") :][:60_000]
+    assert all(f'alt="{path}"' in together for path in ("green/copy.png", "red/001.png", "red/copy.png"))
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
 
 
 def test_wrong_labels_come_first(tmp_path):
@@ -74,6 +79,10 @@ def test_wrong_labels_come_first(tmp_path):
     assert set(paths("label")[:3]) == {"red/moved0.png", "green/moved1.png", "blue/moved2.png"}
     note = next(row["note"] for row in findings() if row["path"] == "red/moved0.png" and row["problem"] == "label")
     assert note.startswith("looks like blue")
+    page = (newest_run() / "check.html").read_text()
+    beside = page[page.index('alt="red/moved0.png"') :].split("</div>")[0]
+    assert beside.count("near: blue") >= 3
+    assert beside.count("<img") == 5  # its neighbours
 
 
 def test_an_image_unlike_all_others_is_found(tmp_path):

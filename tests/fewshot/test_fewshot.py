@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional
 
 from headstart.cli import main
@@ -394,8 +395,6 @@ def test_a_run_reports_accuracy_interval_and_baseline(fewshot):
 
 
 def test_meta_training_is_an_ordinary_run(fewshot):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     result = fewshot("--head=projection", "--train", "--max_epochs=3")
     run = newest_run()
     assert (run / "checkpoints/last.ckpt").stat().st_size < 4_000_000
@@ -480,6 +479,10 @@ def test_all_heads_are_compared_on_the_same_episodes(fewshot):
         assert float(row["gain"]) == pytest.approx(float(row["acc"]) - baseline[row["k_shot"]], abs=1e-6)
     with Image.open(run / "heads.png") as image:
         assert np.asarray(image).std() > 10
+    events = EventAccumulator(str(run))
+    events.Reload()
+    shown = {(point.step, round(point.value, 4)) for point in events.Scalars("accuracy_by_shots/ridge")}
+    assert shown == {(int(row["k_shot"]), round(float(row["acc"]), 4)) for row in rows if row["head"] == "ridge"}
 
 
 def test_training_on_one_source_and_testing_on_another(fewshot, shapes, tmp_path):

@@ -28,7 +28,7 @@ def test_a_wheel_trains_from_any_folder(copy, colours, tmp_path):
     assert done.stderr == ""
     result = json.loads(next(elsewhere.glob("logs/colours/*/result.json")).read_text())
     assert result["test/acc"] == 1.0
-    assert "headstart train" in done.stdout
+    assert "headstart evaluate --ckpt_path=" in done.stdout  # the advice where all is right
     shown = "import headstart.model.weights as b; print(b.__file__, b.BUNDLED.stat().st_size)"
     where = subprocess.run(
         [sys.executable, "-c", shown],

@@ -16,10 +16,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from headstart.cli import main
 from headstart.data.splits import Item
+from headstart.features.matrix import Labelled
 from headstart.model.calibration import Logits, fit_temperature
 from headstart.report.drawing import ticks
 from headstart.report.evaluation import Evaluation, evenly_spaced
 from headstart.report.figures import confusion_figure, evaluation_figures, training_figures
+from headstart.report.leaks import leaks_of
 from headstart.report.learning_curve import PENALTIES, LearningCurve, ridge, stratified
 from headstart.report.page import common_folder
 from headstart.report.verdict import verdict_of
@@ -170,6 +172,23 @@ def test_the_next_step_fits_the_numbers():
     assert "best.ckpt" in advice(evaluation, flat)
 
 
+def test_copies_across_splits_are_told():
+    features = torch.randn(60, 64, generator=torch.Generator().manual_seed(0))
+    features[50] = features[3] + 0.01
+    features[41] = features[40]  # both are validation images
+    places = {"train": range(40), "val": range(40, 50), "test": range(50, 60)}
+    items = {split: [Item(f"{n}.png", 0, bytes([n]), split) for n in places[split]] for split in places}
+    data = SimpleNamespace(
+        store=SimpleNamespace(cache=True),
+        items_in=items.__getitem__,
+        labelled=lambda split: Labelled.of(features[list(places[split])], torch.zeros(len(places[split]))),
+    )
+    said = "1 validation or test image(s) look almost identical to training images (50.png to 3.png)"
+    assert leaks_of(data).startswith(said)
+    features[50] = -features[3]
+    assert leaks_of(data) == ""
+
+
 def test_paths_lose_what_they_share():
     assert common_folder(["a/b/1.png", "a/b/2.png", "a/c/1.png"]) == "a/"
     assert common_folder(["/x/a/1.png"]) == "/x/a/"
@@ -234,6 +253,7 @@ def test_the_report_holds_what_it_promises(run):
     assert f"{100 * result['test/acc']:.1f} % of {images} test images are right" in text
     assert f"{100 * low:.1f} to {100 * high:.1f} %" in text
     assert "Always answering " in text
+    assert f"on the test {100 * result['test/coverage_90']:.1f} %" in text
     assert "<b>Next:</b>" in text
     assert "blue &amp; &lt;b&gt;bold" in text
     assert "<b>bold" not in text

@@ -55,12 +55,19 @@ def set_scores(validation: Tensor, probabilities: Tensor, labels: Tensor) -> dic
     return scores
 
 
+def told_of_sets(scores: Mapping[str, Any], classes: int) -> list[str]:
+    """Sentences on what was promised and what the test shows, from the scores of a run."""
+    percents = [round(100 * coverage) for coverage in COVERAGES]
+    return [
+        f"promised to hold the true class of {percent} % of images; on the test "
+        f"{100 * scores[f'test/coverage_{percent}']:.1f} %, with {scores[f'test/set_size_{percent}']:.1f} of {classes} "
+        "classes on average"
+        for percent in percents
+        if f"test/coverage_{percent}" in scores
+    ]
+
+
 def say_sets(result: Mapping[str, Any]) -> None:
-    """Prints, from a run's result, what was promised and what the test shows."""
-    for percent in (round(100 * coverage) for coverage in COVERAGES):
-        if f"test/coverage_{percent}" in result:
-            held, size = result[f"test/coverage_{percent}"], result[f"test/set_size_{percent}"]
-            say(
-                f"sets:     promised to hold the true class of {percent} % of images; on the test {100 * held:.1f} %, "
-                f"with {size:.1f} of {result['classes']} classes on average"
-            )
+    """Prints these sentences, from a run's result."""
+    for told in told_of_sets(result, result["classes"]):
+        say(f"sets:     {told}")
