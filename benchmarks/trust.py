@@ -88,16 +88,16 @@ def auroc(own, unknown):
 def unknown_row(name, features, labels, splits, unknown):
     """A row of the table: ``features`` are of known classes in three splits, ``unknown`` of none."""
     train, val, test = (torch.from_numpy(splits == split) for split in ("train", "val", "test"))
-    known = Known.fit(features[train], labels[train], features[val])
+    known = Known.fit(features[train], labels[train], features[val]).double()
     own = features[test]
-    scores = unknown_scores(*(known.distance(each.double()) for each in (own, unknown)))
+    scores = unknown_scores(*(known.distance(each) for each in (own, unknown)))
     wanted = auroc(*oracle(features[train], labels[train], (own, unknown)))
     places = torch.unique(labels[train], return_inverse=True)[1]  # pytorch-ood wants 0, 1, … without a gap
     others = []
     for make in detectors().values():
         detector = make().fit_features(features[train], places)
         others.append(f"{auroc(*(detector.predict_features(each) for each in (own, unknown))):.3f}")
-    refused, images = int((known(own.double()) <= REFUSED).sum()), len(own)
+    refused, images = int((known(own) <= REFUSED).sum()), len(own)
     allowed = math.floor(REFUSED * (1 + int(val.sum())))
     low, high = betabinom(images, allowed, 1 + int(val.sum()) - allowed).interval(0.95) if allowed else (0, 0)
     cells = f"{scores['unknown/auroc']:.3f}", f"{scores['unknown/auroc'] - wanted:+.0e}", *others

@@ -26,14 +26,14 @@ def drawn(images: int, width: int = 40, classes: int = 5, seed: int = 0) -> tupl
 @pytest.mark.parametrize("images", [30, 5000])  # fewer than features, and more than are converted at once
 def test_the_distance_is_mahalanobis_with_ledoit_and_wolfs_covariance(images):
     (features, labels), (others, _) = drawn(images), drawn(200, seed=1)
-    known = Known(**Known.fit(features, labels, others).content())
+    known = Known.fit(features, labels, others)
     means = np.stack([features[labels == label].double().mean(dim=0) for label in labels.unique()])
     centred = features.double().numpy() - means[np.unique(labels, return_inverse=True)[1]]
     covariance = LedoitWolf(assume_centered=True).fit(centred).covariance_
     wanted = cdist(others.double(), means, "mahalanobis", VI=np.linalg.inv(covariance)).min(axis=1)
-    assert known.distance(others.double()).numpy() == pytest.approx(wanted, rel=1e-6)
     assert known.distance(others).numpy() == pytest.approx(wanted, rel=1e-5)  # as ONNX computes it
-    assert torch.equal(known.distances, known.distance(others.double()).sort().values)
+    assert known.double().distance(others).numpy() == pytest.approx(wanted, rel=1e-6)
+    assert torch.equal(known.distances.float(), known.distance(others).sort().values)
 
 
 def test_a_share_of_the_images_is_refused_as_promised():
@@ -41,14 +41,14 @@ def test_a_share_of_the_images_is_refused_as_promised():
     rates = []
     for seed in range(200):
         both = drawn(80 + 100, seed=1 + seed)[0]
-        known = Known.fit(features, labels, both[:80])
-        shares = known(both[80:].double())
+        known = Known.fit(features, labels, both[:80]).double()
+        shares = known(both[80:])
         assert shares.min() >= 1 / 81
         rates.append(float((shares <= 0.1).double().mean()))
     promised = 8 / 81  # of ranks; 0.1 is not a multiple of 1 / 81
     assert np.mean(rates) == pytest.approx(promised, abs=3 * np.std(rates) / sqrt(len(rates)))
     far = 10 + features[:20]
-    assert (known(far.double()) == 1 / 81).all()
+    assert (known(far) == 1 / 81).all()
 
 
 def test_classes_without_any_spread_have_no_distance():

@@ -10,16 +10,13 @@ from headstart.model.known import Known
 from headstart.model.sealed import SEAL, SealedCheckpointIO
 from headstart.terminal import say
 
-WIDEST = 4095  # features; the matrix of more is too large for a checkpoint, of 33 MB and more
+WIDEST = 4095  # features; the matrix of more is too large for a checkpoint
 MOST = 20_000  # images that are used of a split, evenly spread
 ROWS = 256
 
 
 def add_known(cli: TrainCLI) -> None:
-    """Fits ``Known`` to the cached features and adds it to the best checkpoint, which is replaced as a whole.
-
-    Resuming a run that was killed before makes up for it.
-    """
+    """Adds ``Known`` to the best checkpoint, from the cached features; a run that is killed before it resumes here."""
     data, module, path = cli.datamodule, cli.model, cli.best.best_model_path
     if not path or not cli.trainer.is_global_zero or not data.store.cache or not data.items_in("val"):
         return
@@ -30,7 +27,7 @@ def add_known(cli: TrainCLI) -> None:
     module.load_state_dict(checkpoint["state_dict"], strict=False)
     train, val = (_features(module.to(data.store.device).eval(), data.labelled(split)) for split in ("train", "val"))
     if known := Known.fit(*train, val[0]):
-        checkpoint["headstart"]["known"] = known.content()
+        checkpoint["headstart"]["known"] = dict(known.named_buffers())
         checkpoint.pop(SEAL, None)
         SealedCheckpointIO().save_checkpoint(checkpoint, path)
     else:

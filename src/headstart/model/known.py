@@ -14,7 +14,7 @@ class Known(nn.Module):
     counts as a validation image, so that of images like these at most a share a gets a value of a or less.
 
     Args:
-        whitening: the matrix that makes the covariance the identity; its lower triangle, by rows, [D (D + 1) / 2].
+        whitening: the matrix that makes the covariance the identity, [D, D].
         centre: the mean of the class means, [D].
         means: the class means, centred and whitened, [C, D].
         distances: those of the N validation images, ascending, [N].
@@ -27,37 +27,31 @@ class Known(nn.Module):
 
     def __init__(self, whitening: Tensor, centre: Tensor, means: Tensor, distances: Tensor) -> None:
         super().__init__()
-        square = torch.zeros(len(centre), len(centre))
-        square[_triangle(len(centre))] = whitening
-        for name, value in {"whitening": square, "centre": centre, "means": means, "distances": distances}.items():
-            self.register_buffer(name, value)
+        self.register_buffer("whitening", whitening)
+        self.register_buffer("centre", centre)
+        self.register_buffer("means", means)
+        self.register_buffer("distances", distances)
 
     @classmethod
     def fit(cls, features: Tensor, labels: Tensor, val_features: Tensor) -> "Known | None":
-        """From training features [M, D] with labels [M], and validation features [N, D].
-
-        None: the images of each class are all alike, so that there is no covariance.
-        """
+        """From features [M, D] and labels [M] of the training, and validation features [N, D]; None: no covariance."""
         means, covariance = class_statistics(features, labels)
         factor, failed = torch.linalg.cholesky_ex(covariance)
         if failed:
             return None
         whitening = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=factor.dtype), upper=False)
         centre = means.mean(dim=0)
-        lower, white = whitening[_triangle(len(centre))], (means - centre) @ whitening.T
-        known = cls(lower.float(), centre.float(), white.float(), torch.empty(0))
-        found = [known.distance(rows.cpu().double()) for rows in torch.split(val_features, ROWS)]
+        white = (means - centre) @ whitening.T
+        known = cls(
+            whitening.float(), centre.float(), white.float(), torch.empty(0)
+        ).double()  # in float32 to be stored
+        found = [known.distance(rows) for rows in torch.split(val_features, ROWS)]
         known.distances = torch.cat(found).sort().values
-        return known
-
-    def content(self) -> dict[str, Tensor]:
-        """The arguments that create it again."""
-        return dict(self.named_buffers()) | {"whitening": self.whitening[_triangle(len(self.centre))]}
+        return known.float()
 
     def distance(self, features: Tensor) -> Tensor:
-        """The Mahalanobis distance of features [B, D] to the nearest class mean, in their precision -> [B] float32."""
-        whitening, centre, means = (part.to(features.dtype) for part in (self.whitening, self.centre, self.means))
-        white = (features - centre) @ whitening.T
+        """The Mahalanobis distance to the nearest class mean, computed in the module's precision -> [B] float32."""
+        white, means = (features.to(self.centre) - self.centre) @ self.whitening.T, self.means
         squares = white.square().sum(dim=1, keepdim=True) - 2 * white @ means.T + means.square().sum(dim=1)
         return squares.amin(dim=1).clamp(min=0).sqrt().float()
 
@@ -83,11 +77,6 @@ def unknown_scores(own: Tensor, unknown: Tensor) -> dict[str, float]:
         "unknown/fpr95": float((unknown <= limit).double().mean()),
         "unknown/images": len(unknown),
     }
-
-
-def _triangle(side: int) -> tuple[Tensor, Tensor]:
-    rows, columns = torch.tril_indices(side, side)
-    return rows, columns
 
 
 def class_statistics(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

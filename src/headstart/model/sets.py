@@ -8,7 +8,8 @@ from torch import Tensor
 
 from headstart.terminal import say
 
-COVERAGES = (0.9,)  # of the scores in a run's result
+PROMISED = 0.9  # for the scores in a run's result
+HELD, SIZE = "test/coverage_90", "test/set_size_90"
 
 
 def true_probabilities(probabilities: Tensor, labels: Tensor) -> Tensor:
@@ -38,36 +39,28 @@ def sets_of(probabilities: Tensor, least: float) -> Tensor:
 
 
 def set_scores(validation: Tensor, probabilities: Tensor, labels: Tensor) -> dict[str, float]:
-    """The share of sets that hold the truth, and their mean size, as ``coverage_90`` and ``set_size_90``.
+    """The share of sets that hold the truth, and their mean size; empty if there are too few validation images.
 
-    Args:
-        validation: the ``true_probabilities`` of the validation images.
-        probabilities: those of other images, [N, C].
-        labels: their classes, [N].
+    ``validation`` are the ``true_probabilities`` of the validation images, the others [N, C] and [N] those of the test.
     """
-    scores = {}
-    for coverage in COVERAGES:
-        if len(validation) >= images_needed(coverage):
-            sets = sets_of(probabilities, threshold(validation, coverage))
-            percent = round(100 * coverage)
-            scores[f"test/coverage_{percent}"] = float(sets.gather(1, labels[:, None]).float().mean())
-            scores[f"test/set_size_{percent}"] = float(sets.sum(dim=1).float().mean())
-    return scores
+    if len(validation) < images_needed(PROMISED):
+        return {}
+    sets = sets_of(probabilities, threshold(validation, PROMISED))
+    held, size = sets.gather(1, labels[:, None]).float().mean(), sets.sum(dim=1).float().mean()
+    return {HELD: float(held), SIZE: float(size)}
 
 
-def told_of_sets(scores: Mapping[str, Any], classes: int) -> list[str]:
-    """Sentences on what was promised and what the test shows, from the scores of a run."""
-    percents = [round(100 * coverage) for coverage in COVERAGES]
-    return [
-        f"promised to hold the true class of {percent} % of images; on the test "
-        f"{100 * scores[f'test/coverage_{percent}']:.1f} %, with {scores[f'test/set_size_{percent}']:.1f} of {classes} "
-        "classes on average"
-        for percent in percents
-        if f"test/coverage_{percent}" in scores
-    ]
+def told_of_sets(scores: Mapping[str, Any], classes: int) -> str:
+    """What was promised and what the test shows, from the scores of a run; empty if there are none."""
+    if HELD not in scores:
+        return ""
+    return (
+        f"promised to hold the true class of {PROMISED:.0%} of images; on the test {scores[HELD]:.1%}, "
+        f"with {scores[SIZE]:.1f} of {classes} classes on average"
+    )
 
 
 def say_sets(result: Mapping[str, Any]) -> None:
-    """Prints these sentences, from a run's result."""
-    for told in told_of_sets(result, result["classes"]):
+    """Prints this sentence, from a run's result."""
+    if told := told_of_sets(result, result["classes"]):
         say(f"sets:     {told}")

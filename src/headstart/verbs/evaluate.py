@@ -20,7 +20,7 @@ from headstart.features.stream import FileStream
 from headstart.files import write_atomically
 from headstart.model.checkpoints import read_checkpoint
 from headstart.model.classifier import TransferClassifier
-from headstart.model.known import unknown_scores
+from headstart.model.known import Known, unknown_scores
 from headstart.model.metrics import defined
 from headstart.model.sets import say_sets
 from headstart.parser import add_checkpoint, add_options, add_run, parser_of, required
@@ -63,7 +63,8 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     device, asked = trainer.strategy.root_device, data.store.feature_precision
     data.store.feature_precision = as_trained(asked, module.arithmetic, device)
     data.load(module.backbone, device)  # before the folder is created, since it may raise
-    far = _unknown_distances(given.unknown.root, module, data, device) if given.unknown.root else None
+    known = module.known
+    far = _unknown_distances(given.unknown.root, known, data) if given.unknown.root else None
     seen = _seen_before(checkpoint, content, data) if given.data.root or given.data.csv else {}
     if seen and given.data.strict:
         raise UserError(f"--data.strict: {len(seen)} of these images were in training or chose the epoch; remove them")
@@ -75,8 +76,8 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     # First, since it is the loss of the probabilities that every command returns; test/loss is of the raw logits.
     loss = functional.cross_entropy(evaluation.logits / evaluation.temperature, evaluation.labels)
     scores = {"test/loss_scaled": float(loss)} | scores
-    if far is not None:
-        scores |= _scores_of_unknown(module, evaluation.features, far)  # at most 2,000 of the own
+    if known and far is not None:
+        scores |= _scores_of_unknown(known, known.distance(evaluation.features), far)  # of at most 2,000 images
     write_atomically(folder / "predictions.csv", predictions_csv(evaluation))
     where = f"--data.{'csv' if given.data.csv else 'root'}={data.source.path}"
     verdict = verdict_of(evaluation, None, module, where, str(checkpoint))
@@ -146,25 +147,21 @@ def _scores_of_new(module: TransferClassifier, evaluation: Evaluation, seen: Map
     return scores
 
 
-def _unknown_distances(root: str, module: TransferClassifier, data: ImageData, device: torch.device) -> Tensor:
-    """The distances of the images to measure `known` on."""
-    option, store, known = f"--unknown.root={root}", data.store, module.known
+def _unknown_distances(root: str, known: Known | None, data: ImageData) -> Tensor:
+    """The distances of the images of no class."""
+    store, paths = data.store, folders.images(Path(root).expanduser())
     if known is None:
-        raise UserError(f"{option}: the head cannot tell; take best.ckpt of a run with the cache and this version")
-    arithmetic = store.arithmetic if store.cache else "fp32"  # of the images evaluated
-    stream = FileStream(module.backbone, device, arithmetic, store.workers, store.max_pixels)
-    paths = map(str, folders.images(Path(root).expanduser()))
-    found = [known.distance(computed.features.double()) for computed in stream(paths)]
-    if not sum(map(len, found)):
-        raise UserError(f"{option}: no readable images in there; give a folder with images of none of the classes")
-    return torch.cat(found)
+        raise UserError(f"--unknown.root={root}: the head cannot tell; take best.ckpt of a run with the cache")
+    arithmetic = store.arithmetic if store.cache else "fp32"  # that of the images evaluated
+    stream = FileStream(store.backbone, store.device, arithmetic, store.workers, store.max_pixels)
+    found = torch.cat([torch.empty(0), *(known.distance(part.features) for part in stream(map(str, paths)))])
+    if not len(found):
+        raise UserError(f"--unknown.root={root}: no readable images in there; give images of none of the classes")
+    return found
 
 
-def _scores_of_unknown(module: TransferClassifier, own_features: Tensor, far: Tensor) -> dict[str, float]:
-    """How well `known` tells images at the distances ``far``, of no class, from the own ones."""
-    known = module.known
-    assert known
-    own = known.distance(own_features.double())
+def _scores_of_unknown(known: Known, own: Tensor, far: Tensor) -> dict[str, float]:
+    """How well the distances of the own images differ from those of images of no class."""
     scores = unknown_scores(own, far)
     refused = [float((known.share(distances) <= REFUSED).float().mean()) for distances in (far, own)]
     say(

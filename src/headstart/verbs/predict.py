@@ -154,7 +154,7 @@ class Predictor:
     def _predictions(self, computed: Computed) -> Iterator[Prediction]:
         probabilities = (self.module.head(computed.features) / self.module.temperature).softmax(dim=1)
         order = probabilities.argsort(dim=1, descending=True, stable=True)
-        known = self.answers.known(computed.features.double()).tolist() if self.answers.known else None
+        known = self.answers.known(computed.features).tolist() if self.answers.known else None
         sets = sets_of(probabilities, self.answers.least) if self.answers.least is not None else None
         finite = computed.features.isfinite().all(dim=1)
         heat = self._explain(order[:, 0]) if self._explain and len(order) else None
