@@ -10,7 +10,7 @@ from headstart.data.table import read_table
 from headstart.features.matrix import FeatureMatrix
 from headstart.label.choose import choose
 from headstart.search.knn import nearest
-from support import COLOURS, RESNET18, TINY, draw, rows_of
+from support import COLOURS, TINY, draw, rows_of
 
 SIZES = (100, 60, 30)
 
@@ -89,7 +89,7 @@ def test_the_nearest_rows_are_those_of_brute_force(block, monkeypatch):
 def test_next_writes_a_list_that_can_be_trained_on_once_it_is_labelled(tmp_path, capsys):
     heap = draw(tmp_path / "heap", images=6)
     (heap / "copy.png").write_bytes((heap / "red/000.png").read_bytes())
-    options = [f"--data.root={heap}", *RESNET18, "--model.image_size=32"]
+    options = [f"--data.root={heap}", *TINY]
     assert main(["next", *options, "--n=6", "--output=lists/first.csv"]) == {"images": 18, "labelled": 0, "chosen": 6}
     rows = rows_of(Path("lists/first.csv"))
     assert {row["label"] for row in rows} == {""}

@@ -71,12 +71,6 @@ def test_nothing_is_overwritten_and_no_file_begun_in_vain(checkpoint, photos, re
     assert "pip install -e '.[parquet]'" in refused(*command, "--output=features.parquet")
 
 
-def test_numpy_needs_the_cache(photos):
-    data = ImageFolderData(str(photos), cache=False)
-    with pytest.raises(Exception, match="needs the cached features"):
-        data.numpy("train", TransferClassifier(data.class_names, backbone="timm/test_resnet", weights="random"))
-
-
 def test_similar_finds_the_colour_and_not_the_picture_itself(checkpoint, photos):
     pictures = [str(photos / "red/000.png"), str(photos / "blue/003.png")]
     rows = main(["similar", *pictures, f"--in={photos}", f"--ckpt_path={checkpoint}", "--k=7"])

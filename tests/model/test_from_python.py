@@ -8,8 +8,10 @@ from pytorch_lightning import Trainer
 from torch.utils.data import Dataset
 
 from headstart import DatasetData, ImageFolderData, TransferClassifier
+from headstart.decoding import as_rgb
 from headstart.device import quiet_trainer
 from headstart.errors import UserError
+from headstart.images import preprocess
 from headstart.model.calibration import fit_temperature
 from headstart.model.sealed import SealedCheckpointIO
 from support import draw
@@ -187,3 +189,16 @@ def test_a_plain_trainer_takes_both(colours):
     trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.fit(module, ImageFolderData(str(colours)))
     assert trainer.callback_metrics["val/acc"] >= 0
+
+
+def test_features_labels_and_paths_need_no_trainer(checkpoint, trained):
+    model = TransferClassifier.load_from_checkpoint(checkpoint)
+    data = ImageFolderData(str(trained / "colours"))
+    features, labels, paths = data.numpy("val", model)
+    images = [as_rgb(trained / "colours" / path, model.backbone.preprocessing) for path in paths]
+    pixels = torch.stack([preprocess(image, model.backbone.preprocessing) for image in images])
+    assert np.allclose(features, model.backbone(pixels), atol=0.02 * np.abs(features).max())
+    assert [data.class_names[label] for label in labels] == [path.split("/")[0] for path in paths]
+    assert np.array_equal(data.numpy("val", model.backbone)[0], features)
+    with pytest.raises(UserError, match="needs the cached features"):
+        ImageFolderData(str(trained / "colours"), cache=False).numpy("val", model)

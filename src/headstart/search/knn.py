@@ -38,8 +38,8 @@ def nearest(queries: Tensor, matrix: FeatureMatrix, k: int) -> tuple[Tensor, Ten
 
     Similarities [Q, k], nearest first, and row numbers [Q, k].
     """
-    total = sum((block.sum(dim=0, dtype=torch.float64) for block in matrix.blocks(ROWS_AT_ONCE)), torch.zeros(1))
-    mean = (total / len(matrix)).to(queries)
+    sums = [block.sum(dim=0, dtype=torch.float64) for block in matrix.blocks(ROWS_AT_ONCE)]
+    mean = (torch.stack(sums).sum(dim=0) / len(matrix)).to(queries)
     unit = functional.normalize(queries - mean, dim=1)
     best, rows, start = unit.new_empty(len(unit), 0), torch.empty(len(unit), 0, dtype=torch.long), 0
     for block in matrix.blocks(ROWS_AT_ONCE):
