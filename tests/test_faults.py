@@ -244,15 +244,21 @@ def test_what_permissions_forbid_is_said(colours, train, refused, own_cache, cap
 
 
 @pytest.mark.fault("full disk")
-def test_a_disk_that_fills_up_during_the_extraction(colours, train, capsys, own_cache):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))  # a piece of the cache has 120,000 bytes
-    try:
-        result = train(colours, *RESNET18, "--trainer.max_epochs=8")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, previous)
+def test_a_disk_that_fills_up_during_the_extraction(colours, train, capsys, own_cache, monkeypatch):
+    compute = FeatureCache._compute
+
+    def on_a_small_disk(*arguments):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))  # a piece of the cache has 120,000 bytes
+        try:
+            compute(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, previous)
+
+    monkeypatch.setattr(FeatureCache, "_compute", on_a_small_disk)
+    result = train(colours, *RESNET18, "--trainer.max_epochs=8")
     out = capsys.readouterr().out
     assert out.count("bytes per shard") == 1
     assert result["test/acc"] == 1.0

@@ -69,11 +69,13 @@ class OptionParser(ArgumentParser):
         return found
 
     def _full_name(self, name: str) -> str:
-        """The option with this name, or the only option that ends in it."""
+        """The option with this name, or the only option that ends in it, or that of the data."""
         options, full = self._options(), f"--{name}"
         if any(full == option or full.startswith(f"{option}.") for option in options):
             return full
         ending = [option for option in options if option.endswith(f".{name}")]
+        if f"--data.{name}" in ending:
+            return f"--data.{name}"
         if len(ending) > 1:
             raise UserError(f"{name}: matches {len(ending)} options; give one in full: {', '.join(ending)}")
         return ending[0] if ending else self.error(f"Unrecognized arguments: {full}")
