@@ -55,7 +55,7 @@ def told_of_sets(scores: Mapping[str, Any], classes: int) -> str:
     if HELD not in scores:
         return ""
     return (
-        f"promised to hold the true class of {PROMISED:.0%} of images; on the test {scores[HELD]:.1%}, "
+        f"promised to hold the true class of {100 * PROMISED:.0f} % of images; on the test {100 * scores[HELD]:.1f} %, "
         f"with {scores[SIZE]:.1f} of {classes} classes on average"
     )
 
