@@ -1,15 +1,10 @@
 """Sets of classes that hold the truth as often as was promised: split conformal prediction."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
-from headstart.terminal import say
-
 PROMISED = 0.9  # for the scores in a run's result
-HELD, SIZE = "test/coverage_90", "test/set_size_90"
 
 
 def true_probabilities(probabilities: Tensor, labels: Tensor) -> Tensor:
@@ -47,13 +42,4 @@ def set_scores(validation: Tensor, probabilities: Tensor, labels: Tensor) -> dic
         return {}
     sets = sets_of(probabilities, threshold(validation, PROMISED))
     held, size = sets.gather(1, labels[:, None]).float().mean(), sets.sum(dim=1).float().mean()
-    return {HELD: float(held), SIZE: float(size)}
-
-
-def say_sets(result: Mapping[str, Any]) -> None:
-    """Prints, from a run's result, what was promised and what the test shows."""
-    if HELD in result:
-        say(
-            f"sets:     promised to hold the true class of {PROMISED:.0%} of images; on the test {result[HELD]:.1%}, "
-            f"with {result[SIZE]:.1f} of {result['classes']} classes on average"
-        )
+    return {"test/coverage_90": float(held), "test/set_size_90": float(size)}

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.classification import binary_precision_recall_curve, binary_roc
 
+from headstart.report.answered import answered
 from headstart.report.drawing import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PINK, Drawing, Series, chart, ticks
 from headstart.report.evaluation import CALIBRATION_BINS, Evaluation, evenly_spaced
 from headstart.terminal import SCORES, one_line
@@ -62,9 +63,8 @@ def confusion_figure(evaluation: Evaluation) -> Drawing:
 
 def coverage_figure(evaluation: Evaluation) -> Drawing:
     """Accuracy of the most confident share of the images, against that share."""
-    right = evaluation.right[evaluation.confidence.argsort(descending=True, stable=True)].float()
-    answered = torch.arange(1, len(right) + 1)
-    points = torch.stack([answered / len(right), right.cumsum(0) / answered], dim=1)
+    curve = answered(evaluation)
+    points = torch.stack([curve.share, curve.accuracy], dim=1)
     return chart(
         [Series(points[evenly_spaced(len(points), MAX_POINTS)].tolist(), BLUE)],
         "share of the images that are answered, the most confident first",
