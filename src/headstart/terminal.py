@@ -124,8 +124,8 @@ SCORES = {
     "calibration_error": "calibration error",
     "calibration_error_scaled": "calibration error, scaled",
     "temperature": "temperature",
-    "coverage_90": "sets that hold the truth, 0.9 promised",
-    "set_size_90": "classes in a set, mean",
+    "coverage_90": "sets for 90 %: hold the class",
+    "set_size_90": "sets for 90 %: classes in each",
 }
 SPLIT_NAMES = {"test": "test", "val": "validation"}
 

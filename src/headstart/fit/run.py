@@ -12,7 +12,6 @@ from headstart.fit.cli import TrainCLI
 from headstart.fit.known import add_known
 from headstart.fit.rival import meet_rival
 from headstart.model.metrics import defined
-from headstart.model.sets import say_sets
 from headstart.report.domains import domain_scores, say_domains
 from headstart.runs.history import REPORT
 from headstart.runs.logger import RunLogger
@@ -96,7 +95,6 @@ def finish(cli: TrainCLI, scores: Mapping[str, Any], seconds: Seconds) -> dict[s
     say_domains(result)
     if "head" in result:
         say(f"head:     {result['head']}")
-    say_sets(result)
     if folder := cli.run_folder.folder:
         say(f"run:      {folder}")
         if (folder / REPORT).exists():

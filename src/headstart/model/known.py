@@ -44,7 +44,7 @@ class Known(nn.Module):
         white = (means - centre) @ whitening.T
         known = cls(
             whitening.float(), centre.float(), white.float(), torch.empty(0)
-        ).double()  # in float32 to be stored
+        ).double()  # rounded as it is stored
         found = [known.distance(rows) for rows in torch.split(val_features, ROWS)]
         known.distances = torch.cat(found).sort().values
         return known.float()

@@ -1,15 +1,10 @@
 """Sets of classes that hold the truth as often as was promised: split conformal prediction."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
-from headstart.terminal import say
-
 PROMISED = 0.9  # for the scores in a run's result
-HELD, SIZE = "test/coverage_90", "test/set_size_90"
 
 
 def true_probabilities(probabilities: Tensor, labels: Tensor) -> Tensor:
@@ -47,20 +42,4 @@ def set_scores(validation: Tensor, probabilities: Tensor, labels: Tensor) -> dic
         return {}
     sets = sets_of(probabilities, threshold(validation, PROMISED))
     held, size = sets.gather(1, labels[:, None]).float().mean(), sets.sum(dim=1).float().mean()
-    return {HELD: float(held), SIZE: float(size)}
-
-
-def told_of_sets(scores: Mapping[str, Any], classes: int) -> str:
-    """What was promised and what the test shows, from the scores of a run; empty if there are none."""
-    if HELD not in scores:
-        return ""
-    return (
-        f"promised to hold the true class of {100 * PROMISED:.0f} % of images; on the test {100 * scores[HELD]:.1f} %, "
-        f"with {scores[SIZE]:.1f} of {classes} classes on average"
-    )
-
-
-def say_sets(result: Mapping[str, Any]) -> None:
-    """Prints this sentence, from a run's result."""
-    if told := told_of_sets(result, result["classes"]):
-        say(f"sets:     {told}")
+    return {"test/coverage_90": float(held), "test/set_size_90": float(size)}

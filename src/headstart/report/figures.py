@@ -63,8 +63,8 @@ def confusion_figure(evaluation: Evaluation) -> Drawing:
 
 def coverage_figure(evaluation: Evaluation) -> Drawing:
     """Accuracy of the most confident share of the images, against that share."""
-    found = answered(evaluation)
-    points = torch.stack([found.share, found.accuracy], dim=1)
+    curve = answered(evaluation)
+    points = torch.stack([curve.share, curve.accuracy], dim=1)
     return chart(
         [Series(points[evenly_spaced(len(points), MAX_POINTS)].tolist(), BLUE)],
         "share of the images that are answered, the most confident first",

@@ -17,7 +17,6 @@ from headstart.data.module import ImageData
 from headstart.data.splits import SPLITS
 from headstart.files import csv_bytes, write_atomically
 from headstart.model.classifier import TransferClassifier
-from headstart.model.sets import told_of_sets
 from headstart.report.answered import WANTED, answered
 from headstart.report.drawing import BOTTOM, LEFT, RIGHT, TOP
 from headstart.report.evaluation import Evaluation
@@ -86,7 +85,6 @@ def write_report(
         axes=(LEFT, RIGHT, TOP, BOTTOM),
         thresholds=_thresholds(evaluation),
         wanted=[(accuracy, answered(evaluation).at(accuracy)) for accuracy in WANTED],
-        sets=told_of_sets(scores, len(evaluation.class_names)),
         curve=curve,
         mirror=mirror,
         curve_figure=learning_figure(curve.images, curve.accuracies) if curve else None,

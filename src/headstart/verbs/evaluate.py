@@ -22,7 +22,6 @@ from headstart.model.checkpoints import read_checkpoint
 from headstart.model.classifier import TransferClassifier
 from headstart.model.known import Known, unknown_scores
 from headstart.model.metrics import defined
-from headstart.model.sets import say_sets
 from headstart.parser import add_checkpoint, add_options, add_run, parser_of, required
 from headstart.report.answered import answered_table
 from headstart.report.domains import domain_scores, say_domains
@@ -90,7 +89,6 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     write_result(folder, result)
     say_scores(result, f"{len(evaluation.items)} images of {data.source.path}")
     say_domains(result)
-    say_sets(result)
     say(answered_table(evaluation))
     say(f"mistakes: {folder / 'predictions.csv'}")
     if report:
