@@ -1,8 +1,6 @@
 """Exports a trained head and its backbone to one ONNX file, which does not need headstart."""
 
 import json
-import logging
-import warnings
 from dataclasses import asdict
 from typing import Any
 
@@ -10,58 +8,72 @@ import torch
 from torch import Tensor, nn
 
 from headstart import __version__
+from headstart.features import int8
 from headstart.model.classifier import TransferClassifier
 
-NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
-
-class Exported(nn.Module):
-    """Images [B, 3, H, W] uint8, resized and cropped -> calibrated probabilities [B, C]."""
+class Probabilities(nn.Module):
+    """Features [B, num_features] -> calibrated probabilities [B, C]."""
 
     def __init__(self, module: TransferClassifier) -> None:
         super().__init__()
-        self.backbone, self.head, self.temperature = module.backbone, module.head, module.temperature
+        self.head, self.temperature = module.head, module.temperature
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Computes logits, and scales them."""
+        return torch.softmax(self.head(features) / self.temperature, dim=1)
+
+
+class Exported(Probabilities):
+    """Images [B, 3, H, W] uint8, resized and cropped -> calibrated probabilities [B, C]."""
+
+    def __init__(self, module: TransferClassifier) -> None:
+        super().__init__(module)
+        self.backbone = module.backbone
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalises, computes features and logits, and scales them."""
-        return torch.softmax(self.head(self.backbone(images)) / self.temperature, dim=1)
+        """Normalises, and computes features and probabilities."""
+        return super().forward(self.backbone(images))
 
 
-def to_onnx(module: TransferClassifier) -> bytes:
-    """ONNX with a dynamic batch size; class names and preprocessing are JSON in the metadata."""
-    import onnx
-
-    images = module.example_input_array
-    assert isinstance(images, Tensor)
-    for name in ("torch.onnx", "onnxscript", "onnx_ir"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # raised by the exporter's own code
-        program: Any = torch.onnx.export(
-            Exported(module).eval(),
-            (images.repeat(2, 1, 1, 1),),
-            dynamo=True,
-            input_names=["images"],
-            output_names=["probabilities"],
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-            external_data=False,
-            verbose=False,
-        )
-    model = program.model_proto
-    about = {
+def about(module: TransferClassifier) -> dict[str, str]:
+    """Class names, preprocessing and temperature as JSON, for the metadata of a file."""
+    found = {
         "class_names": module.class_names,
         "preprocessing": asdict(module.backbone.preprocessing),
         "temperature": module.temperature,
         "made_by": f"headstart {__version__}",
     }
-    onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in about.items()})
-    onnx.checker.check_model(model)
-    return bytes(model.SerializeToString())
+    return {name: json.dumps(value) for name, value in found.items()}
+
+
+def to_onnx(module: TransferClassifier) -> bytes:
+    """ONNX with a dynamic batch size, and what it is ``about`` in the metadata."""
+    images = module.example_input_array
+    assert isinstance(images, Tensor)
+    return _finished(int8.to_onnx(Exported(module), images, ("images", "probabilities")), module)
+
+
+def to_int8_onnx(module: TransferClassifier, quantised: bytes) -> bytes:
+    """The ONNX file of a quantised backbone with the head behind it, which stays in fp32."""
+    import onnx
+
+    features = torch.zeros(1, module.backbone.num_features)
+    backbone = onnx.load_from_string(quantised)
+    head = int8.to_onnx(Probabilities(module), features, ("features", "probabilities"))
+    head = onnx.compose.add_prefix(head, "head/", rename_inputs=False, rename_outputs=False)
+    head.ir_version = backbone.ir_version
+    return _finished(onnx.compose.merge_models(backbone, head, [("features", "features")]), module)
 
 
 def run_onnx(data: bytes, module: TransferClassifier, images: Tensor) -> Tensor:
     """The probabilities that onnxruntime computes."""
-    import onnxruntime
+    return torch.from_numpy(int8.session(data).run(None, {"images": images.numpy()})[0])
 
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+def _finished(model: Any, module: TransferClassifier) -> bytes:
+    import onnx
+
+    onnx.helper.set_model_props(model, about(module))
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
