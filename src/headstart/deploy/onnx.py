@@ -1,8 +1,6 @@
 """Exports a trained head and its backbone to one ONNX file, which does not need headstart."""
 
 import json
-import logging
-import warnings
 from dataclasses import asdict
 from typing import Any
 
@@ -10,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from headstart import __version__
+from headstart.features import int8
 from headstart.model.classifier import TransferClassifier
-
-NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 
 class Exported(nn.Module):
@@ -27,57 +24,62 @@ class Exported(nn.Module):
         return torch.softmax(self.head(self.backbone(images)) / self.temperature, dim=1)
 
 
-class ExportedWithKnown(Exported):
-    """``Exported``, and how familiar each image is, [B]; only for a head that knows."""
+class Outputs(nn.Module):
+    """Features [B, D] -> what a file gives: calibrated probabilities [B, C], and `known` [B] if the head knows."""
 
     def __init__(self, module: TransferClassifier) -> None:
-        super().__init__(module)
+        super().__init__()
+        self.head, self.temperature = module.head, module.temperature
         self.known = module.known.float() if module.known else None
+        self.names = ["probabilities", *(["known"] if self.known else [])]
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """As ``Exported``, and ``Known`` of the same features."""
-        assert self.known
-        features = self.backbone(images)
-        return torch.softmax(self.head(features) / self.temperature, dim=1), self.known(features)
+    def forward(self, features: Tensor) -> Any:
+        """Computes logits, and scales them."""
+        probabilities = torch.softmax(self.head(features) / self.temperature, dim=1)
+        return (probabilities, self.known(features)) if self.known else probabilities
 
 
-def to_onnx(module: TransferClassifier) -> bytes:
-    """ONNX with a dynamic batch size; class names and preprocessing are JSON in the metadata."""
-    import onnx
-
-    images, known = module.example_input_array, module.known
-    assert isinstance(images, Tensor)
-    for name in ("torch.onnx", "onnxscript", "onnx_ir"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # raised by the exporter's own code
-        program: Any = torch.onnx.export(
-            (ExportedWithKnown if known else Exported)(module).eval(),
-            (images.repeat(2, 1, 1, 1),),
-            dynamo=True,
-            input_names=["images"],
-            output_names=["probabilities", "known"] if known else ["probabilities"],
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-            external_data=False,
-            verbose=False,
-        )
-    model = program.model_proto
-    about = {
+def about(module: TransferClassifier) -> dict[str, str]:
+    """Class names, preprocessing and temperature as JSON, for the metadata of a file."""
+    found = {
         "class_names": module.class_names,
         "preprocessing": asdict(module.backbone.preprocessing),
         "temperature": module.temperature,
         "made_by": f"headstart {__version__}",
     }
-    if known:
-        about["known"] = "share of the validation images and this one that are at least as far from all classes"
-    onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in about.items()})
-    onnx.checker.check_model(model)
-    return bytes(model.SerializeToString())
+    if module.known:
+        found["known"] = "share of the validation images and this one that are at least as far from all classes"
+    return {name: json.dumps(value) for name, value in found.items()}
+
+
+def to_onnx(module: TransferClassifier) -> bytes:
+    """ONNX with a dynamic batch size, and what it is ``about`` in the metadata."""
+    images, outputs = module.example_input_array, Outputs(module)
+    assert isinstance(images, Tensor)
+    whole = nn.Sequential(module.backbone, outputs)
+    return _finished(int8.to_onnx(whole, images, ("images", *outputs.names)), module)
+
+
+def to_int8_onnx(module: TransferClassifier, quantised: bytes) -> bytes:
+    """The ONNX file of a quantised backbone with the head behind it, which stays in fp32."""
+    import onnx
+
+    features, outputs = torch.zeros(1, module.backbone.num_features), Outputs(module)
+    backbone = onnx.load_from_string(quantised)
+    head = int8.to_onnx(outputs, features, ("features", *outputs.names))
+    head = onnx.compose.add_prefix(head, "head/", rename_inputs=False, rename_outputs=False)
+    head.ir_version = backbone.ir_version
+    return _finished(onnx.compose.merge_models(backbone, head, [("features", "features")]), module)
 
 
 def run_onnx(data: bytes, module: TransferClassifier, images: Tensor) -> Tensor:
     """The probabilities that onnxruntime computes."""
-    import onnxruntime
+    return torch.from_numpy(int8.session(data).run(["probabilities"], {"images": images.numpy()})[0])
 
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+def _finished(model: Any, module: TransferClassifier) -> bytes:
+    import onnx
+
+    onnx.helper.set_model_props(model, about(module))
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
