@@ -42,7 +42,7 @@ class ImageData(LightningDataModule):
         view_seed: random seed of the augmented views.
         flip: mirror half of the augmented views; false if left and right matter, also for layers=all.
         cache_dir: where to store features; None: $HEADSTART_CACHE, else the user's cache folder.
-        feature_precision: precision of cached features; auto: the faster of bf16 and fp32.
+        feature_precision: precision of cached features; auto: the faster of bf16 and fp32; int8: by onnxruntime.
         val_fraction: fraction of the images used for validation.
         test_fraction: fraction of the images used for testing; 0: no test.
         split_seed: random seed of the split into train, val and test.

@@ -18,6 +18,7 @@ from headstart.features.arithmetic import Arithmetic, FeaturePrecision, chosen, 
 from headstart.features.cache import FeatureCache, cache_key
 from headstart.features.extract import NonFiniteFeatures
 from headstart.features.hashes import cache_folder
+from headstart.features.int8 import Int8Backbone
 from headstart.features.matrix import FeatureMatrix, Key
 from headstart.images import Preprocessing, Views, preprocess
 from headstart.model.backbone import FrozenBackbone
@@ -53,6 +54,7 @@ class FeatureStore:
         self.seconds = Seconds("scan", "features")
         self.backbone: FrozenBackbone
         self.device: torch.device
+        self._int8: Int8Backbone | None = None
         self._caches: dict[Views, FeatureCache] = {}
         self._loaded: tuple[str, Preprocessing] | None = None
 
@@ -69,6 +71,9 @@ class FeatureStore:
         self._say_what_is_cut_off()
         if self.cache:
             self.arithmetic = chosen(self.feature_precision, backbone, device, len(found), self.cache_dir)
+            if self.arithmetic == "int8":
+                with self.seconds.of("quantise"):
+                    self._int8 = Int8Backbone(backbone, self.cache_dir)
             failures = self._fill({item.digest: item for item in found}, Views(), 0)
             self.skipped |= {item.path: failures[item.digest] for item in found if item.digest in failures}
         else:
@@ -124,7 +129,7 @@ class FeatureStore:
             return views.view(self.read(item), item.digest, number, self.backbone.preprocessing)
 
         if views not in self._caches:
-            self._caches[views] = FeatureCache(self.cache_dir, self._key(views))
+            self._caches[views] = FeatureCache(self.cache_dir, self._key(views), self._int8)
         with self.seconds.of("features"):
             try:
                 return self._caches[views].fill(list(items), pixels, self.backbone, self.device, self.workers)
@@ -133,7 +138,8 @@ class FeatureStore:
 
     def _key(self, views: Views) -> dict[str, object]:
         described = {"policy": "none"} if views == Views() else asdict(views)
-        return cache_key(self.backbone, self.device, dtype_of(self.arithmetic), self.max_pixels, described)
+        dtype = dtype_of(self.arithmetic)
+        return cache_key(self.backbone, self.device, dtype, self.max_pixels, described, self._int8)
 
     def _decode_all(self, items: Sequence[Item]) -> None:
         """Finds unreadable images by decoding all once, as the feature extraction does with a cache."""

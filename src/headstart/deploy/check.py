@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,6 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from headstart.decoding import decode
-from headstart.deploy.onnx import Exported
 from headstart.images import Preprocessing, preprocess
 from headstart.model.classifier import TransferClassifier
 
@@ -20,14 +20,16 @@ DRAWN = 40
 ORIENTATION, TURNED = 0x0112, 6  # EXIF's tag, and its value for an image that is stored on its side
 
 
-def check_files(module: TransferClassifier) -> dict[str, bytes]:
-    """The content of five pictures and of ``expected.json``, by name.
+def check_files(module: TransferClassifier, run: Callable[[Tensor], Tensor]) -> dict[str, bytes]:
+    """The content of five pictures and of ``expected.json``, by name; ``run`` maps images to probabilities.
 
     The pictures are drawn, since a run's images may be private. They are the least confident of 40 drawings, so that
     wrong decoding changes the probabilities.
     """
     preprocessing = module.backbone.preprocessing
-    sure = _probabilities(module, [_encoded(_drawing(seed), "PNG") for seed in range(DRAWN)]).max(dim=1).values
+    sure = (
+        _probabilities(preprocessing, run, [_encoded(_drawing(seed), "PNG") for seed in range(DRAWN)]).max(dim=1).values
+    )
     plain, gray, clear, turned, large = sure.argsort()[:5].tolist()
     exif = Image.Exif()
     exif[ORIENTATION] = TURNED
@@ -41,7 +43,7 @@ def check_files(module: TransferClassifier) -> dict[str, bytes]:
         "turned.jpg": _encoded(on_its_side, "JPEG", exif=exif, quality=95, subsampling=0),
         "large.jpg": _encoded(_drawing(large, scale=12), "JPEG", quality=85),
     }
-    rows = _probabilities(module, list(pictures.values())).tolist()
+    rows = _probabilities(preprocessing, run, list(pictures.values())).tolist()
     expected = {
         "class_names": module.class_names,
         "tolerance": TOLERANCE,
@@ -77,9 +79,7 @@ def _encoded(image: Image.Image, form: str, **options: Any) -> bytes:
 
 
 @torch.no_grad()
-def _probabilities(module: TransferClassifier, pictures: list[bytes]) -> Tensor:
-    """The head's probabilities [N, C] for the content of image files."""
-    preprocessing = module.backbone.preprocessing
+def _probabilities(preprocessing: Preprocessing, run: Callable[[Tensor], Tensor], pictures: list[bytes]) -> Tensor:
+    """The probabilities [N, C] for the content of image files."""
     images = [preprocess(decode(data, preprocessing), preprocessing) for data in pictures]
-    probabilities: Tensor = Exported(module)(torch.stack(images))
-    return probabilities
+    return run(torch.stack(images))

@@ -1,8 +1,6 @@
 """Exports a trained head and its backbone to one ONNX file, which does not need headstart."""
 
 import json
-import logging
-import warnings
 from dataclasses import asdict
 from typing import Any
 
@@ -10,74 +8,85 @@ import torch
 from torch import Tensor, nn
 
 from headstart import __version__
+from headstart.features import int8
 from headstart.model.classifier import TransferClassifier
 
-NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
+class Probabilities(nn.Module):
+    """Features [B, num_features] -> calibrated probabilities [B, C].
 
-class Exported(nn.Module):
-    """Images [B, 3, H, W] uint8, resized and cropped -> calibrated probabilities [B, C]."""
+    With ``known`` also how familiar each image is, [B], where the head knows.
+    """
 
-    def __init__(self, module: TransferClassifier) -> None:
+    def __init__(self, module: TransferClassifier, known: bool = False) -> None:
         super().__init__()
-        self.backbone, self.head, self.temperature = module.backbone, module.head, module.temperature
+        self.head, self.temperature = module.head, module.temperature
+        self.known = module.known.float() if known and module.known else None
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalises, computes features and logits, and scales them."""
-        return torch.softmax(self.head(self.backbone(images)) / self.temperature, dim=1)
-
-
-class ExportedWithKnown(Exported):
-    """``Exported``, and how familiar each image is, [B]; only for a head that knows."""
-
-    def __init__(self, module: TransferClassifier) -> None:
-        super().__init__(module)
-        self.known = module.known.float() if module.known else None
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """As ``Exported``, and ``Known`` of the same features."""
-        assert self.known
-        features = self.backbone(images)
-        return torch.softmax(self.head(features) / self.temperature, dim=1), self.known(features)
+    def forward(self, features: Tensor) -> Any:
+        """Computes logits, and scales them; and ``Known`` of the same features."""
+        probabilities = torch.softmax(self.head(features) / self.temperature, dim=1)
+        return probabilities if self.known is None else (probabilities, self.known(features))
 
 
-def to_onnx(module: TransferClassifier) -> bytes:
-    """ONNX with a dynamic batch size; class names and preprocessing are JSON in the metadata."""
-    import onnx
+class Exported(Probabilities):
+    """Images [B, 3, H, W] uint8, resized and cropped -> what ``Probabilities`` gives for their features."""
 
-    images, known = module.example_input_array, module.known
-    assert isinstance(images, Tensor)
-    for name in ("torch.onnx", "onnxscript", "onnx_ir"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # raised by the exporter's own code
-        program: Any = torch.onnx.export(
-            (ExportedWithKnown if known else Exported)(module).eval(),
-            (images.repeat(2, 1, 1, 1),),
-            dynamo=True,
-            input_names=["images"],
-            output_names=["probabilities", "known"] if known else ["probabilities"],
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-            external_data=False,
-            verbose=False,
-        )
-    model = program.model_proto
-    about = {
+    def __init__(self, module: TransferClassifier, known: bool = False) -> None:
+        super().__init__(module, known)
+        self.backbone = module.backbone
+
+    def forward(self, images: Tensor) -> Any:
+        """Normalises, and computes features and probabilities."""
+        return super().forward(self.backbone(images))
+
+
+def about(module: TransferClassifier) -> dict[str, str]:
+    """Class names, preprocessing and temperature as JSON, for the metadata of a file."""
+    found = {
         "class_names": module.class_names,
         "preprocessing": asdict(module.backbone.preprocessing),
         "temperature": module.temperature,
         "made_by": f"headstart {__version__}",
     }
-    if known:
-        about["known"] = "share of the validation images and this one that are at least as far from all classes"
-    onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in about.items()})
-    onnx.checker.check_model(model)
-    return bytes(model.SerializeToString())
+    return {name: json.dumps(value) for name, value in found.items()}
+
+
+def to_onnx(module: TransferClassifier) -> bytes:
+    """ONNX with a dynamic batch size, and what it is ``about`` in the metadata."""
+    images = module.example_input_array
+    assert isinstance(images, Tensor)
+    return _finished(int8.to_onnx(Exported(module, known=True), images, ("images", *_outputs(module))), module)
+
+
+def to_int8_onnx(module: TransferClassifier, quantised: bytes) -> bytes:
+    """The ONNX file of a quantised backbone with the head behind it, which stays in fp32."""
+    import onnx
+
+    features = torch.zeros(1, module.backbone.num_features)
+    backbone = onnx.load_from_string(quantised)
+    head = int8.to_onnx(Probabilities(module, known=True), features, ("features", *_outputs(module)))
+    head = onnx.compose.add_prefix(head, "head/", rename_inputs=False, rename_outputs=False)
+    head.ir_version = backbone.ir_version
+    return _finished(onnx.compose.merge_models(backbone, head, [("features", "features")]), module)
 
 
 def run_onnx(data: bytes, module: TransferClassifier, images: Tensor) -> Tensor:
     """The probabilities that onnxruntime computes."""
-    import onnxruntime
+    return torch.from_numpy(int8.session(data).run(None, {"images": images.numpy()})[0])
 
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+def _outputs(module: TransferClassifier) -> list[str]:
+    return ["probabilities", "known"] if module.known else ["probabilities"]
+
+
+def _finished(model: Any, module: TransferClassifier) -> bytes:
+    import onnx
+
+    metadata = about(module)
+    if module.known:
+        meaning = "share of the validation images and this one that are at least as far from all classes"
+        metadata["known"] = json.dumps(meaning)
+    onnx.helper.set_model_props(model, metadata)
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())

@@ -1,39 +1,51 @@
-"""The arithmetic of the features, bf16 or fp32: the one asked for, or the faster one."""
+"""The arithmetic of the features: the one asked for, or the faster of bf16 and fp32."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import platform
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from filelock import FileLock
 
+from headstart.errors import UserError
 from headstart.files import read_regular, write_atomically
 from headstart.model.backbone import FrozenBackbone
 from headstart.terminal import say
 
-FeaturePrecision = Literal["auto", "bf16", "fp32"]
-Arithmetic = Literal["bf16", "fp32"]
+FeaturePrecision = Literal["auto", "bf16", "fp32", "int8"]
+Arithmetic = Literal["bf16", "fp32", "int8"]
 
 # Features change in their last bits with the batch size, so it is fixed, and the last batch is padded.
 BATCH = 32
 MANY = 300  # images from which half a second of measuring pays
 SECONDS = 0.5
+INT8_NEEDS = ("onnx", "onnxscript", "onnxruntime")
 
 
 def dtype_of(arithmetic: Arithmetic) -> torch.dtype:
-    """The dtype in which the backbone computes."""
+    """The dtype in which the torch copy of the backbone computes."""
     return torch.bfloat16 if arithmetic == "bf16" else torch.float32
 
 
+def missing_for_int8() -> list[str]:
+    """The packages that int8 needs and that are not installed."""
+    return [name for name in INT8_NEEDS if importlib.util.find_spec(name) is None]
+
+
 def as_trained(precision: FeaturePrecision, trained: str | None, device: torch.device) -> FeaturePrecision:
-    """What ``auto`` is for a trained head: the arithmetic of its training, unless this machine only emulates it."""
-    if precision != "auto" or trained not in ("bf16", "fp32"):
+    """What ``auto`` is for a trained head: the arithmetic of its training, unless this machine cannot or emulates it."""
+    if precision != "auto" or trained not in get_args(Arithmetic):
         return precision
+    if trained == "int8":
+        if device.type == "cpu" and not missing_for_int8():
+            return "int8"
+        say("features: fp32; the head was trained on int8, which needs a processor and pip install -e '.[fast]'")
     fast = device.type == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     if trained == "bf16" and fast:
         return "bf16"
@@ -50,6 +62,8 @@ def chosen(
     No rule is right for every processor: with avx512_bf16 but without matrix units (AMX), the better one depends on the
     network and the instructions in use. So ``auto`` measures, unless there are few images, and remembers in ``folder``.
     """
+    if precision == "int8" and device.type != "cpu":
+        raise UserError(f"feature_precision=int8: is for processors, not for {device.type}; use auto")
     if precision != "auto":
         return precision
     if device.type == "cuda":

@@ -25,6 +25,7 @@ from headstart.features import matrix
 from headstart.features.arithmetic import BATCH
 from headstart.features.extract import Extractor
 from headstart.features.hashes import verify
+from headstart.features.int8 import Int8Backbone
 from headstart.features.matrix import FeatureMatrix, Key, Shard
 from headstart.files import flat, write_atomically
 from headstart.model.backbone import FrozenBackbone, combined, tensor_digests
@@ -32,16 +33,21 @@ from headstart.terminal import images_bar, say, say_all
 
 # Number of cached rows recomputed at each use of a cache, and the tolerance relative to the norm of a row; another
 # image differs by 5 % or more, even at random weights. fp32 rows are recomputed without folding; bf16 rows by the copy
-# that made them, since EfficientNet-Lite0's differ from fp32's by up to 9 %.
-PROBED, PROBE_TOLERANCE = 4, 0.03
+# that made them, since EfficientNet-Lite0's differ from fp32's by up to 9 %; int8 rows by the engine that made them.
+PROBED, PROBE_TOLERANCE, INT8_TOLERANCE = 4, 0.03, 1e-3
 # Another process may prune new shards; the last attempt keeps them in memory.
 ATTEMPTS = 3
 
 
 def cache_key(
-    backbone: FrozenBackbone, device: torch.device, dtype: torch.dtype, max_pixels: int, views: dict[str, Any]
+    backbone: FrozenBackbone,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_pixels: int,
+    views: dict[str, Any],
+    int8: Int8Backbone | None = None,
 ) -> dict[str, Any]:
-    """Everything that features depend on besides the image content, as plain values."""
+    """Everything that features depend on besides the image content, as plain values; ``int8`` computes them if given."""
     import PIL
     import torchvision
 
@@ -59,7 +65,8 @@ def cache_key(
             "batch": BATCH,
             "device": device.type,
             "cpu": torch.backends.cpu.get_cpu_capability(),
-        },
+        }
+        | ({"dtype": "int8", **int8.key} if int8 else {}),
         "versions": {
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
@@ -82,9 +89,10 @@ class FeatureCache:
     resumed runs. If the folder is not writable, the features are computed for this run only.
     """
 
-    def __init__(self, folder: Path, key: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, key: dict[str, Any], int8: Int8Backbone | None = None) -> None:
         self._key = json.dumps(key, indent=1, sort_keys=True)
         self.folder = folder / "features" / hashlib.sha256(self._key.encode()).hexdigest()[:32]
+        self._int8 = int8
         self._opened: dict[Path, Shard] = {}
         self._unsaved: list[Shard] = []
         self._writable = True
@@ -111,7 +119,8 @@ class FeatureCache:
             key = json.loads(self._key)
             if combined(tensor_digests(backbone)) != key["weights"]:
                 raise RuntimeError("the backbone changed after its digest was taken; its features are not cached")
-            extractor = Extractor(backbone, read, device, getattr(torch, key["arithmetic"]["dtype"]), workers)
+            network = self._int8 or backbone.for_extraction(getattr(torch, key["arithmetic"]["dtype"]), device)
+            extractor = Extractor(network, read, device, workers)
             for attempt in range(ATTEMPTS):
                 self._compute(sorted(missing), chunk_size(len(wanted)), extractor)
                 found = self.read()
@@ -160,12 +169,13 @@ class FeatureCache:
             return True
         picked = set(rows)
         cached = FeatureMatrix([shard for shard in found if not picked.isdisjoint(shard.rows)], rows)
-        device, dtype = backbone.mean.device, getattr(torch, json.loads(self._key)["arithmetic"]["dtype"])
-        probe = backbone if dtype == torch.float32 else backbone.for_extraction(dtype, device)
+        device, dtype = backbone.mean.device, json.loads(self._key)["arithmetic"]["dtype"]
+        probe = self._int8 or (backbone if dtype == "float32" else backbone.for_extraction(torch.bfloat16, device))
+        tolerance = INT8_TOLERANCE if self._int8 else PROBE_TOLERANCE
         with torch.no_grad():
             pixels = torch.stack([read(row) for row in rows]).to(device)
             now, then = probe(pixels).cpu(), cached.whole()
-        return bool(((now - then).norm(dim=1) <= PROBE_TOLERANCE * now.norm(dim=1)).all())
+        return bool(((now - then).norm(dim=1) <= tolerance * now.norm(dim=1)).all())
 
     def _discard(self) -> list[Shard]:
         """Deletes all shards of this key."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headstart.decoding import UnreadableImage
 from headstart.features.arithmetic import BATCH
+from headstart.features.int8 import Int8Backbone
 from headstart.features.matrix import Key, Shard
 from headstart.model.backbone import FrozenBackbone
 
@@ -41,20 +42,19 @@ class Computed:
 class Extractor:
     """Decodes images in threads and computes features; an accelerator computes while the next batches are decoded.
 
-    It uses a copy of the backbone, made before any thread starts: torch.fx, which folds it, replaces
+    ``network``, of ``network_of``, is made before any thread starts: torch.fx, which folds it, replaces
     ``nn.Module.__call__`` for all threads while it traces. ``read`` maps a key to pixels [3, H, W] uint8, and may raise
     ``UnreadableImage``.
     """
 
     def __init__(
         self,
-        backbone: FrozenBackbone,
+        network: FrozenBackbone | Int8Backbone,
         read: Callable[[Key], Tensor],
         device: torch.device,
-        dtype: torch.dtype,
         workers: int,
     ) -> None:
-        self.backbone = backbone.for_extraction(dtype, device)
+        self.network = network
         self._read, self._device, self._workers = read, device, max(1, workers)
         self._ahead = 0 if device.type == "cpu" else BATCHES_AHEAD
         self._batch: Tensor | None = None
@@ -94,7 +94,7 @@ class Extractor:
                 readable.append(key)
             except UnreadableImage as error:
                 failures[key] = str(error)
-        features = self._features(images) if images else torch.empty(0, self.backbone.num_features)
+        features = self._features(images) if images else torch.empty(0, self.network.num_features)
         return Computed(keys, readable, features, failures)
 
     @torch.no_grad()
@@ -104,5 +104,5 @@ class Extractor:
             self._batch = images[0].new_empty(BATCH, *images[0].shape)
         padded = [*images, *[images[0]] * (BATCH - len(images))]
         torch.stack(padded, out=self._batch)  # reuses memory: new pages cost more than the copy
-        computed: Tensor = self.backbone(self._batch.to(self._device))
+        computed: Tensor = self.network(self._batch.to(self._device))
         return computed[: len(images)].cpu()

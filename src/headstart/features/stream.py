@@ -9,8 +9,10 @@ from PIL import Image
 from torch import Tensor
 
 from headstart.decoding import MAX_PIXELS, UnreadableImage, decode
-from headstart.features.arithmetic import Arithmetic, dtype_of
+from headstart.features.arithmetic import Arithmetic
 from headstart.features.extract import Computed, Extractor
+from headstart.features.hashes import cache_folder
+from headstart.features.int8 import network_of
 from headstart.files import Unavailable, patiently, read_regular
 from headstart.images import preprocess
 from headstart.model.backbone import FrozenBackbone
@@ -31,8 +33,8 @@ class FileStream:
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         self._preprocessing, self._max_pixels = backbone.preprocessing, max_pixels
-        self._extractor = Extractor(backbone, self._read, device, dtype_of(arithmetic), workers)
-        self.backbone = self._extractor.backbone
+        self.network = network_of(backbone, arithmetic, device, cache_folder())
+        self._extractor = Extractor(self.network, self._read, device, workers)
 
     def __call__(self, paths: Iterable[str]) -> Iterator[Computed]:
         """The features of files; a key is the path as bytes (``os.fsencode``)."""

@@ -45,7 +45,7 @@ class EpisodeData(LightningDataModule):
         episode_seed: seed of the episodes.
         num_workers: threads that decode images; None: one per processor core, at most 8.
         cache_dir: where to keep features; None: $HEADSTART_CACHE, else the user's cache folder.
-        feature_precision: precision of the features; auto: the faster of bf16 and fp32.
+        feature_precision: precision of the features; auto: the faster of bf16 and fp32; int8: by onnxruntime.
         max_pixels: maximum pixels per image; larger images are left out.
     """
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from headstart.data.module import ImageData
 from headstart.data.splits import Split
 from headstart.errors import UserError
-from headstart.features.arithmetic import BATCH, dtype_of
+from headstart.features.arithmetic import BATCH, Arithmetic
+from headstart.features.int8 import network_of
 from headstart.files import csv_bytes, write_atomically
 from headstart.model.backbone import FrozenBackbone
 from headstart.search.bank import HeadSettings, TrainedHead
@@ -98,7 +99,7 @@ def compare(
                 _right(heads.best, data),
                 sum(parameter.numel() for parameter in backbone.parameters()) / 1e6,
                 backbone.num_features,
-                milliseconds_per_image(backbone, device, dtype_of(data.store.arithmetic)),
+                milliseconds_per_image(backbone, data.store.arithmetic, device, data.store.cache_dir),
                 backbone.licence,
                 loaded - spent + seconds.with_total()["total"],
             )
@@ -113,9 +114,11 @@ def _right(head: TrainedHead, data: ImageData) -> dict[Split, Tensor]:
 
 
 @torch.no_grad()
-def milliseconds_per_image(backbone: FrozenBackbone, device: torch.device, dtype: torch.dtype) -> float:
+def milliseconds_per_image(
+    backbone: FrozenBackbone, arithmetic: Arithmetic, device: torch.device, folder: Path
+) -> float:
     """What the extraction takes here to compute an image, without decoding it: the median of a few batches."""
-    fast, took = backbone.for_extraction(dtype, device), []
+    fast, took = network_of(backbone, arithmetic, device, folder), list[float]()
     images = torch.zeros(BATCH, 3, *[backbone.preprocessing.crop_size] * 2, dtype=torch.uint8, device=device)
     for _ in range(1 + TIMED):
         started = time.perf_counter()

@@ -187,6 +187,7 @@ class _Command:
         module = TransferClassifier(data.class_names, *(self.given.model[name] for name in BACKBONE_OPTIONS))
         module.trained_on = sorted({item.digest.hex() for item in data.items})
         module.backbone.preprocessing.bits = self.backbone.preprocessing.bits
+        module.arithmetic = data.store.arithmetic
         path = Path(self.given.save).expanduser()
         acc = save(path, module, self._module(head, data).head, data.all_support())
         say(f"fewshot: {len(data.items)} images of {len(data.class_names)} classes, leave-one-out accuracy {acc:.3f}")

@@ -60,6 +60,8 @@ class FinetuneCLI(TrainCLI):
         self.head = read_checkpoint(self.init_from, self.logs)
         parser.set_defaults(self._inherited(parser, self.init_from))
         self.config = parser.parse_args(args)
+        if self.config.data.feature_precision == "int8":
+            raise UserError("--data.feature_precision=int8: fine-tuning needs the output of a layer; use auto")
         if self.resumed:
             self._keep_the_split(self.resumed.splits_file)
 
@@ -68,6 +70,8 @@ class FinetuneCLI(TrainCLI):
         defaults = {f"model.{name}": made[name] for name in INHERITED if name in made}
         if run.data:
             data = run.data | {"splits": str(run.splits_file)}
+            if data.get("feature_precision") == "int8":  # the front's output is computed by torch
+                data["feature_precision"] = "auto"
             defaults |= {f"data.{name}": value for name, value in data.items()}
             defaults["name"] = f"{run.folder.parent.name.removesuffix('-finetune')}-finetune"
         known = set(parser.get_defaults(skip_validation=True).keys())

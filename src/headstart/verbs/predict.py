@@ -29,6 +29,7 @@ from headstart.features.extract import Computed
 from headstart.features.hashes import cache_folder
 from headstart.features.stream import FileStream
 from headstart.files import in_either_form, new_path
+from headstart.model.backbone import FrozenBackbone
 from headstart.model.classifier import TransferClassifier
 from headstart.model.sets import images_needed, sets_of, threshold
 from headstart.parser import OptionParser, add_accelerator, add_checkpoint, parser_of, required
@@ -141,7 +142,9 @@ class Predictor:
         self.module, self.stream, self.maps = module, stream, maps
         self.answers = answers or Answers(module)
         self.top_k = min(top_k, len(module.class_names))
-        self._explain = explainer(module, stream.backbone) if maps else None
+        if maps and not isinstance(stream.network, FrozenBackbone):
+            raise UserError("--explain: there are no maps of int8 features; add --feature_precision=fp32")
+        self._explain = explainer(module, stream.network) if maps else None
         self.method = self._explain.method if self._explain else ""
         self._done = 0
 
@@ -204,7 +207,7 @@ def _parser() -> OptionParser:
     parser.add_argument("--explain", type=str | None, help="new folder for maps of where the head looks, one per file")
     parser.add_argument("--num_workers", type=Count | None, help="decoding threads; None: one per core, at most 8")
     parser.add_argument(
-        "--feature_precision", type=FeaturePrecision, default="auto", help="bf16, fp32 or auto: as in training"
+        "--feature_precision", type=FeaturePrecision, default="auto", help="bf16, fp32, int8 or auto: as in training"
     )
     parser.add_argument("--max_pixels", type=Positive, default=MAX_PIXELS, help="pixel limit; larger images are errors")
     add_accelerator(parser)
