@@ -118,6 +118,22 @@ def checkpoint(trained: Path, tmp_path: Path, own_cache: Path) -> Path:
     return next(tmp_path.glob("logs/*/*/checkpoints/best.ckpt"))
 
 
+@pytest.fixture(scope="session")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
+    """The backbone of `train`'s runs, what computes it in int8, and the folder that keeps it."""
+    from headstart.features.int8 import Int8Backbone
+    from headstart.model.backbone import FrozenBackbone
+
+    backbone, folder = FrozenBackbone("timm/test_resnet", "random", 32), tmp_path_factory.mktemp("quantised")
+    return backbone, Int8Backbone(backbone, folder), folder / "int8"
+
+
+@pytest.fixture
+def kept(quantised: tuple[Any, Any, Path], own_cache: Path) -> Path:
+    """The cache's folder of quantised networks, with that of `train`'s backbone."""
+    return Path(shutil.copytree(quantised[2], own_cache / "int8"))
+
+
 @pytest.fixture
 def train(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Trains through the command line, on a tiny backbone and without a report; gives the content of `result.json`."""

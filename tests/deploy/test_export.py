@@ -18,7 +18,7 @@ from headstart import DatasetData, ImageFolderData, TransferClassifier
 from headstart.cli import main
 from headstart.decoding import decode
 from headstart.deploy.check import _drawing, check_files
-from headstart.deploy.onnx import to_onnx
+from headstart.deploy.onnx import Exported, to_onnx
 from headstart.images import preprocess
 from headstart.verbs import export as exporting
 from support import REPOSITORY, RESNET18, newest_run
@@ -91,7 +91,7 @@ def test_what_cannot_be_done_is_refused(checkpoint, refused, monkeypatch):
     line = refused("export", f"--ckpt_path={checkpoint}", "--output=a.pth", "--data.root=empty")
     assert "no readable image" in line
     assert "is not a file" in refused("export", "--ckpt_path=nowhere.ckpt", "--output=a.onnx")
-    monkeypatch.setattr(exporting, "NEEDED", ("not_installed",))
+    monkeypatch.setattr("headstart.features.arithmetic.INT8_NEEDS", ("not_installed",))
     assert "pip install -e '.[export]'" in refused("export", f"--ckpt_path={checkpoint}", "--output=a.onnx")
 
 
@@ -141,7 +141,7 @@ def test_the_script_pads_and_squashes(monkeypatch, capsys):
         (entry,) = (entry for entry in model.metadata_props if entry.key == "preprocessing")
         entry.value = json.dumps(asdict(preprocessing))
         onnx.save(model, "model.onnx")
-        files = check_files(module)
+        files = check_files(module, Exported(module))
         wanted = json.loads(files.pop("expected.json"))["probabilities"]
         for name, data in files.items():
             Path(name).write_bytes(data)
@@ -207,3 +207,50 @@ def test_an_image_has_one_answer_by_whichever_way(checkpoint, tmp_path, monkeypa
         with torch.no_grad():  # in the order of the paths, both
             logits = module.head(data.store.matrix(data.store.items).whole())
         torch.testing.assert_close((logits / module.temperature).softmax(dim=1), wanted, rtol=0, atol=1e-3)
+
+
+def test_a_program_of_torch_needs_nothing_else(checkpoint):
+    result = main(["export", f"--ckpt_path={checkpoint}", "--output=model.pt2"])
+    assert result["difference"] < 1e-4
+    extra = {"class_names": "", "preprocessing": ""}
+    program = torch.export.load("model.pt2", extra_files=extra)
+    assert json.loads(extra["class_names"]) == ["blue", "green", "red"]
+    for count in (1, 5):
+        found = program.module()(images()[:count])
+        torch.testing.assert_close(found, probabilities(checkpoint)[:count], rtol=0, atol=1e-5)
+
+
+def test_an_export_in_int8_is_as_good_on_all_validation_images(checkpoint, kept, refused, monkeypatch, capsys):
+    module = TransferClassifier.load_from_checkpoint(checkpoint)
+    result = main(["export", f"--ckpt_path={checkpoint}", "--output=model.int8.onnx"])
+    assert result["images"] == 17
+    assert result["int8/acc"] == result["fp32/acc"] == 1
+    shown = capsys.readouterr().out
+    assert re.search(r"fp32: +.* MB, .* ms per image, accuracy 1.0000 on 17 images", shown)
+    assert re.search(r"int8: +.* MB, .* ms per image, accuracy 1.0000 on 17 images", shown)
+    # The documented script runs it, and decodes as it should.
+    Path("model.int8.onnx").rename("model.onnx")
+    expected = json.loads(Path("model.int8.onnx.check/expected.json").read_text())
+    names, wanted = expected["class_names"], expected["probabilities"]
+    assert names == module.class_names
+    paths = [Path("model.int8.onnx.check") / name for name in wanted]
+    for (label, probability), row in zip(by_the_documented_script(paths, monkeypatch, capsys), wanted.values(), strict=True):
+        assert names.index(label) == np.argmax(row)
+        assert probability == pytest.approx(max(row), abs=expected["tolerance"])
+    # Refused: one that loses too much, and a head without images.
+    monkeypatch.setattr(exporting, "to_int8_onnx", lambda module, quantised: one_sided(module))
+    line = refused("export", f"--ckpt_path={checkpoint}", "--output=bad.int8.onnx")
+    assert re.search("int8 loses 1. of 17 images; not written", line)
+    assert not Path("bad.int8.onnx").exists()
+    alone = Path("alone/head.ckpt")
+    alone.parent.mkdir()
+    alone.write_bytes(checkpoint.read_bytes())
+    assert "--data.root is missing" in refused("export", f"--ckpt_path={alone}", "--output=bad.int8.onnx")
+
+
+def one_sided(module: TransferClassifier) -> bytes:
+    """An ONNX file that gives each image the first class."""
+    with torch.no_grad():
+        module.head.weight.zero_()
+        module.head.bias.copy_(torch.tensor([1.0, 0.0, 0.0]))
+    return to_onnx(module)

@@ -27,9 +27,8 @@ def check_files(module: TransferClassifier, run: Callable[[Tensor], Tensor]) -> 
     wrong decoding changes the probabilities.
     """
     preprocessing = module.backbone.preprocessing
-    sure = (
-        _probabilities(preprocessing, run, [_encoded(_drawing(seed), "PNG") for seed in range(DRAWN)]).max(dim=1).values
-    )
+    drawings = [_encoded(_drawing(seed), "PNG") for seed in range(DRAWN)]
+    sure = _probabilities(preprocessing, run, drawings).max(dim=1).values
     plain, gray, clear, turned, large = sure.argsort()[:5].tolist()
     exif = Image.Exif()
     exif[ORIENTATION] = TURNED

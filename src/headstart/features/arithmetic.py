@@ -39,7 +39,7 @@ def missing_for_int8() -> list[str]:
 
 
 def as_trained(precision: FeaturePrecision, trained: str | None, device: torch.device) -> FeaturePrecision:
-    """What ``auto`` is for a trained head: the arithmetic of its training, unless this machine cannot or emulates it."""
+    """What ``auto`` is for a trained head: the arithmetic of its training, if this machine has it."""
     if precision != "auto" or trained not in get_args(Arithmetic):
         return precision
     if trained == "int8":

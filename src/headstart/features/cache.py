@@ -47,7 +47,7 @@ def cache_key(
     views: dict[str, Any],
     int8: Int8Backbone | None = None,
 ) -> dict[str, Any]:
-    """Everything that features depend on besides the image content, as plain values; ``int8`` computes them if given."""
+    """Everything that features depend on besides the image content, as plain values; ``int8``: what computes them."""
     import PIL
     import torchvision
 

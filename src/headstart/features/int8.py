@@ -30,7 +30,7 @@ from headstart.files import write_atomically
 from headstart.model.backbone import FrozenBackbone
 from headstart.terminal import say
 
-# Mean cosine of the features with those in fp32, on the calibration pictures, below which a network is refused.
+# Mean cosine of the features, about their mean, with those in fp32 on the calibration pictures: lower is refused.
 FLOOR = 0.98
 TILES, TILE = (8, 6), 128  # of calibration.png, and the side of each in pixels
 CLOUDS = 16
@@ -55,6 +55,7 @@ class Int8Backbone:
         self._session = session(self.model)
 
     def __call__(self, images: Tensor) -> Tensor:
+        """Computes the features."""
         return torch.from_numpy(self._session.run(None, {"images": images.numpy()})[0])
 
 
@@ -93,20 +94,21 @@ def to_onnx(module: nn.Module, example: Tensor, names: Sequence[str]) -> Any:
     return program.model_proto
 
 
-def quantise(backbone: FrozenBackbone) -> bytes:
-    """The backbone as an ONNX file in int8; ``UserError`` if its features differ too much from those in fp32."""
+def quantise(backbone: FrozenBackbone) -> tuple[bytes, float]:
+    """The backbone as an ONNX file in int8, and the cosine of its features with those in fp32."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    started, name = time.perf_counter(), f"feature_precision=int8: {backbone.name}"
     images = calibration_images(backbone.preprocessing.crop_size)
     with tempfile.TemporaryDirectory() as folder:
         plain, prepared, made = (Path(folder) / f"{stage}.onnx" for stage in ("plain", "prepared", "made"))
         try:
             onnx.save(to_onnx(backbone, images[:1], ("images", "features")), plain)
         except Exception as error:  # the exporter raises many kinds
-            raise UserError(f"{name} cannot be exported to ONNX; use bf16 or fp32") from error
+            raise UserError(
+                f"feature_precision=int8: {backbone.name} cannot be exported to ONNX; use bf16 or fp32"
+            ) from error
         with _silent():
             quant_pre_process(plain, prepared, skip_symbolic_shape=True)
             quantize_static(
@@ -120,12 +122,7 @@ def quantise(backbone: FrozenBackbone) -> bytes:
                 weight_type=QuantType.QInt8,
             )
         model = made.read_bytes()
-        cosine = _cosine(session(plain.read_bytes()), session(model), images)
-    if not cosine >= FLOOR:
-        differ = f"differ too much from those in fp32 (cosine {cosine:.3f}, below {FLOOR})"
-        raise UserError(f"{name}: its features in int8 {differ}; use bf16 or fp32")
-    say(f"features: {backbone.name} quantised in {time.perf_counter() - started:.0f} s; cosine with fp32 {cosine:.4f}")
-    return model
+        return model, _cosine(session(plain.read_bytes()), session(model), images)
 
 
 def calibration_images(side: int) -> Tensor:
@@ -138,7 +135,7 @@ def calibration_images(side: int) -> Tensor:
         sheet = Image.open(file).convert("RGB")
     for place in range(TILES[0] * TILES[1]):
         size = random.uniform(0.3 * TILE, TILE)
-        left, top = random.uniform(0, TILE - size, 2) + [place % TILES[0] * TILE, place // TILES[0] * TILE]
+        left, top = random.uniform(0, TILE - size, 2) + np.array([place % TILES[0], place // TILES[0]]) * TILE
         box = left, top, left + size, top + size
         images.append(np.asarray(sheet.resize((side, side), Image.Resampling.BILINEAR, box)).transpose(2, 0, 1))
     distance = np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side)))
@@ -155,7 +152,7 @@ class _Calibration:
     """Batches of one image, as onnxruntime asks for them."""
 
     def __init__(self, images: Tensor) -> None:
-        self._images = iter(images.split(1))
+        self._images = iter(torch.split(images, 1))
 
     def get_next(self) -> dict[str, Any] | None:
         image = next(self._images, None)
@@ -182,12 +179,23 @@ def _kept(backbone: FrozenBackbone, folder: Path) -> bytes:
                     verify(path)
                     return path.read_bytes()
                 path.unlink()
-            model = quantise(backbone)
+            model = _checked(backbone)
             with suppress(OSError):  # a full disk
                 write_atomically(folder / f"{name}-{hashlib.sha256(model).hexdigest()}.onnx", model)
             return model
     except OSError:  # not writable
-        return quantise(backbone)
+        return _checked(backbone)
+
+
+def _checked(backbone: FrozenBackbone) -> bytes:
+    """The network newly quantised; ``UserError`` if its features differ too much from those in fp32."""
+    started = time.perf_counter()
+    model, cosine = quantise(backbone)
+    if not cosine >= FLOOR:
+        differ = f"differ too much from those in fp32 (cosine {cosine:.3f}, below {FLOOR})"
+        raise UserError(f"feature_precision=int8: the features of {backbone.name} {differ}; use bf16 or fp32")
+    say(f"features: {backbone.name} quantised in {time.perf_counter() - started:.0f} s; cosine with fp32 {cosine:.4f}")
+    return model
 
 
 def _has_vnni() -> bool:
@@ -196,12 +204,13 @@ def _has_vnni() -> bool:
 
 
 def _cosine(plain: Any, quantised: Any, images: Tensor) -> float:
-    """The mean cosine of two sessions' features; that of the least similar feature vectors can be lower."""
-    pairs = []
-    for batch in images.split(BATCH):
-        both = (torch.from_numpy(each.run(None, {"images": batch.numpy()})[0]) for each in (plain, quantised))
-        pairs.append(functional.cosine_similarity(*both))
-    return float(torch.cat(pairs).mean())
+    """The mean cosine of two sessions' features about their mean, without which untrained networks' are all alike."""
+    found = []
+    for each in (plain, quantised):
+        parts = [each.run(None, {"images": batch.numpy()})[0] for batch in torch.split(images, BATCH)]
+        found.append(torch.from_numpy(np.concatenate(parts)))
+    centre = found[0].mean(dim=0)
+    return float(functional.cosine_similarity(found[0] - centre, found[1] - centre).mean())
 
 
 @contextmanager

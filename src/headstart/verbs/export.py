@@ -44,7 +44,8 @@ MAKERS = {
 def export(options: Sequence[str]) -> dict[str, Any]:
     """Writes a model file if its probabilities on real images match the checkpoint's.
 
-    A file in int8 need not match; it is written if it loses next to no accuracy on all validation images. Next to it goes a folder of five pictures with their expected probabilities.
+    A file in int8 is written if it loses next to no accuracy on all validation images.
+    Next to it goes a folder of five pictures with their expected probabilities.
 
     Returns the `output`, the number of `images` compared, and the largest `difference` of a probability, or for int8
     the accuracy of both: `fp32/acc` and `int8/acc`.

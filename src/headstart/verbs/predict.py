@@ -142,9 +142,11 @@ class Predictor:
         self.module, self.stream, self.maps = module, stream, maps
         self.answers = answers or Answers(module)
         self.top_k = min(top_k, len(module.class_names))
-        if maps and not isinstance(stream.network, FrozenBackbone):
-            raise UserError("--explain: there are no maps of int8 features; add --feature_precision=fp32")
-        self._explain = explainer(module, stream.network) if maps else None
+        self._explain = None
+        if maps:
+            if not isinstance(stream.network, FrozenBackbone):
+                raise UserError("--explain: there are no maps of int8 features; add --feature_precision=fp32")
+            self._explain = explainer(module, stream.network)
         self.method = self._explain.method if self._explain else ""
         self._done = 0
 
