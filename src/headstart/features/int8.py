@@ -79,14 +79,14 @@ def session(model: bytes) -> Any:
 
 
 def to_onnx(module: nn.Module, example: Tensor, names: Sequence[str]) -> Any:
-    """A module as ONNX with a dynamic batch size; ``names`` are of its one input and its outputs."""
+    """A module of one input and one output, of these ``names``, as ONNX with a dynamic batch size."""
     with _silent():
         program: Any = torch.onnx.export(
             module.eval(),
             (example.repeat(2, *[1] * (example.ndim - 1)),),
             dynamo=True,
-            input_names=list(names[:1]),
-            output_names=list(names[1:]),
+            input_names=names[:1],
+            output_names=names[1:],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             external_data=False,
             verbose=False,
