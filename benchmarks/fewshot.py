@@ -153,8 +153,8 @@ def saved(options):
 
 def _predictions(few, rows):
     """The label of each row by each head that learnt from ``few``, [K, D] per class."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV, LeaveOneOut
+    from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
+    from sklearn.model_selection import LeaveOneOut
     from sklearn.neighbors import NearestCentroid
 
     support = torch.cat(few)
@@ -166,7 +166,8 @@ def _predictions(few, rows):
             found[f"{name}, centred, length 1" if options else name] = head(rows).argmax(dim=1)
     logistic = LogisticRegression(max_iter=1000)
     if len(few[0]) > 1:
-        logistic = GridSearchCV(logistic, {"C": [10.0**power for power in range(-4, 1)]}, cv=LeaveOneOut())
+        strengths = [10.0**power for power in range(-4, 1)]
+        logistic = LogisticRegressionCV(Cs=strengths, cv=LeaveOneOut(), max_iter=1000)
     # Both see the features in an orthonormal basis of their span, which changes no prediction and is fast.
     basis = torch.linalg.qr(support.T)[0]
     for name, model in {"LogisticRegression": logistic, "NearestCentroid": NearestCentroid()}.items():
