@@ -3,8 +3,11 @@
     python benchmarks/fewshot.py heads --data.source=omniglot --data.root=small1.zip,small2.zip
     python benchmarks/fewshot.py times --data.source=omniglot --data.root=small1.zip,small2.zip
     python benchmarks/fewshot.py tool [path/to/folder]
+    python benchmarks/fewshot.py saved --data.source=folder --data.root=path/to/folder
+    python benchmarks/fewshot.py domains path/to/pacs
 
-`times` needs easyfsl (pip install easyfsl). `tool` learns from 5 pictures per class and tests on the others.
+`times` needs easyfsl (pip install easyfsl). `tool` learns from 5 pictures per class and tests on the others. `saved`
+compares what --save learns with scikit-learn; `domains` meta-trains on some domains and tests on another.
 """
 
 import csv
@@ -24,7 +27,8 @@ from headstart.features.matrix import Labelled
 from headstart.fewshot.compare import accuracies
 from headstart.fewshot.data import EpisodeData
 from headstart.fewshot.episodes import TaskSize
-from headstart.fewshot.heads import Prototype
+from headstart.fewshot.heads import Prototype, make_head
+from headstart.fewshot.save import fitted
 from headstart.search.bank import HeadSettings, Schedule, train_bank
 from headstart.search.exact import accuracy_and_loss
 from headstart.search.intervals import mean_and_half_width
@@ -32,6 +36,7 @@ from headstart.terminal import quiet_libraries
 
 DEMO = Path(__file__).parent.parent / "data" / "clipart"
 EPISODES = 1000
+DRAWS = 10
 PICTURES = 5
 
 
@@ -113,6 +118,85 @@ def tool(options):
         print(f"| linear, AdamW, 25 epochs | | {_linear(few, rest):.3f} |")
 
 
+def saved(options):
+    """Every head that can be saved, and scikit-learn's on the same features: accuracy on the rest, ten draws.
+
+    Of more than 12 classes, each draw takes 10.
+    """
+    given = {option.removeprefix("--data.").split("=")[0]: option.split("=")[1] for option in options}
+    data = EpisodeData(**given, test_fraction=1.0)
+    data.load(FrozenBackbone(), torch.device("cpu"))
+    by_class = data.all_support()
+    if data.classes.groups != data.class_names and given.get("source") == "domains":  # the domains of a class together
+        merged = {}
+        for name, rows in zip(data.class_names, by_class, strict=True):
+            merged.setdefault(name.split("/")[1], []).append(rows)
+        by_class = [torch.cat(rows) for rows in merged.values()]
+    found = {}
+    for k_shot in (1, 5, 10):
+        for draw in range(DRAWS):
+            random_ = random.Random(draw)
+            chosen = by_class if len(by_class) <= 12 else random_.sample(by_class, 10)
+            orders = [torch.tensor(random_.sample(range(len(rows)), len(rows))) for rows in chosen]
+            few = [rows[order[:k_shot]] for rows, order in zip(chosen, orders, strict=True)]
+            rest = [rows[order[k_shot:]] for rows, order in zip(chosen, orders, strict=True)]
+            truth = torch.arange(len(rest)).repeat_interleave(torch.tensor([len(rows) for rows in rest]))
+            for name, predicted in _predictions(few, torch.cat(rest)).items():
+                found.setdefault((name, k_shot), []).append(float((predicted == truth).float().mean()))
+        print(
+            {name: round(sum(accs) / DRAWS, 3) for (name, shots), accs in found.items() if shots == k_shot}, flush=True
+        )
+    print("| head | 1 picture per class | 5 | 10 |\n|---|---|---|---|")
+    for name in dict.fromkeys(name for name, _ in found):
+        print(f"| {name} | {' | '.join(f'{sum(found[name, k]) / DRAWS:.3f}' for k in (1, 5, 10))} |")
+
+
+def _predictions(few, rows):
+    """The label of each row by each head that learnt from ``few``, [K, D] per class."""
+    from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
+    from sklearn.model_selection import LeaveOneOut
+    from sklearn.neighbors import NearestCentroid
+
+    support = torch.cat(few)
+    labels = torch.arange(len(few)).repeat_interleave(len(few[0]))
+    found = {}
+    for name in ("prototype", "ridge", "logistic"):
+        for options in ({}, {"centre": True, "l2": True}):
+            head = fitted(make_head(name, len(few), support.shape[1], **options), few).head
+            found[f"{name}, centred, length 1" if options else name] = head(rows).argmax(dim=1)
+    logistic = LogisticRegression(max_iter=1000)
+    if len(few[0]) > 1:
+        strengths = [10.0**power for power in range(-4, 1)]
+        logistic = LogisticRegressionCV(Cs=strengths, cv=LeaveOneOut(), max_iter=1000)
+    # Both see the features in an orthonormal basis of their span, which changes no prediction and is fast.
+    basis = torch.linalg.qr(support.T)[0]
+    for name, model in {"LogisticRegression": logistic, "NearestCentroid": NearestCentroid()}.items():
+        model.fit((support @ basis).numpy(), labels.numpy())
+        found[f"scikit-learn's {name}"] = torch.from_numpy(model.predict((rows @ basis).numpy()))
+    return found
+
+
+def domains(options):
+    """The projection, meta-trained on some domains, on another: gain on the baseline, with and without shrinking."""
+    pacs = options[0]
+    ways = {
+        f"the other domains -> {name}": ["--data.source=domains", f"--data.root={pacs}", f"--data.test_domain={name}"]
+        for name in sorted(place.name for place in Path(pacs).iterdir() if place.is_dir())
+    }
+    third = ["--val_source=folder", f"--val_root={DEMO}"]
+    ways["domains -> glyphs"] = ["--data.source=domains", f"--data.root={pacs}", "--test_source=glyphs", *third]
+    ways["glyphs -> domains"] = ["--data.source=glyphs", "--test_source=domains", f"--test_root={pacs}", *third]
+    ways["glyphs -> domains, no third"] = ways["glyphs -> domains"][:-2]
+    print("| meta-trained on -> tested on | shots | baseline | gain |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as logs:
+        for way, given in ways.items():
+            for k_shot in (1, 5):
+                options = ["--head=projection", "--train", f"--k_shot={k_shot}", "--n_query=10", f"--logs={logs}"]
+                found = main(["fewshot", *options, "--max_epochs=3", *given])
+                gain = f"{found['gain/acc']:+.3f} ± {found['gain/acc_ci95']:.3f}"
+                print(f"| {way} | {k_shot} | {found['baseline/acc']:.3f} | {gain} |", flush=True)
+
+
 def _linear(few, rest):
     backbone, device = FrozenBackbone(), torch.device("cpu")
     loaded = []
@@ -129,4 +213,4 @@ def _linear(few, rest):
 
 if __name__ == "__main__":
     quiet_libraries()
-    {"heads": heads, "times": times, "tool": tool}[sys.argv[1]](sys.argv[2:])
+    {"heads": heads, "times": times, "tool": tool, "saved": saved, "domains": domains}[sys.argv[1]](sys.argv[2:])

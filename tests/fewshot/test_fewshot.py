@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import statistics
 import zipfile
 from pathlib import Path
@@ -17,14 +18,14 @@ from headstart.cli import main
 from headstart.errors import UserError
 from headstart.features.matrix import Labelled
 from headstart.fewshot import glyphs
-from headstart.fewshot.compare import accuracies
+from headstart.fewshot.compare import AS_TRAIN, AsTrain, accuracies
+from headstart.fewshot.data import EpisodeData
 from headstart.fewshot.episodes import Episode, EpisodeLoader, EpisodeSampler, TaskSize
 from headstart.fewshot.heads import (
     Anil,
     Logistic,
     Projection,
     Prototype,
-    Ridge,
     adaptation,
     fit_logistic,
     learnt,
@@ -32,9 +33,13 @@ from headstart.fewshot.heads import (
     ridge_dual,
 )
 from headstart.fewshot.module import MetaLearner
+from headstart.fewshot.save import fitted
 from headstart.fewshot.sources import Classes, classes_of, split_classes
-from headstart.fewshot.training import make_trainer
-from headstart.search.exact import fit_exact
+from headstart.fewshot.training import keep_share, make_trainer
+from headstart.model.backbone import FrozenBackbone
+from headstart.model.calibration import fit_temperature
+from headstart.model.heads import Unit
+from headstart.search.bank import HeadSettings, Schedule, train_bank
 from headstart.search.intervals import mean_and_half_width
 from support import REPOSITORY, killed_at, newest_run, rows_of
 
@@ -197,17 +202,17 @@ def test_the_dual_of_ridge_is_its_primal():
 
 
 def test_logistic_is_the_exact_optimum():
-    """That of ``fit_exact``, which is scikit-learn's."""
-    episode = task(batch=2, k_shot=5, dtype=torch.float32)
+    """That of scikit-learn."""
+    from sklearn.linear_model import LogisticRegression
+
+    episode, labels = task(batch=2, k_shot=5), torch.arange(4).repeat_interleave(5)
     rows = functional.normalize(episode.support, dim=-1).flatten(1, 2)
-    labels = torch.arange(4).repeat_interleave(5)
     coefficients, bias = fit_logistic(rows, labels, 4, c=1.0)
     for number in range(2):
-        exact = fit_exact(Labelled.of(rows[number], labels), 4, 1 / len(labels), tolerance=1e-7)
+        exact = LogisticRegression(C=1.0, tol=1e-10, max_iter=10_000).fit(rows[number].numpy(), labels.numpy())
         queries = functional.normalize(episode.query[number].flatten(0, 1), dim=-1)
-        wanted = (queries @ exact.weight.T + exact.bias).softmax(dim=1)
         found = (queries @ rows[number].T @ coefficients[number] + bias[number]).softmax(dim=1)
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1.3e-4)
+        torch.testing.assert_close(found, torch.from_numpy(exact.predict_proba(queries.numpy())), rtol=0, atol=1e-5)
 
 
 def test_the_projection_starts_as_the_baseline():
@@ -229,17 +234,70 @@ def test_prototypes_by_hand_and_their_variants():
     torch.testing.assert_close(unit(*episode), unit(3 * episode.support, 5 * episode.query))
 
 
-@pytest.mark.parametrize("head", [Prototype(), Prototype(centre=True), Ridge()])
-def test_the_linear_head_says_what_the_head_says(head):
-    episode = task(batch=1)
-    weight, bias = learnt(head.double(), list(episode.support[0]))
-    found = (episode.query[0].flatten(0, 1) @ weight.T + bias).softmax(dim=1)
-    torch.testing.assert_close(found, head(*episode)[0].softmax(dim=1))
+@pytest.mark.parametrize("name", ["prototype", "ridge", "logistic", "projection"])
+@pytest.mark.parametrize("options", [{}, {"centre": True}, {"l2": True}, {"centre": True, "l2": True}, {"l2": False}])
+def test_the_saved_head_says_what_the_head_says(name, options):
+    metric = "cosine" if options.get("centre") else "euclidean"
+    head, episode = make_head(name, 4, WIDTH, metric=metric, **options).double(), task(batch=1)
+    for parameter in head.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    found = learnt(head, list(episode.support[0])).double()
+    assert isinstance(found, Unit) == (head.l2 or getattr(head, "metric", "") == "cosine")
+    said = found(episode.query[0].flatten(0, 1)).softmax(dim=1)
+    torch.testing.assert_close(said, head(*episode)[0].softmax(dim=1), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_every_head_tells_separate_classes_apart(name):
     assert accuracies(make_head(name, 5, WIDTH), sampler(size=TaskSize(5, 5, 5)), 100).mean() > 0.95
+
+
+def test_the_linear_head_is_trained_as_train_does():
+    episode, labels = task(batch=2, k_shot=10, dtype=torch.float32), torch.arange(4).repeat_interleave(10)
+    with torch.no_grad():
+        found = AsTrain()(*episode)
+    for number in range(2):
+        train = Labelled.of(episode.support[number].flatten(0, 1), labels)
+        schedule = Schedule(epochs=25, batch_size=32, warmup=0.04, seed=0)
+        (wanted,) = train_bank([HeadSettings(0.003, 0.01, 0.1)], train, train, 4, schedule, keep_last=True)
+        logits = wanted.head(episode.query[number].flatten(0, 1))
+        torch.testing.assert_close(found[number], logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ridge", "logistic"])
+def test_the_strength_is_the_one_that_tells_pictures_left_out_best(name):
+    few = list(task(batch=1, k_shot=4, dtype=torch.float32).support[0])
+    found, losses = fitted(make_head(name, 4, WIDTH), few), {}
+    for strength in make_head(name, 4, WIDTH).strengths:
+        head = make_head(name, 4, WIDTH)
+        head.set_strength(strength)
+        alone = []
+        for out in range(4):
+            learner = learnt(head, [torch.cat([rows[:out], rows[out + 1 :]]) for rows in few])
+            alone.append(learner(torch.stack([rows[out] for rows in few])))
+        logits, labels = torch.cat(alone).detach(), torch.arange(4).repeat(4)
+        temperature = fit_temperature(logits, labels)
+        losses[float(functional.cross_entropy(logits / temperature, labels))] = (temperature, learnt(head, few))
+    assert len(losses) > 5
+    temperature, wanted = losses[min(losses)]
+    assert found.temperature == pytest.approx(temperature)
+    rows = torch.cat(few)
+    torch.testing.assert_close(found.head(rows), wanted(rows).detach())
+
+
+def test_a_share_is_kept_by_validation():
+    """The map that was learnt here is noise, of which nothing helps; then it is the identity of the useful half."""
+    drawn, width = sampler(), WIDTH
+    for weight, kept in ((torch.randn(width, width, generator=torch.Generator().manual_seed(0)) * 9, 0.0), (None, 1.0)):
+        head = Projection(width)
+        untrained = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+        if weight is None:  # untrained, it confuses all; the trained one is right
+            untrained["map.weight"] = torch.zeros(width, width)
+        else:
+            head.map.weight.data = weight
+        trained = head.map.weight.detach().clone()
+        keep_share(head, untrained, (0.0, 1.0), drawn, 100)
+        torch.testing.assert_close(head.map.weight.detach(), untrained["map.weight"].lerp(trained, kept))
 
 
 # Intervals
@@ -472,7 +530,7 @@ def test_all_heads_are_compared_on_the_same_episodes(fewshot):
     run = max(Path("logs").glob("fewshot-folder-all/*"))
     rows = rows_of(run / "heads.csv")
     names = {row["head"] for row in rows}
-    assert names == {*HEADS, "ridge (trained)", "anil (trained)", "projection (trained)"}
+    assert names == {*HEADS, AS_TRAIN, "ridge (trained)", "anil (trained)", "projection (trained)"}
     assert {row["k_shot"] for row in rows} == {"1", "5"}  # of 16 images, 10 shots and 10 queries are too many
     baseline = {row["k_shot"]: float(row["acc"]) for row in rows if row["head"] == "prototype"}
     for row in rows:
@@ -519,7 +577,77 @@ def test_few_pictures_become_a_checkpoint_that_every_verb_takes(fewshot, shapes,
     main(["export", "--ckpt_path=prototype.ckpt", f"--data.root={few}", "--output=few.pth"])  # wing: deploy
     line = refused("fewshot", f"--data.root={few}", "--save=ridge.ckpt", "--model.image_size=32")
     assert "is there already" in line
-    assert "--save: stores a linear head" in refused("fewshot", f"--data.root={few}", "--save=a.ckpt", "--head=anil")
+    assert "--save: anil cannot be saved" in refused("fewshot", f"--data.root={few}", "--save=a.ckpt", "--head=anil")
+
+
+def test_a_meta_trained_projection_predicts_as_in_its_episode(fewshot, shapes, refused, monkeypatch):
+    few, rest, heads = shapes.parent / "few", shapes.parent / "rest", []
+    options = ("--head=projection", "--train", "--max_epochs=2", "--save=few.ckpt", f"--save_root={few}")
+    for name in ("class00", "class01"):
+        shutil.copytree(shapes / name, few / name)
+    line = ["--data.source=folder", f"--data.root={shapes}", "--model.image_size=32", *options]
+    assert "classes also in --data.root: class00, class01" in refused("fewshot", *line)
+    (few / "class00").rename(few / "other")
+    assert "classes also in --data.root: class01, other" in refused("fewshot", *line)  # by its images
+    shutil.rmtree(few)
+    for folder in sorted(shapes.iterdir())[:3]:
+        shutil.copytree(folder, rest / folder.name)
+        shutil.rmtree(folder)
+        (few / folder.name).mkdir(parents=True)
+        for path in sorted((rest / folder.name).iterdir())[:4]:
+            path.rename(few / folder.name / path.name)
+
+    def noted(head, *rows, **how):
+        heads.append(head)
+        return fitted(head, *rows, **how)
+
+    monkeypatch.setattr("headstart.verbs.fewshot.fitted", noted)
+    result = fewshot(*options)
+    assert result["left_out/acc"] > 0.5
+    (head,) = heads
+    assert (head.map.weight - torch.eye(len(head.map.weight))).abs().max() > 1e-3  # it was meta-trained
+    # wing: deploy
+    main(["predict", "--ckpt_path=few.ckpt", str(rest), "--output=rows.csv"])
+    said = {Path(row["path"]).name + Path(row["path"]).parent.name: row["label"] for row in rows_of(Path("rows.csv"))}
+    data = {}
+    for place in (few, rest):
+        data[place] = EpisodeData("folder", str(place), test_fraction=1.0)
+        data[place].load(FrozenBackbone(image_size=32), torch.device("cpu"))
+    support, query = (torch.stack(data[place].all_support())[None] for place in (few, rest))
+    with torch.no_grad():
+        wanted = head(support, query)[0].argmax(dim=1).tolist()
+    names = [Path(item.path).name + Path(item.path).parent.name for item in data[rest].items]
+    assert [said[name] for name in names] == [data[few].class_names[label] for label in wanted]
+    # /wing
+
+
+def test_one_picture_per_class_leaves_none_out(shapes, capsys, refused):
+    few = shapes.parent / "few"
+    for number in range(3):
+        (few / f"class{number:02}").mkdir(parents=True)
+        (shapes / f"class{number:02}/00.png").rename(few / f"class{number:02}/00.png")
+    made = main(["fewshot", "--head=logistic", f"--data.root={few}", "--save=one.ckpt", "--model.image_size=32"])
+    assert made["left_out/acc"] is None
+    assert "one per class, so none is left out" in capsys.readouterr().out
+    assert torch.load("one.ckpt", weights_only=True)["headstart"]["temperature"] == 1
+    # wing: deploy
+    line = refused("export", "--ckpt_path=one.ckpt", f"--data.root={few}", "--output=one.pth")
+    assert "needs --model.head=linear, but the checkpoint has a Unit" in line
+    # /wing
+
+
+def test_a_domain_is_the_test(shapes, refused):
+    world = shapes.parent / "world"
+    for number, folder in enumerate(sorted(shapes.iterdir())[:12]):
+        (world / "abc"[number % 3]).mkdir(parents=True, exist_ok=True)
+        folder.rename(world / "abc"[number % 3] / folder.name)
+    options = ["fewshot", "--data.source=domains", f"--data.root={world}", "--model.image_size=32", "--n_way=3"]
+    options += ["--head=projection", "--train", "--max_epochs=1", "--n_query=5", "--episodes=30"]
+    assert "--data.test_domain=d: no such domain; choose from a, b, c" in refused(*options, "--data.test_domain=d")
+    result = main([*options, "--data.test_domain=b", "--data.val_episodes=20", "--data.train_episodes=40"])
+    assert result["images"] == {"train": 64, "val": 64, "test": 64}
+    rows = rows_of(newest_run() / "splits.csv")
+    assert {row["path"].split("/")[0] for row in rows if row["split"] == "test"} == {"b"}
 
 
 def test_the_recipe_runs(fewshot):

@@ -1,19 +1,28 @@
 """Compares heads on the same episodes, with confidence intervals and paired differences."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from functools import partial
+from itertools import chain, cycle
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from headstart.data.loaders import BatchOrder
 from headstart.fewshot.episodes import EpisodeSampler
 from headstart.fewshot.heads import HeadName
 from headstart.files import csv_bytes
+from headstart.model.classifier import TransferClassifier
+from headstart.model.schedule import warmup_cosine
 from headstart.report.drawing import BLUE, GREEN, GREY, ORANGE, PINK, Drawing, Series, chart
 from headstart.search.intervals import mean_and_half_width
 
 BASELINE: HeadName = "prototype"
+AS_TRAIN = "linear, trained as `train` does"
+BATCH_SIZE, EPOCHS = 32, 25
+DEFAULTS = {name: option.default for name, option in inspect.signature(TransferClassifier).parameters.items()}
 EPISODES_AT_ONCE = 50
 COLOURS = (BLUE, ORANGE, GREEN, GREY, PINK, "#56B4E9", "#E69F00")
 
@@ -39,6 +48,32 @@ def accuracies(head: nn.Module, sampler: EpisodeSampler, episodes: int) -> Tenso
         predicted = head(episode.support, episode.query).argmax(dim=-1)
         found.append((predicted == episode.labels).float().mean(dim=1))
     return torch.cat(found).cpu()
+
+
+class AsTrain(nn.Module):
+    """A linear head trained as `train` does by default, but from the support alone: the last epoch, not the best."""
+
+    def forward(self, support: Tensor, query: Tensor) -> Tensor:
+        """Support [B, N, K, D], query [B, N, Q, D] -> logits [B, N * Q, N]; each task as ``train_bank`` would."""
+        batch, n_way, k_shot, width = support.shape
+        rows, labels = support.flatten(1, 2), torch.arange(n_way, device=support.device).repeat_interleave(k_shot)
+        orders = (BatchOrder(len(labels), BATCH_SIZE, 0, partial(int, epoch)) for epoch in range(EPOCHS))
+        order = list(chain.from_iterable(each.batches() for each in orders))
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.default_generator.manual_seed(0)
+            start = nn.Linear(width, n_way).to(rows)
+            head = [tensor.detach().repeat(batch, *[1] * tensor.ndim).requires_grad_() for tensor in start.parameters()]
+            optimizer = torch.optim.AdamW(head, DEFAULTS["lr"], weight_decay=DEFAULTS["weight_decay"])
+            warmup_steps = round(len(order) * DEFAULTS["warmup"])
+            for step, chosen in enumerate(order):
+                optimizer.param_groups[0]["lr"] = DEFAULTS["lr"] * warmup_cosine(step, warmup_steps, len(order))
+                logits = (rows[:, chosen] @ head[0].mT + head[1][:, None]).flatten(0, 1)
+                truth, smoothing = labels[chosen].repeat(batch), DEFAULTS["label_smoothing"]
+                loss = functional.cross_entropy(logits, truth, label_smoothing=smoothing, reduction="sum") / len(chosen)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+        return query.flatten(1, 2) @ head[0].detach().mT + head[1].detach()[:, None]
 
 
 def compare(heads: Mapping[str, nn.Module], samplers: Mapping[int, EpisodeSampler], episodes: int) -> list[Compared]:

@@ -20,7 +20,7 @@ from headstart.fewshot.episodes import EpisodeLoader, EpisodeSampler, TaskSize
 from headstart.fewshot.sources import SourceName, classes_of, source_of, split_classes
 from headstart.model.backbone import FrozenBackbone
 from headstart.ranges import Count, Fraction, Positive, Share, check_arguments
-from headstart.terminal import say
+from headstart.terminal import listing, say
 
 
 class EpisodeData(LightningDataModule):
@@ -29,9 +29,9 @@ class EpisodeData(LightningDataModule):
     Validation and test episodes are the same in every epoch and for every method; training episodes are always new.
 
     Args:
-        source: glyphs (drawn characters), folder (with class folders), or omniglot (its zip files or folders);
-            None: folder if a root is given, else glyphs.
-        root: folder of classes, or Omniglot's zip files or folders, separated by commas.
+        source: glyphs (drawn characters), folder (of class folders), omniglot (its zip files or folders), or domains
+            (a folder of domains of class folders); None: folder if a root is given, else glyphs.
+        root: folder of classes or domains, or Omniglot's zip files or folders, separated by commas.
         n_way: classes per task.
         k_shot: examples per class.
         n_query: images to classify per class.
@@ -41,6 +41,7 @@ class EpisodeData(LightningDataModule):
         batch_size: tasks per step.
         val_fraction: share of the classes for validation.
         test_fraction: share of the classes for the test; 1: all, if nothing is trained.
+        test_domain: domain, alphabet or script whose classes are the test; None: as test_fraction says.
         split_seed: seed of the split of the classes.
         episode_seed: seed of the episodes.
         num_workers: threads that decode images; None: one per processor core, at most 8.
@@ -62,6 +63,7 @@ class EpisodeData(LightningDataModule):
         batch_size: Positive = 20,
         val_fraction: Fraction = 0.2,
         test_fraction: Share = 0.3,
+        test_domain: str | None = None,
         split_seed: Count = 0,
         episode_seed: Count = 0,
         num_workers: Count | None = None,
@@ -78,6 +80,13 @@ class EpisodeData(LightningDataModule):
         self.size, self.batch_size = TaskSize(n_way, k_shot, n_query), batch_size
         self.episodes, self.val_episodes, self.train_episodes = episodes, val_episodes, train_episodes
         self.episode_seed = episode_seed
+        if test_domain:
+            if test_domain not in (groups := sorted(set(self.classes.groups))):
+                raise UserError(f"--data.test_domain={test_domain}: no such domain; choose from {listing(groups)}")
+            pairs = zip(self.classes.class_names, self.classes.groups, strict=True)
+            self.classes.split = {name: "test" for name, group in pairs if group == test_domain}
+        if source == "domains":  # at least one domain validates
+            val_fraction = max(val_fraction, 1 / (len(set(self.classes.groups)) - bool(test_domain)))
         everything = test_fraction >= 1
         self.parts = split_classes(self.classes, 0.0 if everything else val_fraction, test_fraction, split_seed)
         self.items: list[Item] = []

@@ -57,7 +57,7 @@ class EpisodeSampler:
             )
         if small := [len(rows) for rows in classes if len(rows) < needed]:
             raise UserError(f"--n_query={size.n_query}: a class has {min(small)} images, and {needed} are needed")
-        self._features = features
+        self._features, self.device = features, features.device
         self._sizes = np.array([len(rows) for rows in classes])
         padded = [list(rows) + [0] * (int(self._sizes.max()) - len(rows)) for rows in classes]
         self._rows = torch.tensor(padded)

@@ -1,10 +1,11 @@
 """Heads that learn a task from its support: (support [B, N, K, D], query [B, N, Q, D]) -> logits [B, N * Q, N].
 
 All are vectorised over the B tasks. What is meta-trained is an ``nn.Parameter``; a head without any needs no
-meta-training.
+meta-training. What a ``TaskHead`` learns is linear in its prepared features, so it can be saved.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -13,24 +14,23 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn import functional
 
+from headstart.model.heads import Unit, as_linear
+
 HeadName = Literal["prototype", "ridge", "logistic", "anil", "projection"]
 LOGISTIC_STEPS = 100
 
 
-class Prototype(nn.Module):
-    """The nearest class mean, by squared Euclidean distance or by cosine with a learnt scale.
+class TaskHead(nn.Module):
+    """Learns tasks by ``solve``, from features centred on the support's mean and divided by their length, if so told.
 
-    Snell et al., "Prototypical Networks for Few-shot Learning", NeurIPS 2017. Cosine: Chen et al., "Meta-Baseline",
-    ICCV 2021. Centring and L2 (length 1): Wang et al., "SimpleShot", 2019; the centre is the support's mean.
+    Centring and length 1 (L2): Wang et al., "SimpleShot", 2019.
     """
 
-    def __init__(
-        self, metric: Literal["euclidean", "cosine"] = "euclidean", centre: bool = False, l2: bool = False
-    ) -> None:
+    strengths: tuple[float, ...] = ()  # to choose from by leaving one out
+
+    def __init__(self, centre: bool, l2: bool) -> None:
         super().__init__()
-        self.metric, self.centre, self.l2 = metric, centre, l2
-        if metric == "cosine":
-            self.log_scale = nn.Parameter(torch.tensor(10.0).log())
+        self.centre, self.l2 = centre, l2
 
     def forward(self, support: Tensor, query: Tensor) -> Tensor:
         if self.centre:
@@ -38,12 +38,57 @@ class Prototype(nn.Module):
             support, query = support - mean, query - mean
         if self.l2:
             support, query = functional.normalize(support, dim=-1), functional.normalize(query, dim=-1)
+        return self.logits(support, query)
+
+    def logits(self, support: Tensor, query: Tensor) -> Tensor:
+        """Prepared support [B, N, K, D] and query [B, N, Q, D] -> logits [B, N * Q, N]."""
+        batch, n_way, k_shot, _ = support.shape
+        labels = torch.arange(n_way, device=support.device).repeat_interleave(k_shot)
+        target = functional.one_hot(labels, n_way).to(support).expand(batch, -1, -1)
+        weight, bias = self.solve(support.flatten(1, 2), target)
+        return query.flatten(1, 2) @ weight.mT + bias[:, None]
+
+    def solve(self, rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Prepared rows [B, M, D] and one-hot labels [B, M, N] -> weight [B, N, D], bias [B, N]."""
+        raise NotImplementedError
+
+    def set_strength(self, strength: float | None) -> None:
+        """Takes one of ``strengths``; None: keeps its own."""
+
+
+class Prototype(TaskHead):
+    """The nearest class mean, by squared Euclidean distance or by cosine with a learnt scale.
+
+    Snell et al., "Prototypical Networks for Few-shot Learning", NeurIPS 2017. Cosine: Chen et al., "Meta-Baseline",
+    ICCV 2021.
+    """
+
+    def __init__(
+        self, metric: Literal["euclidean", "cosine"] = "euclidean", centre: bool = False, l2: bool = False
+    ) -> None:
+        super().__init__(centre, l2)
+        self.metric = metric
+        if metric == "cosine":
+            self.log_scale = nn.Parameter(torch.tensor(10.0).log())
+
+    def logits(self, support: Tensor, query: Tensor) -> Tensor:
         prototypes, query = support.mean(dim=2), query.flatten(1, 2)
         if self.metric == "cosine":
             likeness = functional.normalize(query, dim=-1) @ functional.normalize(prototypes, dim=-1).mT
             scaled: Tensor = likeness * self.log_scale.exp()
             return scaled
         return -squared_distances(query, prototypes)
+
+    def solve(self, rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        means = class_means(rows, target)
+        if self.metric == "cosine":  # of queries of length 1
+            return functional.normalize(means, dim=-1) * self.log_scale.exp(), torch.zeros_like(means[..., 0])
+        return 2 * means, -means.square().sum(dim=-1)
+
+
+def class_means(rows: Tensor, target: Tensor) -> Tensor:
+    """Rows [B, M, D] and one-hot labels [B, M, N] -> [B, N, D]."""
+    return (target / target.sum(dim=1, keepdim=True)).mT @ rows
 
 
 def squared_distances(query: Tensor, prototypes: Tensor) -> Tensor:
@@ -52,7 +97,7 @@ def squared_distances(query: Tensor, prototypes: Tensor) -> Tensor:
     return query.square().sum(-1, keepdim=True) - 2 * cross + prototypes.square().sum(-1)[:, None]
 
 
-class Ridge(nn.Module):
+class Ridge(TaskHead):
     """Ridge regression on one-hot labels, in closed form; its strength and its scale can be meta-trained.
 
     Bertinetto et al., "Meta-learning with differentiable closed-form solvers" (R2-D2), ICLR 2019. Features and labels
@@ -60,23 +105,19 @@ class Ridge(nn.Module):
     units of the mean squared length of the centred support.
     """
 
-    def __init__(self, strength: float = 1.0) -> None:
-        super().__init__()
+    strengths = tuple(10 ** (power / 2) for power in range(4, -7, -1))
+
+    def __init__(self, strength: float = 1.0, centre: bool = False, l2: bool = False) -> None:
+        super().__init__(centre, l2)
         self.log_strength = nn.Parameter(torch.tensor(strength).log())
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
 
-    def forward(self, support: Tensor, query: Tensor) -> Tensor:
-        weight, bias = self.linear(support)
-        return query.flatten(1, 2) @ weight.mT + bias[:, None]
-
-    def linear(self, support: Tensor) -> tuple[Tensor, Tensor]:
-        """The solution of each task as a linear head: weight [B, N, D], bias [B, N]."""
-        batch, n_way, k_shot, _ = support.shape
-        labels = torch.arange(n_way, device=support.device).repeat_interleave(k_shot)
-        return self.solve(support.flatten(1, 2), functional.one_hot(labels, n_way).to(support).expand(batch, -1, -1))
+    @torch.no_grad()
+    def set_strength(self, strength: float | None) -> None:
+        if strength is not None:
+            self.log_strength.fill_(math.log(strength))
 
     def solve(self, rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows [B, M, D] and one-hot labels [B, M, N] -> weight [B, N, D], bias [B, N]."""
         mean, share = rows.mean(dim=1, keepdim=True), target.mean(dim=1, keepdim=True)
         centred = rows - mean
         strength = self.log_strength.exp() * centred.square().sum(-1).mean(-1)
@@ -93,24 +134,27 @@ def ridge_dual(rows: Tensor, target: Tensor, strength: Tensor) -> Tensor:
     return weight
 
 
-class Logistic(nn.Module):
-    """Logistic regression on features of length 1, as scikit-learn's ``LogisticRegression`` solves it.
+class Logistic(TaskHead):
+    """Logistic regression, on features of length 1 by default, as scikit-learn's ``LogisticRegression`` solves it.
 
     Tian et al., "Rethinking Few-Shot Image Classification: a Good Embedding Is All You Need?", ECCV 2020. ``c`` is
     scikit-learn's C, the inverse strength of the L2 penalty; the intercept has none.
     """
 
-    def __init__(self, c: float = 1.0) -> None:
-        super().__init__()
+    strengths = tuple(10 ** (power / 2) for power in range(-6, 5))
+
+    def __init__(self, c: float = 1.0, centre: bool = False, l2: bool = True) -> None:
+        super().__init__(centre, l2)
         self.c = c
 
-    def forward(self, support: Tensor, query: Tensor) -> Tensor:
-        support, query = functional.normalize(support, dim=-1), functional.normalize(query, dim=-1)
-        n_way, k_shot = support.shape[1:3]
-        labels = torch.arange(n_way, device=support.device).repeat_interleave(k_shot)
-        coefficients, bias = fit_logistic(support.flatten(1, 2), labels, n_way, self.c)
-        # The weight is in the span of the support, so the Gram matrix suffices.
-        return query.flatten(1, 2) @ support.flatten(1, 2).mT @ coefficients + bias[:, None]
+    def set_strength(self, strength: float | None) -> None:
+        self.c = self.c if strength is None else strength
+
+    def solve(self, rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        mean = rows.mean(dim=1, keepdim=True)  # since the intercept has no penalty, the solution is the same
+        coefficients, bias = fit_logistic(rows - mean, target[0].argmax(dim=1), target.shape[2], self.c)
+        weight = coefficients.mT @ (rows - mean)
+        return weight, bias - (weight @ mean.mT)[..., 0]
 
 
 def fit_logistic(rows: Tensor, labels: Tensor, n_way: int, c: float) -> tuple[Tensor, Tensor]:
@@ -190,24 +234,29 @@ def adaptation(steps: int, first_order: bool) -> Callable[[Linear, Tensor, Tenso
     return learn
 
 
-class Projection(nn.Module):
+class Projection(TaskHead):
     """A linear map of the features, meta-trained with the prototype loss; it starts as the identity.
 
     The loss is Snell et al.'s ("Prototypical Networks", NeurIPS 2017), on squared distances between features that are
     divided by their mean length over the support, with a learnt scale.
     """
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
+    def __init__(self, width: int, centre: bool = False, l2: bool = False) -> None:
+        super().__init__(centre, l2)
         self.map = nn.Linear(width, width, bias=False)
         nn.init.eye_(self.map.weight)
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
 
-    def forward(self, support: Tensor, query: Tensor) -> Tensor:
+    def logits(self, support: Tensor, query: Tensor) -> Tensor:
         length = support.norm(dim=-1).mean(dim=(1, 2))[:, None, None]
         prototypes = self.map(support.mean(dim=2)) / length
         distances = squared_distances(self.map(query.flatten(1, 2)) / length, prototypes)
         return -distances * self.log_scale.exp()
+
+    def solve(self, rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        scale = self.log_scale.exp() / rows.norm(dim=-1).mean(dim=1)[:, None, None].square()
+        prototypes = self.map(class_means(rows, target))
+        return 2 * scale * prototypes @ self.map.weight, -(scale * prototypes.square()).sum(dim=-1)
 
 
 # To add a head, write a class whose arguments are among MetaLearner's, and add a line here.
@@ -221,26 +270,24 @@ HEADS: dict[HeadName, Callable[..., nn.Module]] = {
 
 
 def make_head(name: HeadName, n_way: int, width: int, **options: Any) -> nn.Module:
-    """Makes the named head, before meta-training; options of ``MetaLearner`` that it does not have are ignored."""
+    """Makes the named head, before meta-training; None and options that it does not have are ignored."""
     options |= {"n_way": n_way, "width": width}
     own = inspect.signature(HEADS[name]).parameters
-    return HEADS[name](**{option: value for option, value in options.items() if option in own})
+    return HEADS[name](**{key: value for key, value in options.items() if key in own and value is not None})
 
 
-def learnt(head: nn.Module, classes: Sequence[Tensor]) -> Linear:
-    """What a prototype or ridge head learns from one task, as a linear head: weight [N, D] and bias [N].
+def learnt(head: TaskHead, classes: Sequence[Tensor]) -> nn.Linear | Unit:
+    """What the head learns from one task, for features as they are; ``classes`` are each class's examples, [K, D].
 
-    ``classes`` are the features of each class's examples, [K, D] each. A prototype must be euclidean and without L2:
-    its distances then differ from a linear function by a term that all classes share.
+    Squared distances differ from a linear function by a term that all classes share.
     """
-    if isinstance(head, Ridge):
-        labels = torch.tensor([label for label, rows in enumerate(classes) for _ in rows])
-        target = functional.one_hot(labels, len(classes)).to(classes[0])
-        weight, bias = head.solve(torch.cat(list(classes))[None], target[None])
-        return weight[0], bias[0]
-    assert isinstance(head, Prototype)
-    assert head.metric == "euclidean"
-    assert not head.l2
-    prototypes = torch.stack([rows.mean(dim=0) for rows in classes])
-    # Distances are invariant to translation, so centring changes nothing here.
-    return 2 * prototypes, -prototypes.square().sum(dim=1)
+    centre = torch.stack([rows.mean(dim=0) for rows in classes]).mean(dim=0) * head.centre
+    rows = torch.cat(list(classes)) - centre
+    labels = torch.tensor([label for label, own in enumerate(classes) for _ in own])
+    target = functional.one_hot(labels, len(classes)).to(rows)
+    (weight,), (bias,) = head.solve((functional.normalize(rows) if head.l2 else rows)[None], target[None])
+    if not (head.l2 or (isinstance(head, Prototype) and head.metric == "cosine")):
+        return as_linear(weight, bias - weight @ centre)
+    found = Unit(len(centre), len(classes))
+    found.centre, found.linear = centre, as_linear(weight, bias)
+    return found

@@ -23,8 +23,8 @@ class MetaLearner(LightningModule):
         head: prototype, ridge, logistic, anil or projection.
         lr: learning rate of Adam in meta-training.
         metric: distance of the prototype head: euclidean, or cosine with a learnt scale.
-        centre: subtract the mean of the support; prototype only.
-        l2: divide features by their length; prototype only.
+        centre: subtract the mean of the support; anil always does.
+        l2: divide features by their length, after centring; None: only logistic does; anil always does.
         inner_lr: initial learning rate of anil's inner loop.
         inner_steps: gradient steps of anil's inner loop.
         first_order: leave out second derivatives; anil only.
@@ -38,7 +38,7 @@ class MetaLearner(LightningModule):
         lr: Rate = 0.001,
         metric: Literal["euclidean", "cosine"] = "euclidean",
         centre: bool = False,
-        l2: bool = False,
+        l2: bool | None = None,
         inner_lr: Rate = 10.0,
         inner_steps: Count = 5,
         first_order: bool = False,

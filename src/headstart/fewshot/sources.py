@@ -17,7 +17,7 @@ from headstart.errors import UserError
 from headstart.fewshot.glyphs import glyphs
 from headstart.files import claim_by_rename, read_regular
 
-SourceName = Literal["glyphs", "folder", "omniglot"]
+SourceName = Literal["glyphs", "folder", "omniglot", "domains"]
 
 
 def source_of(root: str | None) -> SourceName:
@@ -49,6 +49,7 @@ def classes_of(source: SourceName, root: str | None, cache: Path) -> Classes:
 
     Glyphs are drawn into ``cache``. A folder holds class folders, or train, val and test with class folders. Omniglot
     is a folder or zip file in its layout, alphabet / character / image, or several of these, separated by commas.
+    Domains are a folder of domains with class folders: a class is domain/class.
     """
     if source == "glyphs":
         return _grouped(glyphs(cache))
@@ -57,6 +58,8 @@ def classes_of(source: SourceName, root: str | None, cache: Path) -> Classes:
     if source == "omniglot":
         return _grouped(_omniglot(root, cache))
     folder = folders.existing(root)
+    if source == "domains":
+        return _grouped(folder)
     splits = folders.of_splits(folder)
     if splits == {folder: None}:
         names = folders.class_names(splits)
@@ -77,7 +80,7 @@ def _disjoint(names: Sequence[str], folder: Path) -> None:
 def _grouped(root: Path) -> Classes:
     names = [f"{group}/{name}" for group in folders.subfolders(root) for name in folders.subfolders(root / group)]
     if not names:
-        raise UserError(f"{root}: not in Omniglot's layout, alphabet / character / image")
+        raise UserError(f"{root}: no image folders two levels down, as in alphabet / character or domain / class")
     return Classes(root, names, [name.split("/")[0] for name in names], {})
 
 

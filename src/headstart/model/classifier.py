@@ -38,7 +38,7 @@ class TransferClassifier(HeadModule):
         fit: crop keeps the centre square of an image, pad and squash keep all of it; None: as its weights were trained.
         layers: features to use: last (before the classifier) or all (means of all stages, concatenated).
         mirror: with layers=all, average the features of the image and its mirror image.
-        head: kind of head: linear, mlp or cosine.
+        head: kind of head: linear, mlp, cosine or unit (linear on features of length 1).
         lr: peak learning rate of AdamW.
         weight_decay: weight decay of AdamW.
         label_smoothing: label smoothing of the training loss.

@@ -43,10 +43,25 @@ class Cosine(nn.Module):
         return likeness * self.log_scale.exp()
 
 
+class Unit(nn.Module):
+    """A linear map of features that are centred on a fixed point, and then divided by their length."""
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.centre: Tensor
+        self.register_buffer("centre", torch.zeros(width))
+        self.linear = nn.Linear(width, num_classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.linear(functional.normalize(features - self.centre))
+        return logits
+
+
 HEADS: dict[str, Callable[[int, int], nn.Module]] = {
     "linear": nn.Linear,
     "mlp": MLP,
     "cosine": Cosine,
+    "unit": Unit,
 }
 
 

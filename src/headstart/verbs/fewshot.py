@@ -13,17 +13,18 @@ from torch import nn
 from headstart.data.splits import repeated
 from headstart.device import device_of
 from headstart.errors import UserError
-from headstart.fewshot.compare import BASELINE, Compared, accuracies, compare, shots_figure, to_csv
+from headstart.fewshot.compare import AS_TRAIN, BASELINE, AsTrain, Compared, accuracies, compare, shots_figure, to_csv
 from headstart.fewshot.data import EpisodeData
-from headstart.fewshot.episodes import TaskSize
-from headstart.fewshot.heads import HEADS, HeadName, make_head
+from headstart.fewshot.episodes import EpisodeSampler, TaskSize
+from headstart.fewshot.heads import HEADS, HeadName, TaskHead, make_head
 from headstart.fewshot.module import MetaLearner
-from headstart.fewshot.save import save
+from headstart.fewshot.save import fitted, save
 from headstart.fewshot.sources import SourceName, source_of
-from headstart.fewshot.training import make_trainer, meta_train
-from headstart.files import write_atomically
+from headstart.fewshot.training import SHARES, make_trainer, meta_train
+from headstart.files import new_path, write_atomically
 from headstart.model.backbone import BACKBONE_OPTIONS, FrozenBackbone, check_frozen, tensor_digests
 from headstart.model.classifier import TransferClassifier
+from headstart.model.heads import Unit
 from headstart.model.weights import for_data
 from headstart.parser import OptionParser, add_options, add_run, parser_of
 from headstart.ranges import Positive, Seed
@@ -31,14 +32,15 @@ from headstart.runs.folder import RunFolder, new_run_folder, result_of, settings
 from headstart.runs.history import CONFIG, Run, newest_unfinished
 from headstart.runs.logger import RunLogger
 from headstart.search.intervals import mean_and_half_width
-from headstart.terminal import Seconds, quiet_libraries, say
+from headstart.terminal import Seconds, listing, quiet_libraries, say
 
 # Heads that a comparison meta-trains; the untrained prototype is the baseline.
 TRAINED: tuple[HeadName, ...] = ("ridge", "anil", "projection")
+SAVED: tuple[HeadName, ...] = ("prototype", "ridge", "logistic", "projection")  # linear in the features
 SHOTS, COMPARED_QUERIES = (1, 5, 10), 10
 DATA_OPTIONS = (
     *("source", "root", "val_episodes", "train_episodes", "batch_size", "val_fraction", "test_fraction"),
-    *("split_seed", "episode_seed", "num_workers", "cache_dir", "feature_precision", "max_pixels"),
+    *("test_domain", "split_seed", "episode_seed", "num_workers", "cache_dir", "feature_precision", "max_pixels"),
 )
 HEAD_OPTIONS = ("lr", "metric", "centre", "l2", "inner_lr", "inner_steps", "first_order")
 SIZE_OPTIONS = ("n_way", "k_shot", "n_query", "episodes")
@@ -60,8 +62,9 @@ def fewshot(options: Sequence[str]) -> dict[str, Any]:
         checkpoint = resumed.last
         given = parser.parse_args([f"--config={resumed.folder / CONFIG}", *options])
     given.data.source = given.data.source or source_of(given.data.root)
-    if given.test_root:
-        given.test_source = given.test_source or source_of(given.test_root)
+    for part in ("test", "val"):
+        if given[f"{part}_root"]:
+            given[f"{part}_source"] = given[f"{part}_source"] or source_of(given[f"{part}_root"])
     return _Command(parser, given, resumed, checkpoint).run()
 
 
@@ -71,6 +74,7 @@ class _Command:
     def __init__(self, parser: OptionParser, given: Any, resumed: Run | None, checkpoint: Path | None) -> None:
         self.parser, self.given, self.resumed, self.checkpoint = parser, given, resumed, checkpoint
         self.seconds, self.logs = Seconds(), Path(given.logs)
+        self.third: EpisodeSampler | None = None
         self.device = device_of(given.accelerator)
         given.model.weights = for_data(given.model.backbone, given.model.weights, given.data.root)
         self.backbone = FrozenBackbone(*(given.model[name] for name in BACKBONE_OPTIONS))
@@ -78,16 +82,30 @@ class _Command:
         self.digests = self.backbone.digests()
 
     def run(self) -> dict[str, Any]:
-        if self.given.save:
-            return self._save()
-        data = self._data(self.given.data.source, self.given.data.root)
-        tested = data
-        if self.given.test_source:
-            tested = self._data(self.given.test_source, self.given.test_root, test_fraction=1.0)
-        seed_everything(int(self.given.seed_everything), workers=True, verbose=False)
-        result = self._compare(data, tested) if self.given.head == "all" else self._one(data, tested)
+        given = self.given
+        few = self._few() if given.save else None
+        if few and not given.train:
+            return self._save(few, self._module(given.head, few).head)
+        data = self._data(given.data.source, given.data.root)
+        if few:
+            _apart(few, data)
+        tested = self._other(given.test_source, given.test_root) if given.test_source else data
+        if given.val_source:
+            self.third = self._other(given.val_source, given.val_root).sampler("test", data.size)
+        seed_everything(int(given.seed_everything), workers=True, verbose=False)
+        if given.head == "all":
+            result = self._compare(data, tested)
+        else:
+            module = self._module(given.head, data)
+            result = self._one(module, data, tested)
+            if few:
+                result |= self._save(few, module.head)
         check_frozen(tensor_digests(self.backbone), self.digests)
         return result
+
+    def _other(self, source: SourceName, root: str | None) -> EpisodeData:
+        """All classes of a source, on which nothing is trained."""
+        return self._data(source, root, test_fraction=1.0, test_domain=None)
 
     def _data(self, source: SourceName, root: str | None, **changed: Any) -> EpisodeData:
         given = vars(self.given.data) | {name: self.given[name] for name in SIZE_OPTIONS}
@@ -107,14 +125,20 @@ class _Command:
         config.ckpt_path = None
         run_folder = RunFolder(self.logs, name, self.parser.dump(config, skip_none=False), self.resumed)
         lengths = int(given.max_epochs), int(given.patience), int(given.seed_everything)
-        trainer, before = meta_train(module, data, given.accelerator, run_folder, *lengths, self.checkpoint)
+        shares: tuple[float, ...] = ()  # within a domain, all that was learnt is kept if it helps
+        if self.third or given.data.source == "domains":
+            shares = SHARES
+        elif given.test_source not in (None, given.data.source):
+            shares = SHARES[:2]
+            say("fewshot: the test is of another kind of data; --val_source=… decides on a third how much carries over")
+        options = given.accelerator, run_folder, *lengths, self.checkpoint, shares, self.third
+        trainer, before = meta_train(module, data, *options)
         assert run_folder.folder
         assert isinstance(trainer.logger, RunLogger)
         return trainer.logger, run_folder.folder, before
 
-    def _one(self, data: EpisodeData, tested: EpisodeData) -> dict[str, Any]:
+    def _one(self, module: MetaLearner, data: EpisodeData, tested: EpisodeData) -> dict[str, Any]:
         """Tests one head, and the baseline on the same episodes."""
-        module = self._module(self.given.head, data)
         name, scores = _name(self.given), dict[str, float]()
         if self.given.train:
             if not module.learns:
@@ -153,6 +177,7 @@ class _Command:
         if not samplers:
             raise UserError(f"--head=all: no class of the test has {min(SHOTS) + COMPARED_QUERIES} images; give more")
         heads: dict[str, nn.Module] = {name: self._module(name, data).head for name in HEADS}
+        heads[AS_TRAIN] = AsTrain()
         folder = new_run_folder(self.logs, _name(self.given))
         if self.given.train:
             for name in TRAINED:
@@ -176,30 +201,51 @@ class _Command:
         say(f"plot:     {folder / 'heads.png'}")
         return result
 
-    def _save(self) -> dict[str, Any]:
+    def _few(self) -> EpisodeData:
+        """The pictures to learn from for --save, all of a folder."""
+        given = self.given
+        if given.head not in SAVED:
+            raise UserError(f"--save: {given.head} cannot be saved; {', '.join(SAVED)} can")
+        root = given.save_root or (None if given.train else given.data.root)
+        if root is None:
+            option = "save_root" if given.train else "data.root"
+            raise UserError(f"--{option} is missing: --save learns from a folder of class folders")
+        new_path("--save", Path(given.save).expanduser())
+        return self._other("folder", root)
+
+    def _save(self, few: EpisodeData, head: nn.Module) -> dict[str, Any]:
         """Saves a checkpoint learnt from all pictures of a folder."""
-        head = self.given.head
-        if head not in ("prototype", "ridge") or self.given.model.metric != "euclidean" or self.given.model.l2:
-            raise UserError("--save: stores a linear head: --head=prototype (euclidean, without l2) or --head=ridge")
-        if self.given.data.root is None:
-            raise UserError("--data.root is missing: --save learns from a folder of class folders")
-        data = self._data("folder", self.given.data.root, test_fraction=1.0)
-        module = TransferClassifier(data.class_names, *(self.given.model[name] for name in BACKBONE_OPTIONS))
-        module.trained_on = sorted({item.digest.hex() for item in data.items})
+        assert isinstance(head, TaskHead)
+        found = fitted(head.cpu(), few.all_support(), choose=not self.given.train)
+        kind = "unit" if isinstance(found.head, Unit) else "linear"
+        backbone = {name: self.given.model[name] for name in BACKBONE_OPTIONS}
+        module = TransferClassifier(few.class_names, head=kind, **backbone)
+        module.trained_on = sorted({item.digest.hex() for item in few.items})
         module.backbone.preprocessing.bits = self.backbone.preprocessing.bits
         module.arithmetic = data.store.arithmetic
         path = Path(self.given.save).expanduser()
-        acc = save(path, module, self._module(head, data).head, data.all_support())
-        say(f"fewshot: {len(data.items)} images of {len(data.class_names)} classes, leave-one-out accuracy {acc:.3f}")
+        save(path, module, found, self.given.head)
+        alone = "one per class, so none is left out: the strength is fixed, and the temperature 1"
+        left_out = alone if found.left_out is None else f"leave-one-out accuracy {found.left_out:.3f}"
+        say(f"fewshot: {len(few.items)} images of {len(few.class_names)} classes, {left_out}")
         say(f"head:     {path}")
         say(f"next:     headstart predict --ckpt_path={path} path/to/files")  # wing: deploy
-        return {"checkpoint": str(path), "left_out/acc": acc, "images": len(data.items)}
+        return {"checkpoint": str(path), "left_out/acc": found.left_out, "images": len(few.items)}
 
     def _finish(self, folder: Path, data: EpisodeData, scores: dict[str, float]) -> dict[str, Any]:
         result = result_of(self.backbone, data, scores, self.seconds.with_total())
         result |= {"head": self.given.head, **{name: int(self.given[name]) for name in SIZE_OPTIONS}}
         write_result(folder, result)
         return result
+
+
+def _apart(few: EpisodeData, data: EpisodeData) -> None:
+    """Refuses a class to save that is also one to meta-train on, by its name or by an image."""
+    names, seen = {Path(name).name for name in data.class_names}, {item.digest for item in data.items}
+    both = {name for name in few.class_names if Path(name).name in names}
+    both |= {few.class_names[item.label] for item in few.items if item.digest in seen}
+    if both:
+        raise UserError(f"--save_root: classes also in --data.root: {listing(sorted(both))}; remove them from one")
 
 
 def _name(given: Any) -> str:
@@ -221,7 +267,11 @@ def _parser() -> OptionParser:
     parser.add_argument("--episodes", type=Positive, default=1000, help="number of test tasks")
     parser.add_argument("--test_source", type=SourceName | None, help="source to test on; None: --data.source")
     parser.add_argument("--test_root", type=str | None, help="folder or files of --test_source")
-    parser.add_argument("--save", type=str | None, help="new checkpoint, learnt from all images of --data.root")
+    third = "source of validation tasks of a third domain, which decide how much of meta-training to keep"
+    parser.add_argument("--val_source", type=SourceName | None, help=third)
+    parser.add_argument("--val_root", type=str | None, help="folder or files of --val_source")
+    parser.add_argument("--save", type=str | None, help="new checkpoint, learnt from all images of --save_root")
+    parser.add_argument("--save_root", type=str | None, help="folder of classes to save; None: --data.root")
     add_options(parser, EpisodeData, "data", DATA_OPTIONS)
     add_options(parser, TransferClassifier, "model", BACKBONE_OPTIONS)
     add_options(parser, MetaLearner, "model", HEAD_OPTIONS)
