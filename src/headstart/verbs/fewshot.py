@@ -222,7 +222,7 @@ class _Command:
         module = TransferClassifier(few.class_names, head=kind, **backbone)
         module.trained_on = sorted({item.digest.hex() for item in few.items})
         module.backbone.preprocessing.bits = self.backbone.preprocessing.bits
-        module.arithmetic = data.store.arithmetic
+        module.arithmetic = few.store.arithmetic
         path = Path(self.given.save).expanduser()
         save(path, module, found, self.given.head)
         alone = "one per class, so none is left out: the strength is fixed, and the temperature 1"
