@@ -42,9 +42,7 @@ class Known(nn.Module):
         whitening = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=factor.dtype), upper=False)
         centre = means.mean(dim=0)
         white = (means - centre) @ whitening.T
-        known = cls(
-            whitening.float(), centre.float(), white.float(), torch.empty(0)
-        ).double()  # rounded as it is stored
+        known = cls(whitening.float(), centre.float(), white.float(), torch.empty(0)).double()  # rounded as stored
         found = [known.distance(rows) for rows in torch.split(val_features, ROWS)]
         known.distances = torch.cat(found).sort().values
         return known.float()
