@@ -234,7 +234,9 @@ def test_an_export_in_int8_is_as_good_on_all_validation_images(checkpoint, kept,
     names, wanted = expected["class_names"], expected["probabilities"]
     assert names == module.class_names
     paths = [Path("model.int8.onnx.check") / name for name in wanted]
-    for (label, probability), row in zip(by_the_documented_script(paths, monkeypatch, capsys), wanted.values(), strict=True):
+    for (label, probability), row in zip(
+        by_the_documented_script(paths, monkeypatch, capsys), wanted.values(), strict=True
+    ):
         assert names.index(label) == np.argmax(row)
         assert probability == pytest.approx(max(row), abs=expected["tolerance"])
     # Refused: one that loses too much, and a head without images.
