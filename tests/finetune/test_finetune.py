@@ -149,7 +149,7 @@ def test_a_vision_transformer_learns_on_its_cached_front(colours, train, monkeyp
     head, filled, compute = newest_run() / "checkpoints/best.ckpt", list[str](), FeatureCache._compute
 
     def counting(self, missing, size, extractor):
-        filled.append(f"{len(missing)} {extractor.backbone.name}")
+        filled.append(f"{len(missing)} {extractor.network.name}")
         compute(self, missing, size, extractor)
 
     monkeypatch.setattr(FeatureCache, "_compute", counting)
