@@ -133,7 +133,8 @@ def saved(options):
             merged.setdefault(name.split("/")[1], []).append(rows)
         by_class = [torch.cat(rows) for rows in merged.values()]
     found = {}
-    for k_shot in (1, 5, 10):
+    shots = [k_shot for k_shot in (1, 5, 10) if k_shot < min(map(len, by_class))]
+    for k_shot in shots:
         for draw in range(DRAWS):
             random_ = random.Random(draw)
             chosen = by_class if len(by_class) <= 12 else random_.sample(by_class, 10)
@@ -143,12 +144,9 @@ def saved(options):
             truth = torch.arange(len(rest)).repeat_interleave(torch.tensor([len(rows) for rows in rest]))
             for name, predicted in _predictions(few, torch.cat(rest)).items():
                 found.setdefault((name, k_shot), []).append(float((predicted == truth).float().mean()))
-        print(
-            {name: round(sum(accs) / DRAWS, 3) for (name, shots), accs in found.items() if shots == k_shot}, flush=True
-        )
-    print("| head | 1 picture per class | 5 | 10 |\n|---|---|---|---|")
+    print(f"| head, pictures per class | {' | '.join(map(str, shots))} |\n|---{'|---' * len(shots)}|")
     for name in dict.fromkeys(name for name, _ in found):
-        print(f"| {name} | {' | '.join(f'{sum(found[name, k]) / DRAWS:.3f}' for k in (1, 5, 10))} |")
+        print(f"| {name} | {' | '.join(f'{sum(found[name, k]) / DRAWS:.3f}' for k in shots)} |")
 
 
 def _predictions(few, rows):

@@ -10,7 +10,7 @@ from headstart.model.heads import HEADS, as_linear, linear_head, make_head
 from support import newest_run
 
 
-@pytest.mark.parametrize("name", ["mlp", "cosine"])
+@pytest.mark.parametrize("name", ["mlp", "cosine", "unit"])
 def test_a_head_of_that_name_is_trained_saved_and_loaded(name, colours, train):
     assert train(colours, f"--model.head={name}", "--model.lr=0.01", "--trainer.max_epochs=10")["test/acc"] == 1.0
     best = newest_run() / "checkpoints/best.ckpt"
