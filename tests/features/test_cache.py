@@ -119,6 +119,15 @@ def test_what_the_features_depend_on_is_in_the_key(option, colours, train, seen,
     assert seen() == 0
 
 
+def test_the_mirror_of_all_layers_is_in_the_key():
+    arguments = torch.device("cpu"), torch.float32, 1000, {"policy": "none"}
+    keys = [
+        cache_key(FrozenBackbone(weights="random", image_size=64, layers="all", mirror=mirror), *arguments)["layers"]
+        for mirror in (True, False)
+    ]
+    assert keys == ["all", "all, not mirrored"]
+
+
 def test_one_batch_norm_buffer_is_in_the_key(tmp_path):
     backbone = FrozenBackbone(weights="random")
     arguments = torch.device("cpu"), torch.float32, 1000, {"policy": "none"}

@@ -53,7 +53,7 @@ def cache_key(
 
     return {
         "backbone": backbone.name,
-        "layers": backbone.layers,
+        "layers": backbone.layers if getattr(backbone.net, "mirror", True) else f"{backbone.layers}, not mirrored",
         "weights": backbone.digest(),
         "preprocessing": json.loads(json.dumps(asdict(backbone.preprocessing))),
         "decoder": {"version": DECODER_VERSION, "max_pixels": max_pixels},
