@@ -167,7 +167,7 @@ def test_no_command_line_ends_in_a_traceback_or_hangs(cases, work, trained, monk
     options = {verb: options_of(parser_of(verb)) for verb in VERBS}
     counts, failures = Counter[str](), []
     for case in range(cases):
-        verb = draws.choice(sorted(VERBS))
+        verb = draws.choice(sorted(set(VERBS) - {"label"}))  # which serves a page until it is stopped
         words = command(draws, verb, options[verb], work | {"case": str(case)})
         monkeypatch.setattr(sys, "stdin", io.StringIO("colours/red/000.png\n"))
         ended = outcome(words)

@@ -254,7 +254,6 @@ def test_the_report_holds_what_it_promises(run):
     assert f"{100 * low:.1f} to {100 * high:.1f} %" in text
     assert "Always answering " in text
     assert "sets for 90 %: hold the class" in text
-    assert text.count("Sets of classes") == 1
     assert "<b>Next:</b>" in text
     assert "blue &amp; &lt;b&gt;bold" in text
     assert "<b>bold" not in text
