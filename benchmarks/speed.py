@@ -1,6 +1,6 @@
-"""Time to train a head on photographs, in five ways; run nothing else on the machine.
+"""Time to train a head on photographs, in six ways; run nothing else on the machine.
 
-usage: python benchmarks/speed.py DATA [--epochs=25] [--only=limit,cold,warm,lightning,plain]
+usage: python benchmarks/speed.py DATA [--epochs=25] [--only=limit,cold,warm,int8,lightning,plain]
 
 DATA holds train/ and val/, such as the PyTorch transfer-learning tutorial's hymenoptera. Everything is at 224 pixels
 on random weights, since the time does not depend on them. Each way runs in a process of its own; imports are not
@@ -11,7 +11,9 @@ counted.
   lightning  the same through headstart without its cache
   cold       headstart, with an empty cache
   warm       headstart, with the cache of the cold run
-  limit      decoding each image once (one thread per core), then one forward pass of each in the cache's precision
+  int8       headstart with --data.feature_precision=int8 and an empty cache; the network was quantised before
+  limit      decoding each image once (one thread per core), then one forward pass of each by the fastest engine of
+             torch in bf16, torch in fp32 and onnxruntime in fp32, and by onnxruntime in int8
 """
 
 import json
@@ -24,7 +26,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-WAYS = ("limit", "cold", "warm", "lightning", "plain")
+WAYS = ("limit", "cold", "warm", "int8", "lightning", "plain")
+INT8 = "--data.feature_precision=int8"
 SIZE, RESIZE, BATCH = 224, 256, 32
 
 
@@ -86,7 +89,7 @@ def headstart(data: Path, epochs: int, *options: str) -> dict[str, Any]:
     started = time.perf_counter()
     result = main(["train", *fixed, *options])
     seconds = time.perf_counter() - started
-    parts = {name: result["seconds"][name] for name in ("scan", "features", "fit", "test")}
+    parts = {name: result["seconds"].get(name, 0.0) for name in ("scan", "quantise", "features", "fit", "test")}
     cache = Path(os.environ["HEADSTART_CACHE"])
     # Time of decoding and the backbone, as recorded in the cache; `features` includes reading, folding and writing.
     parts["extraction"] = sum(Shard.open(path).seconds for path in cache.glob("features/*/*.safetensors"))
@@ -100,15 +103,16 @@ def limit(data: Path, epochs: int) -> dict[str, Any]:
     import torch.fx.experimental.optimization
 
     from headstart.decoding import decode
-    from headstart.features.arithmetic import dtype_of, images_per_second
+    from headstart.features.int8 import network_of, session, to_onnx
     from headstart.images import preprocess
     from headstart.model.backbone import FrozenBackbone
 
-    cpu = torch.device("cpu")
+    cpu, cache = torch.device("cpu"), Path(os.environ["HEADSTART_CACHE"])
     backbone = FrozenBackbone(weights="random", image_size=SIZE)
-    speeds = images_per_second(backbone)
-    arithmetic = max(speeds, key=speeds.__getitem__)
-    fast = backbone.for_extraction(dtype_of(arithmetic), cpu)
+    engines: dict[str, Any] = {name: network_of(backbone, name, cpu, cache) for name in ("bf16", "fp32", "int8")}
+    example = torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8)
+    onnx = session(to_onnx(backbone, example, ("images", "features")).SerializeToString())
+    engines["onnxruntime fp32"] = lambda images: onnx.run(None, {"images": images.numpy()})
     paths = sorted(path for path in data.rglob("*") if path.is_file())
 
     def pixels(path: Path) -> torch.Tensor:
@@ -118,17 +122,18 @@ def limit(data: Path, epochs: int) -> dict[str, Any]:
         started = time.perf_counter()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             images = list(pool.map(pixels, paths))
-        decoded = time.perf_counter()
-        for i in range(0, len(images), BATCH):
-            fast(torch.stack(images[i : i + BATCH]))
-        ended = time.perf_counter()
-    return {
-        "seconds": ended - started,
-        "images through the backbone": len(images),
-        "decoding": decoded - started,
-        "forward": ended - decoded,
-        "arithmetic": arithmetic,
-    }
+        decoding = time.perf_counter() - started
+        batches = [torch.stack(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
+        forward = {}
+        for name, engine in engines.items():
+            engine(batches[0])
+            started = time.perf_counter()
+            for batch in batches:
+                engine(batch)
+            forward[name] = time.perf_counter() - started
+    in_int8 = forward.pop("int8")
+    limits = {"seconds": decoding + min(forward.values()), "seconds in int8": decoding + in_int8}
+    return limits | {"images through the backbone": len(images), "decoding": decoding} | forward | {"int8": in_int8}
 
 
 def child(way: str, data: Path, epochs: int) -> dict[str, Any]:
@@ -136,7 +141,8 @@ def child(way: str, data: Path, epochs: int) -> dict[str, Any]:
         return plain(data, epochs)
     if way == "limit":
         return limit(data, epochs)
-    return headstart(data, epochs, *(["--data.cache=false"] if way == "lightning" else []))
+    options = {"lightning": ["--data.cache=false"], "int8": [INT8]}
+    return headstart(data, epochs, *options.get(way, []))
 
 
 def machine() -> str:
@@ -155,8 +161,11 @@ def run(data: Path, epochs: int, ways: list[str]) -> None:
     print(machine())
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"HEADSTART_CACHE": folder + "/cache"}
         for way in ways:
+            # The network in int8 is made by `limit`.
+            environment = os.environ | {
+                "HEADSTART_CACHE": f"{folder}/{'int8' if way in ('int8', 'limit') else 'cache'}"
+            }
             command = [sys.executable, str(Path(__file__).resolve()), "--child", way, str(data), str(epochs)]
             done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True)
             found[way] = json.loads(done.stdout.splitlines()[-1])
@@ -168,8 +177,9 @@ def run(data: Path, epochs: int, ways: list[str]) -> None:
     if "plain" in found:
         for way in set(found) - {"plain", "limit"}:
             print(f"{way} is {found['plain']['seconds'] / found[way]['seconds']:.1f} times faster than plain")
-    if "cold" in found and "limit" in found:
-        print(f"extraction runs at {found['limit']['seconds'] / found['cold']['extraction']:.0%} of the limit")
+    for way, limits in (("cold", "seconds"), ("int8", "seconds in int8")):
+        if way in found and "limit" in found:
+            print(f"{way}: extraction runs at {found['limit'][limits] / found[way]['extraction']:.0%} of the limit")
 
 
 if __name__ == "__main__":
