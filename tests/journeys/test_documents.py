@@ -248,7 +248,7 @@ def test_the_fewshot_benchmarks_in_a_small_form(run, copy):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "| linear, AdamW, 25 epochs | | " in done.stdout
     options = ["--data.source=folder", f"--data.root={draw(copy / 'few', images=6)}"]
-    done = run("python", "-W", "ignore", "benchmarks/fewshot.py", "saved", *options)
+    done = run("python", "benchmarks/fewshot.py", "saved", *options)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "\n| scikit-learn's NearestCentroid | " in done.stdout
 
