@@ -85,8 +85,8 @@ class EpisodeData(LightningDataModule):
                 raise UserError(f"--data.test_domain={test_domain}: no such domain; choose from {listing(groups)}")
             pairs = zip(self.classes.class_names, self.classes.groups, strict=True)
             self.classes.split = {name: "test" for name, group in pairs if group == test_domain}
-        if source == "domains":  # at least one domain validates; less than a whole share, so that training comes first
-            val_fraction = max(val_fraction, 0.9 / (len(set(self.classes.groups)) - bool(test_domain)))
+            if source == "domains":  # one of the others validates; less than its whole share: training comes first
+                val_fraction = max(val_fraction, 0.9 / (len(groups) - 1))
         everything = test_fraction >= 1
         self.parts = split_classes(self.classes, 0.0 if everything else val_fraction, test_fraction, split_seed)
         self.items: list[Item] = []
