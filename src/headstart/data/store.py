@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,6 +14,7 @@ from torch import Tensor
 from headstart.data.sources import Source
 from headstart.data.splits import Item
 from headstart.decoding import MAX_PIXELS, UnreadableImage, bits_of
+from headstart.device import device_of
 from headstart.errors import UserError
 from headstart.features.arithmetic import Arithmetic, FeaturePrecision, chosen, dtype_of
 from headstart.features.cache import FeatureCache, cache_key
@@ -21,9 +23,12 @@ from headstart.features.hashes import cache_folder
 from headstart.features.int8 import Int8Backbone
 from headstart.features.matrix import FeatureMatrix, Key
 from headstart.images import Preprocessing, Views, preprocess
-from headstart.model.backbone import FrozenBackbone
+from headstart.model.backbone import BACKBONE_OPTIONS, FrozenBackbone
+from headstart.model.weights import for_data
 from headstart.terminal import Seconds, images_bar, say
 
+# What commands call arguments of ``FeatureStore``.
+STORE_OPTIONS = ("num_workers", "cache_dir", "feature_precision", "max_pixels")
 LONG, MANY_LONG = 2.0, 0.1  # an aspect ratio, and the share of such images that is reported
 # More skipped images than this number and this share are an error.
 MAX_SKIPPED, MAX_SKIPPED_SHARE = 5, 0.05
@@ -156,3 +161,16 @@ class FeatureStore:
                 advance(1)
                 if why is not None:
                     self.skipped[item.path] = why
+
+
+def loaded_store(source: Source, given: Any, backbone: FrozenBackbone | None = None) -> FeatureStore:
+    """The store of a source, loaded for a backbone; None: that of a command's options, `model`.
+
+    ``given`` are the command's options; `data` holds ``STORE_OPTIONS``, and `accelerator` names the device.
+    """
+    store = FeatureStore(source, **{name: given.data[name] for name in STORE_OPTIONS})
+    if backbone is None:
+        given.model.weights = for_data(given.model.backbone, given.model.weights, str(source.path))
+        backbone = FrozenBackbone(*(given.model[name] for name in BACKBONE_OPTIONS))
+    store.load(backbone, device_of(given.accelerator))
+    return store

@@ -10,17 +10,14 @@ from headstart.data import folders
 from headstart.data.module import ImageFolderData
 from headstart.data.sources import ListedSource
 from headstart.data.splits import Item
-from headstart.data.store import FeatureStore
+from headstart.data.store import STORE_OPTIONS, FeatureStore, loaded_store
 from headstart.device import device_of
 from headstart.errors import UserError
 from headstart.features.arithmetic import as_trained
-from headstart.model.backbone import BACKBONE_OPTIONS, FrozenBackbone
+from headstart.model.backbone import BACKBONE_OPTIONS
 from headstart.model.classifier import TransferClassifier
-from headstart.model.weights import for_data
 from headstart.parser import OptionParser, add_accelerator, add_checkpoint, add_options
 from headstart.terminal import say_all
-
-STORE_OPTIONS = ("num_workers", "cache_dir", "feature_precision", "max_pixels")
 
 
 def folder_of_images(root: str, option: str = "--data.root") -> ListedSource:
@@ -52,15 +49,15 @@ def add_features(parser: OptionParser) -> None:
 
 def load(source: ListedSource, given: Any) -> tuple[FeatureStore, TransferClassifier | None]:
     """The readable images with their features, by the backbone of the checkpoint, if any, or of the options."""
-    device, module, options = device_of(given.accelerator), None, signature(TransferClassifier).parameters
+    module, options = None, signature(TransferClassifier).parameters
     if given.ckpt_path:
         if any(given.model[name] != options[name].default for name in BACKBONE_OPTIONS):
             raise UserError("--ckpt_path brings its own backbone; leave out --model")
         module = TransferClassifier.load_from_checkpoint(Path(given.ckpt_path).expanduser()).eval()
-        given.data.feature_precision = as_trained(given.data.feature_precision, module.arithmetic, device)
-    given.model.weights = for_data(given.model.backbone, given.model.weights, str(source.path))
-    store = FeatureStore(source, **{name: given.data[name] for name in STORE_OPTIONS})
-    store.load(module.backbone if module else FrozenBackbone(*(given.model[name] for name in BACKBONE_OPTIONS)), device)
+        given.data.feature_precision = as_trained(
+            given.data.feature_precision, module.arithmetic, device_of(given.accelerator)
+        )
+    store = loaded_store(source, given, module.backbone if module else None)
     say_all([f"data: {path} is left out: {reason}" for path, reason in store.skipped.items()])
     if not store.items:
         raise UserError(f"{source.path}: no readable image; {len(store.skipped)} files cannot be read")

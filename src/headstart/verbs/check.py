@@ -14,13 +14,11 @@ from headstart.data import splits
 from headstart.data.module import ImageFolderData
 from headstart.data.sources import Source, open_source
 from headstart.data.splits import Item
-from headstart.data.store import FeatureStore
-from headstart.device import device_of
+from headstart.data.store import STORE_OPTIONS, loaded_store
 from headstart.errors import UserError
 from headstart.files import csv_bytes, write_atomically
-from headstart.model.backbone import BACKBONE_OPTIONS, FrozenBackbone
+from headstart.model.backbone import BACKBONE_OPTIONS
 from headstart.model.classifier import TransferClassifier
-from headstart.model.weights import for_data
 from headstart.parser import OptionParser, add_options, add_run, parser_of
 from headstart.runs.folder import new_run_folder
 from headstart.search.neighbours import rooted
@@ -28,7 +26,6 @@ from headstart.terminal import one_line, quiet_libraries, say
 
 SHOWN, PAGE = 10, "check.html"
 GROUPED = ("duplicate", "near-duplicate")
-STORE_OPTIONS = ("num_workers", "cache_dir", "feature_precision", "max_pixels")
 SPLIT_OPTIONS = ("val_fraction", "test_fraction", "split_seed", "splits")
 
 
@@ -40,10 +37,7 @@ def check(options: Sequence[str]) -> dict[str, int]:
     quiet_libraries()
     given = _parser().parse_args(list(options))
     source = open_source(given.data.root, given.data.csv, given.data.source)
-    store = FeatureStore(source, **{name: given.data[name] for name in STORE_OPTIONS})
-    given.model.weights = for_data(given.model.backbone, given.model.weights, given.data.csv or given.data.root)
-    backbone = FrozenBackbone(*(given.model[name] for name in BACKBONE_OPTIONS))
-    store.load(backbone, device_of(given.accelerator))
+    store = loaded_store(source, given)
     if not store.items:
         raise UserError(f"{source.path}: no readable image; {len(store.skipped)} files cannot be read")
     items, fault = _in_splits(store.items, source, given.data)

@@ -11,19 +11,16 @@ from rich.table import Table
 from headstart.data import splits
 from headstart.data.module import ImageFolderData
 from headstart.data.sources import open_source
-from headstart.data.store import FeatureStore
-from headstart.device import device_of
+from headstart.data.store import STORE_OPTIONS, loaded_store
 from headstart.domains.figure import roc_by_domain
 from headstart.domains.leave_out import LeftOut, check_domains, leave_one_out
 from headstart.files import csv_bytes, write_atomically
-from headstart.model.backbone import BACKBONE_OPTIONS, FrozenBackbone
+from headstart.model.backbone import BACKBONE_OPTIONS
 from headstart.model.classifier import TransferClassifier
-from headstart.model.weights import for_data
 from headstart.parser import OptionParser, add_options, add_run, parser_of
 from headstart.runs.folder import new_run_folder
 from headstart.terminal import images_bar, one_line, quiet_libraries, say
 
-STORE_OPTIONS = ("num_workers", "cache_dir", "feature_precision", "max_pixels")
 SPLIT_OPTIONS = ("val_fraction", "test_fraction", "split_seed")
 COLUMNS = ["domain", "images", "acc", "auroc", "seen acc", "seen auroc", "l2"]
 
@@ -34,9 +31,7 @@ def domains(options: Sequence[str]) -> list[dict[str, Any]]:
     given = _parser().parse_args(list(options))
     kind = given.data.source or ("domains" if given.data.root else None)
     source = open_source(given.data.root, given.data.csv, kind)
-    store = FeatureStore(source, **{name: given.data[name] for name in STORE_OPTIONS})
-    given.model.weights = for_data(given.model.backbone, given.model.weights, given.data.csv or given.data.root)
-    store.load(FrozenBackbone(*(given.model[name] for name in BACKBONE_OPTIONS)), device_of(given.accelerator))
+    store = loaded_store(source, given)
     store.check_skips()
     fractions = given.data.val_fraction, given.data.test_fraction
     items = splits.assign(store.items, source.class_names, *fractions, given.data.split_seed)
@@ -46,7 +41,7 @@ def domains(options: Sequence[str]) -> list[dict[str, Any]]:
     rows = [_row(each) for each in found]
     folder = new_run_folder(Path(given.logs), given.name or f"{source.path.stem}-domains")
     write_atomically(folder / "domains.csv", csv_bytes([COLUMNS, *(list(row.values()) for row in rows)]))
-    write_atomically(folder / "roc.png", roc_by_domain(found))
+    roc_by_domain(found).save(folder / "roc.png")
     write_atomically(folder / "domains.json", json.dumps(rows, indent=2).encode())
     _say(rows)
     say(f"scores:   {folder / 'domains.csv'}")
