@@ -85,7 +85,7 @@ class Unavailable(UserError):
     """A file could not be read because of a transient error."""
 
 
-def patiently(path: Path, read: Callable[[], T]) -> T:
+def patiently(path: Path | str, read: Callable[[], T]) -> T:
     """Calls ``read``, again after a transient error, and raises ``Unavailable`` if the error persists."""
     for pause in (*PAUSES, None):
         try:

@@ -11,6 +11,7 @@ import torch
 from headstart import FrozenBackbone, ImageFolderData
 from headstart.cli import main
 from headstart.data.folders import split_named
+from headstart.data.sources import open_source
 from headstart.files import in_either_form
 from support import COLOURS, draw, newest_run
 
@@ -179,5 +180,7 @@ def test_domains_share_classes_and_are_scored_apart(tmp_path, train, capsys, ref
     again = main(["evaluate", f"--ckpt_path={best}", "--report=false", f"--data.root={root}"])
     assert "domains" not in again
     assert "2 of each are needed" in refused("train", "--data.source=domains", f"--data.root={root}")
+    options = open_source(str(root.parent), None, "domains").options  # for commands that are proposed
+    assert options == f"--data.root={root.parent} --data.source=domains"
     draw(tmp_path / "world/sketch", images=3, seed=2)
     assert "--data.source=domains if they are domains" in refused("train", f"--data.root={root.parent}")

@@ -5,8 +5,9 @@ To add a kind of data, write a ``Source`` and a line in ``SOURCES``; every comma
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -26,6 +27,7 @@ class Source(ABC):
 
     class_names: list[str]  # by label
     path: Path  # location of the data, which also names it
+    options = ""  # which select it on the command line; set by ``open_source``
     has_val = False  # whether images without a split are never assigned to val
     has_test = False  # whether they are never assigned to test
     label_of: dict[str, int]  # label by path of each image, readable or not; set by ``scan``
@@ -53,6 +55,16 @@ class FileSource(Source):
     def listed(self) -> list[Item]:
         """The image files, without reading them; paths are relative to the root."""
 
+    def in_folders(self, places: Mapping[Path, Callable[[str], Item]]) -> list[Item]:
+        """The images below folders, each made by the folder's function from its path below the root."""
+        found = folders.images_of_classes(list(places))
+        start = len(os.path.join(self.root, ""))  # noqa: PTH118  # pathlib's `relative_to` takes longer than the walk
+        return [
+            make(str(path)[start:].replace(os.sep, "/"))
+            for make, paths in zip(places.values(), found, strict=True)
+            for path in paths
+        ]
+
     def scan(self, remembered: Path | None) -> tuple[list[Item], dict[str, str]]:
         listed = self.listed()
         self.label_of = {item.path: item.label for item in listed}
@@ -76,18 +88,12 @@ class FolderSource(FileSource):
         self.has_test = "test" in self._places.values()
 
     def listed(self) -> list[Item]:
-        places = [
-            (folder / name, label, split)
+        places = {
+            folder / name: partial(Item, label=label, split=split)
             for folder, split in self._places.items()
             for label, name in enumerate(self.class_names)
-        ]
-        found = folders.images_of_classes([folder for folder, _, _ in places])
-        start = len(os.path.join(self.root, ""))  # noqa: PTH118  # pathlib's `relative_to` takes longer than the walk
-        return [
-            Item(str(path)[start:].replace(os.sep, "/"), label, split=split)
-            for (_, label, split), paths in zip(places, found, strict=True)
-            for path in paths
-        ]
+        }
+        return self.in_folders(places)
 
 
 class DomainSource(FileSource):
@@ -104,13 +110,12 @@ class DomainSource(FileSource):
             )
 
     def listed(self) -> list[Item]:
-        places = [(domain, name) for domain, classes in self._classes.items() for name in classes]
-        found = folders.images_of_classes([self.root / domain / name for domain, name in places])
-        return [
-            Item(path.relative_to(self.root).as_posix(), self.class_names.index(name), domain=domain)
-            for (domain, name), paths in zip(places, found, strict=True)
-            for path in paths
-        ]
+        places = {
+            self.root / domain / name: partial(Item, label=self.class_names.index(name), domain=domain)
+            for domain, classes in self._classes.items()
+            for name in classes
+        }
+        return self.in_folders(places)
 
 
 class ListedSource(FileSource):
@@ -150,5 +155,7 @@ def open_source(root: str | None, csv: str | None, source: str | None) -> Source
     if kind not in SOURCES:
         raise UserError(f"--data.source={kind}: no such kind of data; choose from {', '.join(SOURCES)}")
     found = SOURCES[kind](str(root if csv is None else csv))
+    chosen = "" if kind in ("folder", "csv") else f" --data.source={kind}"
+    found.options = f"--data.{'csv' if kind == 'csv' else 'root'}={found.path}{chosen}"
     say_look_alikes(found.class_names)
     return found

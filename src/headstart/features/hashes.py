@@ -56,12 +56,9 @@ class ContentIndex:
         unreadable: dict[str, str] = {}
         now = time.time_ns()
         for path in paths:
-            if self._unchanged(path):
-                found[path] = self._known[path]
-                advance(1)
-                continue
             try:
-                found[path] = patiently(self.root / path, partial(self._entry, path, now))
+                file = os.path.join(self.root, path)  # noqa: PTH118  # pathlib takes longer than the look at a file
+                found[path] = patiently(file, partial(self._entry, path, file, now))
             except FileNotFoundError:
                 unreadable[path] = "missing, or a broken symbolic link"
             except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
@@ -72,16 +69,9 @@ class ContentIndex:
         self.measured = [entry[2:] for entry in found.values()]
         return {path: bytes.fromhex(entry[1]) for path, entry in found.items()}, unreadable
 
-    def _unchanged(self, path: str) -> bool:
-        """Whether the stored hash is valid; without pathlib, which takes longer than the look at the file."""
-        known = self._known.get(path)
-        with suppress(OSError, ValueError):
-            return known is not None and known[0] == _stamp(os.stat(os.path.join(self.root, path)))  # noqa: PTH116, PTH118
-        return False
-
-    def _entry(self, path: str, now: int) -> Entry:
-        stat = in_either_form(self.root / path).stat()
-        stamp = _stamp(stat)
+    def _entry(self, path: str, file: str, now: int) -> Entry:
+        stat = _stat(file)
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         known = self._known.get(path)
         if known and known[0] == stamp:
             return known
@@ -111,6 +101,8 @@ class ContentIndex:
             write_atomically(self._file, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 
 
-def _stamp(stat: os.stat_result) -> list[int]:
-    """What changes with a file's content."""
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+def _stat(file: str) -> os.stat_result:
+    try:
+        return os.stat(file)  # noqa: PTH116
+    except FileNotFoundError:
+        return in_either_form(Path(file)).stat()

@@ -38,10 +38,9 @@ class Classes(FileSource):
         self.path = self.root
 
     def listed(self) -> list[Item]:
-        found = folders.images_of_classes([self.root / name for name in self.class_names])
-        return [
-            Item(path.relative_to(self.root).as_posix(), label) for label, paths in enumerate(found) for path in paths
-        ]
+        return self.in_folders(
+            {self.root / name: partial(Item, label=label) for label, name in enumerate(self.class_names)}
+        )
 
 
 def classes_of(source: SourceName, root: str | None, cache: Path) -> Classes:

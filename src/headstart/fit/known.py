@@ -8,6 +8,7 @@ from headstart.fit.cli import TrainCLI
 from headstart.model.classifier import TransferClassifier
 from headstart.model.known import Known
 from headstart.model.sealed import SEAL, SealedCheckpointIO
+from headstart.report.evaluation import evenly_spaced
 from headstart.terminal import say
 
 WIDEST = 4095  # features; the matrix of more is too large for a checkpoint
@@ -37,7 +38,5 @@ def add_known(cli: TrainCLI) -> None:
 @torch.no_grad()
 def _features(module: TransferClassifier, labelled: Labelled) -> tuple[Tensor, Tensor]:
     """Features [N, D] as the head gets them, and labels [N], of at most ``MOST`` images as they are."""
-    chosen = Labelled(labelled.views[:1], labelled.labels)
-    if len(chosen) > MOST:
-        chosen = chosen.take(torch.linspace(0, len(chosen) - 1, MOST).round().long())
+    chosen = Labelled(labelled.views[:1], labelled.labels).take(evenly_spaced(len(labelled), MOST))
     return torch.cat([module.features(rows) for rows, _ in chosen.blocks(ROWS)]), chosen.labels

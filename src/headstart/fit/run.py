@@ -74,8 +74,7 @@ def report(cli: TrainCLI, scores: Mapping[str, float], seconds: Seconds) -> None
                 say(f"data: {mirror.advice}")
             if leaks := "" if module.finetuned else leaks_of(data):
                 say(f"data: {leaks}")
-        where = f"--data.{'csv' if cli.config.data.csv else 'root'}={data.source.path}"
-        verdict = verdict_of(evaluation, curve, module, where, cli.chosen.best_model_path)
+        verdict = verdict_of(evaluation, curve, module, data.source.options, cli.chosen.best_model_path)
         if cli.config.report:
             from headstart.report.page import write_report
 

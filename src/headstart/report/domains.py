@@ -14,7 +14,7 @@ def domain_scores(evaluation: Evaluation | None) -> dict[str, Any]:
 
     An AUROC that is undefined, since a domain has images of one class only, is None.
     """
-    parts = evaluation.of_domains() if evaluation else {}
+    parts = evaluation.domains if evaluation else {}
     if not evaluation or not parts:
         return {}
     found = {

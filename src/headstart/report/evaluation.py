@@ -98,7 +98,8 @@ class Evaluation:
             "images": true,
         }
 
-    def of_domains(self) -> dict[str, "Evaluation"]:
+    @cached_property
+    def domains(self) -> dict[str, "Evaluation"]:
         """The images of each domain; empty if there are not several."""
         names = sorted({item.domain for item in self.items})
         where = {name: torch.tensor([item.domain == name for item in self.items]) for name in names}

@@ -31,8 +31,8 @@ def evaluation_figures(evaluation: Evaluation) -> dict[str, Drawing]:
         "roc": roc_figure(evaluation),
         "precision_recall": precision_recall_figure(evaluation),
     }
-    if domains := evaluation.of_domains():
-        drawn["roc_by_domain"] = domains_figure(domains)
+    if evaluation.domains:
+        drawn["roc_by_domain"] = domains_figure(evaluation.domains)
     return drawn
 
 

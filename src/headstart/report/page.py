@@ -64,6 +64,7 @@ def write_report(
     Without a logger TensorBoard is skipped. ``changed`` are the settings that differ from the defaults.
     """
     figures, thumbnail = evaluation_figures(evaluation), thumbnails(data.store, evaluation.items)
+    sure_enough = answered(evaluation)
     if logger:
         log_evaluation(logger.experiment, evaluation, figures, thumbnail, data, module)
         logger.experiment.flush()
@@ -84,7 +85,7 @@ def write_report(
         titles=TITLES,
         axes=(LEFT, RIGHT, TOP, BOTTOM),
         thresholds=_thresholds(evaluation),
-        wanted=[(accuracy, answered(evaluation).at(accuracy)) for accuracy in WANTED],
+        wanted=[(accuracy, sure_enough.at(accuracy)) for accuracy in WANTED],
         curve=curve,
         mirror=mirror,
         curve_figure=learning_figure(curve.images, curve.accuracies) if curve else None,

@@ -32,7 +32,7 @@ class Verdict:
 def verdict_of(
     evaluation: Evaluation, curve: LearningCurve | None, module: TransferClassifier, data: str, checkpoint: str
 ) -> Verdict:
-    """The verdict; ``data`` is the option that names the images, for the command of the next step."""
+    """The verdict; ``data`` are the options that select the images, for the command of the next step."""
     images, right = len(evaluation.items), int(evaluation.right.sum())
     low, high = wilson(right, images)
     counts = evaluation.confusion.sum(dim=1)

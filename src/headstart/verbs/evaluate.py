@@ -78,8 +78,7 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     if known and far is not None:
         scores |= _scores_of_unknown(known, known.distance(evaluation.features), far)  # of at most 2,000 images
     write_atomically(folder / "predictions.csv", predictions_csv(evaluation))
-    where = f"--data.{'csv' if given.data.csv else 'root'}={data.source.path}"
-    verdict = verdict_of(evaluation, None, module, where, str(checkpoint))
+    verdict = verdict_of(evaluation, None, module, data.source.options, str(checkpoint))
     verdict.say()
     with seconds.of("report"):
         report = write_report(folder, evaluation, data, module, scores, verdict, logger) if given.report else None

@@ -202,10 +202,9 @@ def _fit_heads(cli: TuneCLI) -> Heads:
         trained = train_bank(settings, train, val, classes, cli.schedule, advance, class_weights=weights)
     ranked = sorted(zip(settings, trained, strict=True), key=lambda pair: pair[1].rank)
     l2, exact = exact_rival(cli.model, data)
-    scores = {"l2": l2, "val/acc": exact.acc, "val/loss": exact.loss}
-    if data.items_in("test"):
-        scores["test/acc"] = accuracy_and_loss(exact.head, data.labelled("test"))[0]
     test = data.labelled("test") if data.items_in("test") else None
+    scores = {"l2": l2, "val/acc": exact.acc, "val/loss": exact.loss}
+    scores |= {"test/acc": accuracy_and_loss(exact.head, test)[0]} if test else {}
     return Heads(ranked, exact, scores, knn_scores(train, val, test, classes))
 
 
