@@ -1,97 +1,185 @@
 """Images that a ``Dataset`` gives, such as torchvision's, as a source and as a data module."""
 
-from collections.abc import Sequence
+import hashlib
+import os
+import random
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from headstart.data.module import ImageData
 from headstart.data.sources import Source
 from headstart.data.splits import Item, Split
-from headstart.decoding import Measured, UnreadableImage, content_digest, decode_opened, measured_of
+from headstart.decoding import UnreadableImage, content_digest, decode, decode_opened, measured, measured_of
 from headstart.errors import UserError
-from headstart.files import patiently
+from headstart.features.hashes import Entry, index_file, recall, remember
+from headstart.files import patiently, read_regular
 from headstart.images import Preprocessing
-from headstart.terminal import images_bar, listing
+from headstart.terminal import images_bar, listing, say
+
+PROBED = 8  # rows that are hashed a second time in each run
+COLUMNS = ("image", "label")
 
 
 class DatasetSource(Source):
-    """Datasets of (PIL image, label) pairs by name, each with its split; None: to be split.
+    """Map-style datasets of rows (image, label), or dicts with the two ``columns``, by their split.
 
-    ``class_names`` defaults to the ``classes`` of the training dataset.
+    An image is a PIL image, or the bytes of a file, also as Hugging Face's dict of ``bytes`` and ``path``. The content
+    of bytes is their sha256, as of a file; that of a PIL image is found by decoding. Under a ``fingerprint`` it is
+    stored between runs; a few random rows are hashed again in each run. ``class_names`` defaults to the ``classes`` of
+    the training dataset; ``named`` begins the messages about the data.
+
+    Raises:
+        UserError: the datasets are streamed, lack class names, or number their classes otherwise.
     """
 
     def __init__(
-        self, datasets: dict[str, tuple[Dataset[Any], Split | None]], class_names: Sequence[str] | None
+        self,
+        datasets: Mapping[Split, Dataset[Any]],
+        class_names: Sequence[str] | None = None,
+        columns: Sequence[str] = COLUMNS,
+        fingerprint: str | None = None,
+        named: str = "DatasetData",
     ) -> None:
-        self._datasets = datasets
-        names = class_names or getattr(datasets["train"][0], "classes", None)
+        self._datasets, self._columns, self._fingerprint, self._named = datasets, tuple(columns), fingerprint, named
+        for name, dataset in datasets.items():
+            if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+                raise UserError(
+                    f"{named}: {name} is streamed, but an image is split by its content and found again by its number; "
+                    "load it without streaming"
+                )
+        names = class_names or getattr(datasets["train"], "classes", None)
         if names is None:
-            raise UserError("DatasetData: give class_names, since the dataset has no `classes`")
+            raise UserError(f"{named}: give class_names, since the dataset has no `classes`")
         self.class_names, self.path = list(names), Path("dataset")
         if len(set(self.class_names)) < len(self.class_names):
-            raise UserError("DatasetData: class_names contains a name twice; give each class a different name")
-        for name, (dataset, _) in datasets.items():
+            raise UserError(f"{named}: class_names contains a name twice; give each class a different name")
+        for name, dataset in datasets.items():
             own = list(getattr(dataset, "classes", self.class_names))
             if class_names is None and own != self.class_names:
                 differ = f"{len(own)}: {listing(own)}", f"{len(self.class_names)}: {listing(self.class_names)}"
                 raise UserError(
-                    f"DatasetData: {name} has different classes ({differ[0]}) from train ({differ[1]}), "
+                    f"{named}: {name} has different classes ({differ[0]}) from train ({differ[1]}), "
                     "so its labels differ in meaning; use the same classes in both"
                 )
         self.has_val, self.has_test = "val" in datasets, "test" in datasets
+        self._reasons: dict[str, str] = {}  # why images are unreadable, by path
 
     def scan(self, remembered: Path | None) -> tuple[list[Item], dict[str, str]]:
-        samples = [
-            (name, index, split)
-            for name, (dataset, split) in self._datasets.items()
-            for index in range(len(dataset))  # type: ignore[arg-type]
-        ]
-        items, unreadable, self.label_of, found = list[Item](), dict[str, str](), {}, list[Measured]()
-        with images_bar("scan", len(samples)) as advance:
-            for name, index, split in samples:
-                image, label = self._sample(name, index)
-                path = f"{name}/{index}"
-                self.label_of[path] = label
-                try:
-                    found.append(measured_of(image))
-                    items.append(Item(path, label, content_digest(image), split))
-                except UnreadableImage as error:
-                    unreadable[path] = str(error)
-                advance(1)
-        self.measured = found
-        return items, unreadable
+        places: dict[str, Split | None] = {}
+        for name, dataset in self._datasets.items():
+            split = None if name == "train" and not (self.has_val and self.has_test) else name
+            places |= {f"{name}/{index}": split for index in range(len(dataset))}  # type: ignore[arg-type]
+        file = index_file(remembered, f"dataset {self._fingerprint}".encode()) if self._fingerprint else None
+        known = self._still_true(recall(file), places)
+        entries = known | self._hashed([path for path in places if path not in known])
+        self.label_of = {path: entries[path][0][0] for path in places}
+        readable = {path: entries[path] for path in places if path not in self._reasons}
+        if readable != known:
+            remember(file, readable)
+        self.measured = [entry[2:] for entry in readable.values()]
+        items = [Item(path, entry[0][0], bytes.fromhex(entry[1]), places[path]) for path, entry in readable.items()]
+        return items, dict(self._reasons)
 
     def read(self, item: Item, preprocessing: Preprocessing, max_pixels: int) -> Image.Image:
-        name, index = item.path.split("/")
-        return patiently(Path(item.path), lambda: decode_opened(self._sample(name, int(index))[0], preprocessing))
+        def decoded() -> Image.Image:
+            image = _content(self._row(item.path)[0])
+            if isinstance(image, Image.Image):
+                return decode_opened(image, preprocessing)
+            if hashlib.sha256(image).digest() != item.digest:
+                raise UserError(f"{self._named}: {item.path} changed under its fingerprint; give it another one")
+            return decode(image, preprocessing, max_pixels)
 
-    def _sample(self, name: str, index: int) -> tuple[Image.Image, int]:
-        where, sample = f"DatasetData: {name}[{index}]", self._datasets[name][0][index]
-        if not isinstance(sample, tuple | list) or len(sample) != 2:
-            raise UserError(f"{where} is a {type(sample).__name__}, not (image, label); wrap the dataset")
-        image, label = sample
-        if not isinstance(image, Image.Image):
+        return patiently(Path(item.path), decoded)
+
+    def _still_true(self, known: dict[str, Entry], places: Collection[str]) -> dict[str, Entry]:
+        """What is remembered, unless a few random rows contradict it."""
+        if all(path in places and self._entry(path) == known[path] for path in _few(known)):
+            return known
+        say("data: the dataset differs from what is remembered of it, so that all its images are hashed anew")
+        return {}
+
+    def _hashed(self, paths: list[str]) -> dict[str, Entry]:
+        """The entries of rows, hashed in threads; refuses rows that differ on a second look."""
+        if not self._fingerprint:
+            say(f"data: {len(paths)} images are hashed in each run; DatasetData remembers them under a fingerprint=…")
+        self._reasons = {}
+        found: dict[str, Entry] = {}
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, images_bar("scan", len(paths)) as advance:
+            for path, entry in zip(paths, pool.map(self._entry, paths), strict=True):
+                found[path] = entry
+                advance(1)
+        for path in _few(found):
+            if self._entry(path) != found[path]:
+                raise UserError(
+                    f"{self._named}: {path} has other pixels when it is read again; remove the random transform, and "
+                    "augment with --data.augment"
+                )
+        return found
+
+    def _entry(self, path: str) -> Entry:
+        """The label, hash and shape of a row; without a hash if it is unreadable."""
+        image, label = self._row(path)
+        try:
+            image = patiently(Path(path), partial(_content, image))
+            if isinstance(image, Image.Image):
+                return [label], content_digest(image).hex(), *measured_of(image)
+            return [label], hashlib.sha256(image).hexdigest(), *measured(image)
+        except (UnreadableImage, FileNotFoundError) as error:
+            self._reasons[path] = str(error)
+            return [label], "", 0, 1.0
+
+    def _row(self, path: str) -> tuple[Any, int]:
+        """The image and the label of a row."""
+        name, index = path.split("/")
+        where, row = f"{self._named}: {name}[{index}]", self._datasets[name][int(index)]  # type: ignore[index]
+        if isinstance(row, Mapping):
+            if not row.keys() >= set(self._columns):
+                raise UserError(f"{where} has the columns {listing(list(row))}; name two: columns=(image, label)")
+            row = [row[column] for column in self._columns]
+        if not isinstance(row, tuple | list) or len(row) != 2:
+            raise UserError(f"{where} is a {type(row).__name__}, not (image, label); wrap the dataset")
+        image, label = row[0], getattr(row[1], "item", lambda: row[1])()
+        if not isinstance(image, Image.Image | bytes | Mapping):
             raise UserError(f"{where} gives a {type(image).__name__}, not a PIL image; remove the transform")
-        if not 0 <= label < len(self.class_names) or int(label) != label:
+        if not isinstance(label, int | float) or not 0 <= label < len(self.class_names) or int(label) != label:
             raise UserError(
                 f"{where} has the label {label}; labels must be 0 to {len(self.class_names) - 1}, as in class_names"
             )
         return image, int(label)
 
 
-class DatasetData(ImageData):
-    """Any map-style datasets of (PIL image, label) pairs, such as torchvision's.
+def _few(paths: Collection[str]) -> list[str]:
+    """A few of the paths, others in each run."""
+    return random.SystemRandom().sample(list(paths), min(PROBED, len(paths)))
 
-    Images that are opened but not loaded, as by ``ImageFolder(root, loader=Image.open)``, are decoded from their files.
+
+def _content(image: Any) -> Image.Image | bytes:
+    """A PIL image or the bytes of a file, also where they are in Hugging Face's dict of ``bytes`` and ``path``."""
+    if isinstance(image, Mapping):
+        return read_regular(Path(image["path"])) if image.get("bytes") is None else bytes(image["bytes"])
+    found: Image.Image | bytes = image
+    return found
+
+
+class DatasetData(ImageData):
+    """Any map-style datasets of (PIL image, label) pairs, such as torchvision's, or of dicts, as Hugging Face's.
+
+    Images that are opened but not loaded, as by ``ImageFolder(root, loader=Image.open)``, are decoded from their files;
+    bytes are decoded like a file.
 
     Args:
         train: training dataset.
         val: validation dataset; None: split from ``train``.
         test: test dataset; None: split from ``train``.
         class_names: class names by label; None: the ``classes`` of ``train``.
+        columns: where the image and the label are in rows that are dicts.
+        fingerprint: a text that changes with the images; under it their hashes are stored between runs.
         kwargs: as ``ImageData``.
     """
 
@@ -101,9 +189,10 @@ class DatasetData(ImageData):
         val: Dataset[Any] | None = None,
         test: Dataset[Any] | None = None,
         class_names: list[str] | None = None,
+        columns: Sequence[str] = COLUMNS,
+        fingerprint: str | None = None,
         **kwargs: Any,
     ) -> None:
-        given: dict[str, tuple[Dataset[Any], Split | None]] = {"train": (train, "train" if val and test else None)}
-        given |= {"val": (val, "val")} if val else {}
-        given |= {"test": (test, "test")} if test else {}
-        super().__init__(DatasetSource(given, class_names), **kwargs)
+        given: dict[Split, Dataset[Any] | None] = {"train": train, "val": val, "test": test}
+        datasets = {split: dataset for split, dataset in given.items() if dataset is not None}
+        super().__init__(DatasetSource(datasets, class_names, columns, fingerprint), **kwargs)

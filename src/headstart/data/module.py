@@ -194,12 +194,7 @@ class ImageData(LightningDataModule):
         if self.splits_file:
             items = splits.frozen(items, self.splits_file)
         assigned = splits.assign(items, self.class_names, self.val_fraction, self.test_fraction, self.split_seed)
-        if shared := splits.shared_between_splits(assigned):
-            found = f"{shared} images are in more than one split, byte for byte, which inflates scores; remove them"
-            if self.strict:
-                raise UserError(f"--data.strict: {found}")
-            say(f"data: {found}")
-        splits.check_labels(assigned, self.strict)
+        splits.check_copies(assigned, self.strict)
         return splits.limited(assigned, self.limit) if self.limit else assigned
 
     def _loader(self, split: Split) -> Any:
@@ -232,9 +227,10 @@ class ImageFolderData(ImageData):
     the columns path (relative to the file), label, and optionally split and group; a group is never split.
 
     Args:
-        root: folder of class folders.
+        root: folder of class folders, or the name of a dataset.
         csv: CSV file that lists images, instead of root; columns: path, label, and optionally split, group, domain.
-        source: kind of data at root: folder, domains (folders of class folders), csv, …; None: folder.
+        source: kind of data at root: folder, domains (folders of class folders), csv, torchvision, hf, …; None: folder.
+        group: pattern on an image's path, whose first bracket is its group, such as the frames of a video.
         kwargs: as ``ImageData``.
 
     Raises:
@@ -242,6 +238,11 @@ class ImageFolderData(ImageData):
     """
 
     def __init__(
-        self, root: str | None = None, csv: str | None = None, source: str | None = None, **kwargs: Any
+        self,
+        root: str | None = None,
+        csv: str | None = None,
+        source: str | None = None,
+        group: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(open_source(root, csv, source), **kwargs)
+        super().__init__(open_source(root, csv, source, group), **kwargs)

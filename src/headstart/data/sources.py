@@ -1,25 +1,28 @@
-"""Sources of images: a folder of class folders, also in several domains, a list in a CSV file, or a dataset.
+"""Sources of images: a folder of class folders, also in several domains, a list in a CSV file, a named dataset.
 
 To add a kind of data, write a ``Source`` and a line in ``SOURCES``; every command then accepts it as ``--data.source``.
 """
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from headstart.data import folders
-from headstart.data.splits import Item, Split
+from headstart.data.splits import Item, Split, refuse_torn_groups
 from headstart.data.table import read_table
 from headstart.decoding import Measured, measured
 from headstart.errors import UserError
 from headstart.features.hashes import ContentIndex
 from headstart.images import Preprocessing
-from headstart.terminal import images_bar, say_look_alikes
+from headstart.terminal import images_bar, say, say_look_alikes
 
 
 class Source(ABC):
@@ -50,6 +53,7 @@ class FileSource(Source):
     """Images in files below a root."""
 
     root: Path
+    group: re.Pattern[str] | None = None  # its first bracket in an image's path is the image's group
 
     @abstractmethod
     def listed(self) -> list[Item]:
@@ -66,7 +70,7 @@ class FileSource(Source):
         ]
 
     def scan(self, remembered: Path | None) -> tuple[list[Item], dict[str, str]]:
-        listed = self.listed()
+        listed = _grouped(self.listed(), self.group) if self.group else self.listed()
         self.label_of = {item.path: item.label for item in listed}
         with images_bar("scan", len(listed)) as advance:
             index = ContentIndex(self.root, remembered, measured)
@@ -137,15 +141,45 @@ class TableSource(ListedSource):
         super().__init__(path.parent, *read_table(path), path)
 
 
+def _grouped(items: list[Item], pattern: re.Pattern[str]) -> list[Item]:
+    """Gives each image without a group the one that its path names, in the pattern's first bracket."""
+    found = {item.path: match[1] or "" for item in items if (match := pattern.search(item.path))}
+    items = [replace(item, group=item.group or found.get(item.path, "")) for item in items]
+    alone = sum(not item.group for item in items)
+    if alone == len(items):
+        raise UserError(f"--data.group={pattern.pattern}: in no path, such as {items[0].path if items else ''}")
+    refuse_torn_groups(items, f"--data.group={pattern.pattern}")
+    groups = len({item.group for item in items if item.group})
+    say(f"data: {groups} groups of images by their paths" + (f"; {alone} images are in none" if alone else ""))
+    return items
+
+
+def _pattern(group: str) -> re.Pattern[str]:
+    try:
+        pattern = re.compile(group)
+    except re.error as error:
+        raise UserError(f"--data.group={group}: is no regular expression ({error})") from error
+    if not pattern.groups:
+        raise UserError(f"--data.group={group}: put what names the group in brackets, as in '(\\d+)_'")
+    return pattern
+
+
+def _named(module: str) -> Callable[[str], Any]:
+    """Opens data with the function ``source`` of a module that imports this one."""
+    return lambda root: import_module(f"headstart.data.{module}").source(root)
+
+
 # By value of --data.source; called with --data.root.
 SOURCES: dict[str, Callable[[str], Source]] = {
     "folder": FolderSource,
     "csv": TableSource,
     "domains": DomainSource,
+    "torchvision": _named("torchvision"),
+    "hf": _named("huggingface"),
 }
 
 
-def open_source(root: str | None, csv: str | None, source: str | None) -> Source:
+def open_source(root: str | None, csv: str | None, source: str | None, group: str | None = None) -> Source:
     """The source given by the options; ``csv`` is short for source=csv with that root."""
     if (root is None) == (csv is None):
         raise UserError("give either --data.root, a folder of class folders, or --data.csv, a list of images")
@@ -157,5 +191,9 @@ def open_source(root: str | None, csv: str | None, source: str | None) -> Source
     found = SOURCES[kind](str(root if csv is None else csv))
     chosen = "" if kind in ("folder", "csv") else f" --data.source={kind}"
     found.options = f"--data.{'csv' if kind == 'csv' else 'root'}={found.path}{chosen}"
+    if group is not None:
+        if not isinstance(found, FileSource):
+            raise UserError(f"--data.group={group}: is for paths of files, which --data.source={kind} does not have")
+        found.group = _pattern(group)
     say_look_alikes(found.class_names)
     return found

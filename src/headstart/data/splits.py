@@ -157,6 +157,16 @@ def check_training(items: Sequence[Item], class_names: Sequence[str]) -> None:
             say(f"data: {len(missing)} of {len(class_names)} classes have no image in {split}, such as {missing[0]!r}")
 
 
+def refuse_torn_groups(items: Iterable[Item], given: str) -> None:
+    """Refuses a group whose images are given in several splits; ``given`` is the option that groups them."""
+    places: dict[str, set[Split | None]] = defaultdict(set)
+    for item in items:
+        if item.group:
+            places[item.group].add(item.split)
+    if torn := [group for group, found in places.items() if len(found) > 1]:
+        raise UserError(f"{given}: group {torn[0]!r} is in several splits; give it a single one")
+
+
 def shared_between_splits(items: Iterable[Item]) -> int:
     """The number of different images that are in more than one split."""
     seen: dict[bytes, set[str | None]] = defaultdict(set)
@@ -165,16 +175,22 @@ def shared_between_splits(items: Iterable[Item]) -> int:
     return sum(len(splits) > 1 for splits in seen.values())
 
 
-def check_labels(items: Iterable[Item], strict: bool) -> None:
-    """Warns of identical images with two labels; refuses them if ``strict``."""
+def check_copies(items: Sequence[Item], strict: bool) -> None:
+    """Warns of identical images in two splits or with two labels; refuses them if ``strict``."""
+    problems = []
+    if shared := shared_between_splits(items):
+        problems.append(
+            f"{shared} images are in more than one split, byte for byte, which inflates scores; remove them"
+        )
     first: dict[bytes, Item] = {}
     pairs = [(first[item.digest], item) for item in items if first.setdefault(item.digest, item).label != item.label]
     if pairs:
         named = "; ".join(f"{one.path} and {other.path}" for one, other in pairs[:3])
-        found = f"{len(pairs)} image(s) have two labels, byte for byte ({named}); remove the wrong one of each"
+        problems.append(f"{len(pairs)} image(s) have two labels, byte for byte ({named}); remove the wrong one of each")
+    for problem in problems:
         if strict:
-            raise UserError(f"--data.strict: {found}")
-        say(f"data: {found}")
+            raise UserError(f"--data.strict: {problem}")
+        say(f"data: {problem}")
 
 
 def to_csv(items: Iterable[Item], class_names: Sequence[str]) -> bytes:

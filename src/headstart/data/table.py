@@ -1,12 +1,11 @@
 """Reads a CSV file that lists images with their classes, and optionally their splits, groups and domains."""
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from headstart.data.folders import split_named
-from headstart.data.splits import Item, Split
+from headstart.data.splits import Item, Split, refuse_torn_groups
 from headstart.errors import UserError
 from headstart.files import read_csv
 
@@ -45,12 +44,7 @@ def _split(row: Mapping[str, str], file: Path, line: int) -> Split | None:
 
 def _ready(items: Sequence[Item], file: Path) -> list[Item]:
     """Checks that no group is in several splits; if no image is in val, leaves those of train to be split."""
-    places: dict[str, set[Split | None]] = defaultdict(set)
-    for item in items:
-        if item.group:
-            places[item.group].add(item.split)
-    if torn := [group for group, found in places.items() if len(found) > 1]:
-        raise UserError(f"--data.csv={file}: group {torn[0]!r} is in several splits; give it a single one")
+    refuse_torn_groups(items, f"--data.csv={file}")
     given = {item.split for item in items}
     if "val" in given or not given - {None}:
         return list(items)

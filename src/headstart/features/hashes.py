@@ -16,7 +16,7 @@ from headstart.files import in_either_form, patiently, read_regular, write_atomi
 # A file modified this recently could change again within the resolution of its timestamps, unnoticed.
 GRAIN_NS = 2 * 10**9
 
-Entry = tuple[list[int], str, int, float]  # stamp, hash, largest value and aspect ratio of a file
+Entry = tuple[list[int], str, int, float]  # stamp of a file or label of a row, hash, largest value, aspect ratio
 
 
 def cache_folder(chosen: str | None = None) -> Path:
@@ -47,8 +47,8 @@ class ContentIndex:
     def __init__(self, root: Path, folder: Path | None, measure: Callable[[bytes], tuple[int, float]]) -> None:
         self.root, self._measure = root, measure
         self.measured: list[tuple[int, float]] = []  # of all readable files, after ``digests``
-        self._file = folder / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.json" if folder else None
-        self._known: dict[str, Entry] = self._load()
+        self._file = index_file(folder, os.fsencode(root))
+        self._known = recall(self._file)
 
     def digests(self, paths: list[str], advance: Callable[[int], None]) -> tuple[dict[str, bytes], dict[str, str]]:
         """The sha256 of each readable file, and the reason for each unreadable one, by path."""
@@ -65,7 +65,7 @@ class ContentIndex:
                 unreadable[path] = f"unreadable: {getattr(error, 'strerror', error)}"
             advance(1)
         if found != self._known:
-            self._save(found)
+            remember(self._file, found)
         self.measured = [entry[2:] for entry in found.values()]
         return {path: bytes.fromhex(entry[1]) for path, entry in found.items()}, unreadable
 
@@ -79,26 +79,35 @@ class ContentIndex:
         data = read_regular(self.root / path)
         return stamp if settled else [], hashlib.sha256(data).hexdigest(), *self._measure(data)
 
-    def _load(self) -> dict[str, Entry]:
-        if self._file is None:
-            return {}
-        try:
-            checksum, body = read_regular(self._file).split(b"\n", 1)
-            if checksum.decode() != hashlib.sha256(body).hexdigest():
-                return {}
-            known: dict[str, Entry] = {}
-            for path, (stamp, digest, peak, aspect) in json.loads(body).items():
-                known[path] = stamp, digest, int(peak), float(aspect)
-            return {path: entry for path, entry in known.items() if len(bytes.fromhex(entry[1])) == 32}
-        except (OSError, MemoryError, ValueError, TypeError, AttributeError):  # damaged, or another format
-            return {}
 
-    def _save(self, found: dict[str, Entry]) -> None:
-        if self._file is None:
-            return
-        body = json.dumps(found).encode()
-        with suppress(OSError):  # only speed is lost; an unwritable folder is reported with the features
-            write_atomically(self._file, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+def index_file(folder: Path | None, name: bytes) -> Path | None:
+    """The file in ``folder`` that stores the hashes of what is named; None: they are not stored."""
+    return folder / f"{hashlib.sha256(name).hexdigest()[:32]}.json" if folder else None
+
+
+def recall(file: Path | None) -> dict[str, Entry]:
+    """The hashes stored in a file, by path; empty if there are none, or the file is damaged."""
+    if file is None:
+        return {}
+    try:
+        checksum, body = read_regular(file).split(b"\n", 1)
+        if checksum.decode() != hashlib.sha256(body).hexdigest():
+            return {}
+        known: dict[str, Entry] = {}
+        for path, (stamp, digest, peak, aspect) in json.loads(body).items():
+            known[path] = stamp, digest, int(peak), float(aspect)
+        return {path: entry for path, entry in known.items() if len(bytes.fromhex(entry[1])) == 32}
+    except (OSError, MemoryError, ValueError, TypeError, AttributeError):  # damaged, or another format
+        return {}
+
+
+def remember(file: Path | None, found: dict[str, Entry]) -> None:
+    """Stores hashes for ``recall``."""
+    if file is None:
+        return
+    body = json.dumps(found).encode()
+    with suppress(OSError):  # only speed is lost; an unwritable folder is reported with the features
+        write_atomically(file, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 
 
 def _stat(file: str) -> os.stat_result:
