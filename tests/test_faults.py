@@ -191,7 +191,7 @@ def test_what_is_changed_or_left_aside_is_said_once(colours, train, capsys):
         frames[0].save(colours / f"blue/moving{number}.gif", save_all=True, append_images=frames[1:])
     (colours / "red/more").mkdir()
     shutil.move(colours / "red/001.png", colours / "red/more/001.jfif")
-    (colours / "red/photo.heic").write_bytes(b"heic")
+    (colours / "red/photo.cr2").write_bytes(b"raw")
     draw(colours, images=220, seed=5, colours={"blue": (40, 60, 200)})
     result = train(colours, "--trainer.max_epochs=1")
     assert sum(result["images"].values()) == 266
@@ -202,7 +202,7 @@ def test_what_is_changed_or_left_aside_is_said_once(colours, train, capsys):
         "longer than 20 times",
         "only the first frame of animations",
         "1 images are in folders within a class folder",
-        "left out: 1 .heic",
+        "left out: 1 .cr2",
         "--model.class_weights=balanced",
     ):
         assert out.count(said) == 1, said

@@ -44,7 +44,7 @@ def main(args: Sequence[str] | None = None, root: Path | None = None) -> Any:
 
     Args:
         args: the command and its options; None: those of the process.
-        root: default of `--data.root` for `train` and `tune`.
+        root: default of `--data.root` for `train` and `tune`; None: the demo.
 
     Returns:
         What the command returns; for `train`, the content of `result.json`.

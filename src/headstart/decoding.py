@@ -24,7 +24,7 @@ MAX_PIXELS = 89_478_485  # PIL's default limit against decompression bombs
 # Formats that PIL may open: they start no program (EPS starts Ghostscript) and read no other file.
 FORMATS = (
     *("AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "MSP", "PCX", "PNG", "PPM", "QOI"),
-    *("SGI", "TIFF", "WEBP", "XBM", "XPM", "TGA"),  # TGA last: its files have no signature
+    *("HEIF", "SGI", "TIFF", "WEBP", "XBM", "XPM", "TGA"),  # TGA last: its files have no signature
 )
 
 Measured = tuple[int, float]
@@ -37,15 +37,28 @@ class UnreadableImage(UserError):
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """The formats that the installed PIL supports."""
+    """The formats that the installed PIL supports, with what the extra ``heif`` adds."""
     Image.init()
+    heif_version()
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@cache
+def heif_version() -> str | None:
+    """The version of what reads HEIC files for PIL, which is made ready; None: it is not installed."""
+    try:
+        import pi_heif
+    except ImportError:
+        return None
+    pi_heif.register_heif_opener()
+    return str(pi_heif.__version__)
 
 
 @cache
 def image_suffixes() -> frozenset[str]:
     """The file suffixes that are treated as images."""
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _formats())
+    formats = _formats()  # first, since it may register more
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
 def decode(data: bytes, preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> Image.Image:

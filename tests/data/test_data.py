@@ -470,7 +470,6 @@ def test_a_list_that_cannot_be_used_names_the_line(text, said, tmp_path, refused
 
 def test_a_root_and_a_list_are_too_much(colours, refused):
     assert "either --data.root" in refused("train", f"--data.root={colours}", "--data.csv=list.csv")
-    assert "either --data.root" in refused("train")
 
 
 def test_an_unknown_kind_of_data_is_refused_by_name(colours, refused):

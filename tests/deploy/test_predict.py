@@ -78,13 +78,13 @@ def test_damaged_files_are_rows_with_their_error(checkpoint, photos, tmp_path):
 def test_what_a_folder_leaves_out_is_said_and_what_is_named_gets_a_row(checkpoint, photos, tmp_path, capsys):
     folder = shutil.copytree(photos / "red", tmp_path / "mine")
     shutil.copy(photos / "red/000.png", folder / "no suffix")
-    (folder / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (folder / "photo.cr2").write_bytes(b"raw")
     draw(folder / "@eaDir", images=1)
     main(["predict", f"--ckpt_path={checkpoint}", str(folder), "--output=all.csv"])
     assert {row["path"] for row in rows_of(Path("all.csv"))} == {str(path) for path in folder.glob("*.png")}
     said = capsys.readouterr().out
-    assert all(left in said for left in ("1 .heic", "1 without a suffix", "1 @eaDir/"))
-    named = [str(folder / "no suffix"), str(folder / "photo.heic")]
+    assert all(left in said for left in ("1 .cr2", "1 without a suffix", "1 @eaDir/"))
+    named = [str(folder / "no suffix"), str(folder / "photo.cr2")]
     assert main(["predict", f"--ckpt_path={checkpoint}", *named, "--output=named.csv"]) == {"predicted": 1, "errors": 1}
     assert [(row["label"], row["error"]) for row in rows_of(Path("named.csv"))] == [("red", ""), ("", "not an image")]
 

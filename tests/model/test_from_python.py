@@ -37,7 +37,7 @@ class Triples(Pairs):
 
 class Rows(Pairs):
     def __getitem__(self, index):
-        return {"image": super().__getitem__(index)[0], "label": 0}
+        return {"img": super().__getitem__(index)[0], "label": 0}
 
 
 def load(data: DatasetData) -> None:
@@ -78,7 +78,7 @@ def test_the_data_refuse(options, said, colours):
         (Pairs([0, 1.7]), r"train\[1\] has the label 1.7"),
         (Pairs([0, 5]), r"has the label 5; labels must be 0 to 1"),
         (Triples([0, 1]), r"train\[0\] is a tuple, not \(image, label\)"),
-        (Rows([0, 1]), r"is a dict, not \(image, label\)"),
+        (Rows([0, 1]), r"has the columns img, label; name two: columns="),
     ],
 )
 def test_a_dataset_of_another_form_is_refused(dataset, said):

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from headstart.data.splits import Item, Split
-from headstart.decoding import decode, image_suffixes
+from headstart.decoding import decode, heif_version, image_suffixes
 from headstart.errors import UserError
 from headstart.files import RUNS_MARK, in_either_form, patiently, read_regular
 from headstart.images import Preprocessing
@@ -75,7 +75,8 @@ def say_left_out(others: Counter[str]) -> None:
     """Reports what a folder contains besides images: files by suffix, and folders that are not searched."""
     if others:
         said = ", ".join(f"{count} {name}" for name, count in others.most_common(8))
-        say(f"data: left out: {said}    (not images for PIL, or folders of systems and runs)")
+        heif = "; for .heic: pip install -e '.[heif]'" if others[".heic"] and not heif_version() else ""
+        say(f"data: left out: {said}    (not images for PIL, or folders of systems and runs{heif})")
 
 
 def read(root: Path, item: Item, preprocessing: Preprocessing, max_pixels: int) -> Image.Image:

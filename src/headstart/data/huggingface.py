@@ -1,6 +1,5 @@
 """Hugging Face's datasets: by their name there, or a local folder, Parquet or Arrow file."""
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -64,12 +63,14 @@ def source(root: str) -> DatasetSource:
 
 def _loaded(name: str, root: str, chosen: Mapping[str, str]) -> Any:
     """The dataset, or its splits by name."""
-    if offline():
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the library is imported
     try:
         import datasets
+        from huggingface_hub import constants
     except ImportError as error:
         raise UserError("--data.source=hf: needs datasets: pip install -e '.[hf]'") from error
+    # Both read the environment when they are imported.
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or offline()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # sent for local files too
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     path = Path(name).expanduser()

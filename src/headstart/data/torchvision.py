@@ -79,6 +79,8 @@ def _made(name: str, folder: Path, arguments: dict[str, Any]) -> Dataset[Any]:
 class _Forbidden(urllib.request.BaseHandler):
     """Opens no address."""
 
+    handler_order = 0  # before all others
+
     def http_open(self, request: urllib.request.Request) -> NoReturn:
         raise urllib.error.URLError(f"the environment forbids the network for {request.full_url}")
 

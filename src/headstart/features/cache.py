@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
 
-from headstart.decoding import DECODER_VERSION
+from headstart.decoding import DECODER_VERSION, heif_version
 from headstart.features import matrix
 from headstart.features.arithmetic import BATCH
 from headstart.features.extract import Extractor
@@ -72,6 +72,7 @@ def cache_key(
             "torchvision": torchvision.__version__,
             "pillow": PIL.__version__,
         }
+        | ({"heif": heif} if (heif := heif_version()) else {})
         | dict(backbone.versions),
     }
 

@@ -27,7 +27,8 @@ SHA256 = {
     "resnet18-bundled.safetensors": "ec50a98378cf78fd086c17ea03b045a2f18510884500fc6f86bb0ff5f7291a30",
     "resnet18-f37072fd.pth": "f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec",
 }
-DEMO = Path(__file__).parents[3] / "data" / "clipart"
+_CHECKOUT = Path(__file__).parents[3] / "data/clipart"
+DEMO = _CHECKOUT if _CHECKOUT.is_dir() else Path(__file__).parents[1] / "clipart"  # where setup.py copies it
 SECONDS_TO_CONNECT = 5  # torch's own downloader waits for ever
 SECONDS_OF_FAILURE = 3600  # for so long `auto` does not try again
 

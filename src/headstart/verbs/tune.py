@@ -23,6 +23,7 @@ from headstart.fit.rival import exact_rival
 from headstart.fit.run import finish, fit, report, test
 from headstart.model.backbone import FrozenBackbone
 from headstart.model.heads import class_weights
+from headstart.model.weights import DEMO
 from headstart.ranges import Fraction, NonNegative, Positive, Rate
 from headstart.runs.folder import new_run_folder
 from headstart.search.backbones import Heads, Trial, best_of, check_backbones, compare, name_and_weights, reported
@@ -114,6 +115,7 @@ def tune(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
         if TUNED not in os.environ:
             raise UserError("tune: the search runs in one process; use --trainer.devices instead of torchrun")
         return {"result": _train_winner(json.loads(os.environ[TUNED]), root)}
+    root = root or DEMO
     cli = TuneCLI(options, root)
     _check(cli)
     _load(cli)
