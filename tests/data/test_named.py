@@ -98,6 +98,7 @@ def cifar_archive(folder: Path, monkeypatch: pytest.MonkeyPatch, images: int = 1
     return folder
 
 
+@pytest.mark.fault("named dataset that cannot be had")
 def test_cifar10_by_name_from_its_archive(tmp_path, train, capsys, opened, monkeypatch, refused):
     folder = cifar_archive(tmp_path / "sets", monkeypatch)
     options = "--data.source=torchvision", "--trainer.max_epochs=1", "--data.limit=5"
@@ -147,6 +148,7 @@ def scanned(rows: list[Any], **options: Any) -> list[str]:
     return [item.digest.hex() for item in data.store.items]
 
 
+@pytest.mark.fault("dataset that is not what is remembered of it")
 def test_hashes_of_a_dataset_are_remembered_under_its_fingerprint(capsys, opened):
     rows = squares()
     first = scanned(rows)
@@ -168,6 +170,7 @@ def test_rows_that_are_dicts_and_bytes(colours):
     assert scanned(rows, columns=("img", "y")) == wanted
 
 
+@pytest.mark.fault("dataset that gives other pixels on a second look")
 def test_a_dataset_that_gives_other_pixels_is_refused():
     images = [image for image, _ in squares(count=2000)]
     random = np.random.default_rng(0)
@@ -176,6 +179,7 @@ def test_a_dataset_that_gives_other_pixels_is_refused():
         scanned(rows)
 
 
+@pytest.mark.fault("dataset that is streamed")
 def test_a_streamed_dataset_is_refused():
     with pytest.raises(UserError, match="train is streamed, but an image is split by its content"):
         DatasetData(hub.Dataset.from_dict({"image": [0]}).to_iterable_dataset(), class_names=["a", "b"])
@@ -211,6 +215,7 @@ def test_what_hugging_face_does_not_have_is_one_line(root, refused):
     )
 
 
+@pytest.mark.fault("group that no path names")
 def test_groups_by_a_pattern_on_the_path(tmp_path, refused):
     root = draw(tmp_path / "frames", images=30)
     for path in root.glob("*/*.png"):
@@ -237,6 +242,7 @@ HEIC = (
 )
 
 
+@pytest.mark.fault("HEIC without the extra `heif`")
 def test_heic_is_read_with_its_extra_and_named_without(colours, monkeypatch, capsys):
     pytest.importorskip("pi_heif")
     (colours / "red/photo.heic").write_bytes(zlib.decompress(base64.b85decode(HEIC)))

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -179,12 +180,17 @@ def test_copies_across_splits_are_told():
     places = {"train": range(40), "val": range(40, 50), "test": range(50, 60)}
     items = {split: [Item(f"{n}.png", 0, bytes([n]), split) for n in places[split]] for split in places}
     data = SimpleNamespace(
+        class_names=["a"],
         store=SimpleNamespace(cache=True),
         items_in=items.__getitem__,
         labelled=lambda split: Labelled.of(features[list(places[split])], torch.zeros(len(places[split]))),
     )
     said = "1 validation or test image(s) look almost identical to training images (50.png to 3.png)"
     assert leaks_of(data).startswith(said)
+    assert leaks_of(data).endswith("by the column group of --data.csv")
+    for split, of_split in items.items():  # frames of 24 scenes, which both are of one
+        items[split] = [replace(item, path=f"a/s{item.digest[0] % 47 // 2}_{item.path}") for item in of_split]
+    assert leaks_of(data).endswith(r"by --data.group='([^/]+?)[-_ ]?\d+\.\w+$'")
     features[50] = -features[3]
     assert leaks_of(data) == ""
 

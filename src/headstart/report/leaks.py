@@ -1,5 +1,7 @@
 """Are images of the validation or the test also in training, nearly? Their scores would be too good."""
 
+import re
+
 import torch
 
 from headstart.data.module import ImageData
@@ -7,6 +9,7 @@ from headstart.data.splits import SPLITS
 from headstart.search.neighbours import NEAR, neighbours, rooted
 
 MAX_IMAGES = 4000  # with more, the comparison is no longer a matter of a moment
+FRAMES = re.compile(r"([^/]+?)[-_ ]?\d+\.\w+$")  # the name before the number of a frame or a slice
 
 
 def leaks_of(data: ImageData) -> str:
@@ -23,8 +26,12 @@ def leaks_of(data: ImageData) -> str:
     leaked = {held: own for own, held in pairs if trained[own] and not trained[held]}
     if not leaked:
         return ""
+    scenes = [found[1] if (found := FRAMES.search(item.path)) else item.path for item in items]
+    numbered = sum(scenes[held] == scenes[own] for held, own in leaked.items()) > len(leaked) / 2
+    several = 3 * len(data.class_names) <= len(set(scenes)) <= len(items) / 2  # of more than one image, for each split
+    remedy = f"--data.group='{FRAMES.pattern}'" if numbered and several else "the column group of --data.csv"
     held, own = next(iter(leaked.items()))
     return (
         f"{len(leaked)} validation or test image(s) look almost identical to training images ({items[held].path} to "
-        f"{items[own].path}); copies inflate scores, so keep them in one split, by the column group of --data.csv"
+        f"{items[own].path}); copies inflate scores, so keep them in one split, by {remedy}"
     )
