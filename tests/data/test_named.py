@@ -18,10 +18,11 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from headstart import DatasetData, ImageFolderData, TransferClassifier, decoding
+from headstart.cli import main
 from headstart.data import datasets as rows_module
 from headstart.data import folders
 from headstart.errors import UserError
-from support import COLOURS, draw, features, newest_run, rows_of
+from support import COLOURS, TINY, draw, features, newest_run, rows_of
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -71,6 +72,9 @@ def test_a_parquet_file_of_a_folders_bytes_is_the_folder(colours, tmp_path, trai
     assert "HIT" in capsys.readouterr().out
     assert len(opened) < 30  # the rows that are looked at again, of 60 images
     assert {name: again[name] for name in scores} == {name: folder[name] for name in scores}
+    best = newest_run() / "checkpoints/best.ckpt"
+    assert main(["evaluate", f"--ckpt_path={best}", "--report=false"])["test/acc"] == folder["test/acc"]
+    assert main(["check", *short[1:], f"--data.root={file}", *TINY])["damaged"] == 0  # wing: audit
 
 
 def cifar_archive(folder: Path, monkeypatch: pytest.MonkeyPatch, images: int = 12) -> Path:
@@ -115,7 +119,7 @@ def test_cifar10_by_name_from_its_archive(tmp_path, train, capsys, opened, monke
     (folder / CIFAR10.base_folder / "data_batch_1").write_bytes(b"changed")
     (folder / CIFAR10.filename).unlink()
     line = refused("train", f"--data.root={folder / 'CIFAR10'}", "--data.source=torchvision")
-    assert "the environment forbids the network for https://" in line
+    assert "cannot be had (the environment forbids the network)" in line
     assert "try CIFAR10" in refused("train", "--data.root=CIFAR11", "--data.source=torchvision")
 
 
@@ -175,7 +179,7 @@ def test_a_dataset_that_gives_other_pixels_is_refused():
     images = [image for image, _ in squares(count=2000)]
     random = np.random.default_rng(0)
     rows = [lambda label=label: (images[random.integers(2000)], label) for label in [0, 1] * 20]
-    with pytest.raises(UserError, match="other pixels when it is read again; remove the random transform"):
+    with pytest.raises(UserError, match="other pixels when it is read again: remove the random transform"):
         scanned(rows)
 
 

@@ -49,6 +49,7 @@ def run(copy: Path, programs: Path) -> Callable[..., subprocess.CompletedProcess
     """Runs a command in the copy, whose package `python` and `headstart` import."""
     path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["HF_DATASETS_CACHE"] = str(copy / "cache")
 
     def run(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)

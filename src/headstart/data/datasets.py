@@ -117,8 +117,8 @@ class DatasetSource(Source):
         for path in _few(found):
             if self._entry(path) != found[path]:
                 raise UserError(
-                    f"{self._named}: {path} has other pixels when it is read again; remove the random transform, and "
-                    "augment with --data.augment"
+                    f"{self._named}: {path} has other pixels when it is read again: remove the random transform, and "
+                    "augment with --data.augment; or the dataset cannot be read in threads"
                 )
         return found
 

@@ -3,13 +3,12 @@
 import difflib
 import hashlib
 import os
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -72,29 +71,20 @@ def _made(name: str, folder: Path, arguments: dict[str, Any]) -> Dataset[Any]:
             say(f"data: torchvision's {name} is taken from its archive, or downloaded, into {folder}")
             return made(download=True)
     except (RuntimeError, OSError, ValueError, ImportError) as error:
-        said = " ".join(str(getattr(error, "reason", error)).split())
+        said = "the environment forbids the network" if offline() else " ".join(str(error).split())
         raise UserError(f"--data.root={name}: cannot be had ({said}); put it into {folder} yourself") from error
-
-
-class _Forbidden(urllib.request.BaseHandler):
-    """Opens no address."""
-
-    handler_order = 0  # before all others
-
-    def http_open(self, request: urllib.request.Request) -> NoReturn:
-        raise urllib.error.URLError(f"the environment forbids the network for {request.full_url}")
-
-    https_open = http_open
 
 
 @contextmanager
 def _network(allowed: bool) -> Iterator[None]:
     """Within, torchvision opens addresses only if this is allowed."""
-    urllib.request.install_opener(urllib.request.build_opener(*([] if allowed else [_Forbidden])))
+    nothing = urllib.request.OpenerDirector()
+    nothing.add_handler(urllib.request.UnknownHandler())
+    urllib.request.install_opener(None if allowed else nothing)
     try:
         yield
     finally:
-        urllib.request.install_opener(None)  # the default
+        urllib.request.install_opener(None)
 
 
 def _fingerprint(name: str, folder: Path) -> str:

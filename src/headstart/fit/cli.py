@@ -95,7 +95,7 @@ class TrainCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the options; a resumed run starts from its own configuration, which the command line overrides."""
         self.config = parser.parse_args(args)
-        if self.config.data.get("csv") and self.config.data.root == str(self.root):
+        if self.config.data.get("csv") is not None and self.config.data.root == str(self.root):
             self.config.data.root = None  # the demo is the default only if no data is given
         if self.config.ckpt_path == "last":
             self.resumed = newest_unfinished(self.logs, "train", self.config.name, self._given_data())
