@@ -1,7 +1,7 @@
 """Hugging Face's datasets: by their name there, or a local folder, Parquet or Arrow file."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,11 @@ from headstart.model.weights import offline
 from headstart.terminal import listing, say
 
 ROOT = re.compile(r"(.+?)((?:,(?:image|label|config|revision)=[^,]+)*)")  # name, and what is chosen in it
+# The kinds of columns that may hold it, the likely ones first.
+KINDS = {
+    "image": (("Image",), ("binary", "large_binary")),
+    "label": (("ClassLabel",), ("string", "large_string", "bool", "int8", "int16", "int32", "int64")),
+}
 
 
 class Rows(Dataset[tuple[Any, int]]):
@@ -42,13 +47,13 @@ def source(root: str) -> DatasetSource:
     local = Path(name).expanduser()
     parts = _splits(_loaded(name, root, chosen), root)
     features = parts["train"].features
-    image = _column(root, "image", chosen, features, (_is_image, _is_bytes))
-    label = _column(root, "label", chosen, features, (_has_names, _is_value))
+    image = _column(root, "image", chosen, features)
+    label = _column(root, "label", chosen, features)
     classes, values = getattr(features[label], "names", None), None
     if classes is None:
         values = sorted({value for rows in parts.values() for value in rows.unique(label)} - {None})
         classes = list(map(str, values))
-    if _is_image(features[image]):
+    if _kind(features[image]) == "Image":
         from datasets import Image
 
         parts = {split: rows.cast_column(image, Image(decode=False)) for split, rows in parts.items()}
@@ -100,34 +105,20 @@ def _splits(loaded: Any, root: str) -> dict[Split, Any]:
     return named
 
 
-def _column(
-    root: str, kind: str, chosen: Mapping[str, str], features: Mapping[str, Any], fits: Sequence[Callable[[Any], bool]]
-) -> str:
-    """The chosen column, or the only one that fits; the first test that any column passes decides."""
-    if kind in chosen and chosen[kind] in features:
-        return chosen[kind]
-    found = next(filter(None, ([name for name in features if fit(features[name])] for fit in fits)), [])
-    if kind in chosen or len(found) != 1:
+def _column(root: str, which: str, chosen: Mapping[str, str], features: Mapping[str, Any]) -> str:
+    """The chosen column, or the only one of the first kind that any column is of."""
+    found = next(filter(None, ([n for n in features if _kind(features[n]) in kinds] for kinds in KINDS[which])), [])
+    found = [chosen[which]] if chosen.get(which) in features else found
+    if len(found) != 1 or chosen.get(which, found[0]) != found[0]:
+        names = found or list(features)
         raise UserError(
-            f"--data.root={root}: which column is the {kind}? name one of {listing(found or list(features))} as in "
-            f"--data.root={root.split(',')[0]},{kind}={(found or list(features))[0]}"
+            f"--data.root={root}: which column is the {which}? name one of {listing(names)} as in "
+            f"--data.root={root.split(',')[0]},{which}={names[0]}"
         )
     return found[0]
 
 
-def _is_image(feature: Any) -> bool:
-    return type(feature).__name__ == "Image"
-
-
-def _is_bytes(feature: Any) -> bool:
-    """Whether it may hold the bytes of a file, directly or in a dict."""
+def _kind(feature: Any) -> str:
+    """What a column holds: Image, ClassLabel, or the type of its values; of a dict, that of its ``bytes``."""
     held = feature.get("bytes") if isinstance(feature, dict) else feature
-    return getattr(held, "dtype", "") in ("binary", "large_binary")
-
-
-def _has_names(feature: Any) -> bool:
-    return type(feature).__name__ == "ClassLabel"
-
-
-def _is_value(feature: Any) -> bool:
-    return getattr(feature, "dtype", "") in ("string", "large_string", "bool", "int8", "int16", "int32", "int64")
+    return str(held.dtype) if type(held).__name__ == "Value" else type(held).__name__
