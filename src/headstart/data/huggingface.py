@@ -49,6 +49,9 @@ def source(root: str) -> DatasetSource:
     features = parts["train"].features
     image = _column(root, "image", chosen, features)
     label = _column(root, "label", chosen, features)
+    for split in [split for split, rows in parts.items() if not set(rows.unique(label)) - {-1, None}]:
+        say(f"data: {split} has no labels and is left out")
+        del parts[split]
     classes, values = getattr(features[label], "names", None), None
     if classes is None:
         values = sorted({value for rows in parts.values() for value in rows.unique(label)} - {None})
@@ -97,11 +100,14 @@ def _splits(loaded: Any, root: str) -> dict[Split, Any]:
     """The rows of each split; a dataset without splits, or with one alone, is split by content."""
     if not isinstance(loaded, dict) or len(loaded) == 1:
         return {"train": next(iter(loaded.values())) if isinstance(loaded, dict) else loaded}
-    named = {split: rows for name, rows in loaded.items() if (split := split_named(name))}
+    named: dict[Split, Any] = {}
+    for name, rows in loaded.items():
+        if split := split_named(name):
+            named.setdefault(split, rows)
     if "train" not in named:
         raise UserError(f"--data.root={root}: none of its splits ({listing(list(loaded))}) is for training")
-    if others := [name for name in loaded if not split_named(name)]:
-        say(f"data: splits other than train, val and test are left out: {listing(others)}")
+    if others := [name for name, rows in loaded.items() if all(rows is not kept for kept in named.values())]:
+        say(f"data: splits other than one train, val and test are left out: {listing(others)}")
     return named
 
 
@@ -120,5 +126,5 @@ def _column(root: str, which: str, chosen: Mapping[str, str], features: Mapping[
 
 def _kind(feature: Any) -> str:
     """What a column holds: Image, ClassLabel, or the type of its values; of a dict, that of its ``bytes``."""
-    held = feature.get("bytes") if isinstance(feature, dict) else feature
+    held: Any = feature.get("bytes") if isinstance(feature, dict) else feature
     return str(held.dtype) if type(held).__name__ == "Value" else type(held).__name__
