@@ -30,7 +30,7 @@ from headstart.fewshot.episodes import TaskSize
 from headstart.fewshot.heads import Prototype, make_head
 from headstart.fewshot.save import fitted
 from headstart.search.bank import HeadSettings, Schedule, train_bank
-from headstart.search.exact import accuracy_and_loss
+from headstart.search.exact import score_and_loss
 from headstart.search.intervals import mean_and_half_width
 from headstart.terminal import quiet_libraries
 
@@ -206,7 +206,7 @@ def _linear(few, rest):
     settings = HeadSettings(lr=0.003, weight_decay=0.01, label_smoothing=0.1)
     schedule = Schedule(epochs=25, batch_size=32, warmup=0.04, seed=0)
     (trained,) = train_bank([settings], train, test, int(train.labels.max()) + 1, schedule, keep_last=True)
-    return accuracy_and_loss(trained.head, test)[0]
+    return score_and_loss(trained.head, test)[0]
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from headstart.features.cache import FeatureCache, cache_key
 from headstart.features.matrix import Shard
 from headstart.images import preprocess
 from headstart.search.bank import HeadSettings, Schedule, train_bank
-from headstart.search.exact import accuracy_and_loss, fit_exact
+from headstart.search.exact import score_and_loss, fit_exact
 from headstart.verbs.tune import LABEL_SMOOTHINGS, LRS, WEIGHT_DECAYS
 
 
@@ -169,7 +169,7 @@ def compare(data: ImageFolderData, l2: float) -> None:
     train, test = data.labelled("train"), data.labelled("test")
     started = time.perf_counter()
     head = fit_exact(train, len(data.class_names), l2)
-    print(f"L-BFGS: test/acc {accuracy_and_loss(head, test)[0]:.4f}, {time.perf_counter() - started:.1f} s, L2 {l2:g}")
+    print(f"L-BFGS: test/acc {score_and_loss(head, test)[0]:.4f}, {time.perf_counter() - started:.1f} s, L2 {l2:g}")
     whole = [labelled.views[0].whole().numpy() for labelled in (train, test)]
     started = time.perf_counter()
     model = LogisticRegression(C=1 / (l2 * len(train)), max_iter=2000).fit(whole[0], train.labels.numpy())

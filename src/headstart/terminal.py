@@ -118,7 +118,11 @@ class Seconds(dict[str, float]):
 SCORES = {
     "acc": "accuracy",
     "balanced_acc": "balanced accuracy",
+    "map": "mean average precision",
     "f1": "F1, mean of classes",
+    "f1_micro": "F1, all classes together",
+    "exact_match": "all labels right",
+    "hamming_loss": "share of labels wrong",
     "auroc": "AUROC, mean of classes",
     "loss": "loss",
     "calibration_error": "calibration error",
@@ -132,7 +136,7 @@ SPLIT_NAMES = {"test": "test", "val": "validation"}
 
 def score_rows(scores: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """The splits with scores, under an empty name; then each score's name and its values, empty where missing."""
-    splits = [split for split in SPLIT_NAMES if f"{split}/acc" in scores]
+    splits = [split for split in SPLIT_NAMES if any(f"{split}/{name}" in scores for name in ("acc", "map"))]
     found = dict.fromkeys(name.split("/")[1] for name in scores if name.startswith(("val/", "test/")))
     names = [*(name for name in SCORES if name in found), *(name for name in found if name not in SCORES)]
     rows = [("", [SPLIT_NAMES[split] for split in splits])]

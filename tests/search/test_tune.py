@@ -24,7 +24,7 @@ from headstart.features.matrix import Labelled
 from headstart.model.backbone import FrozenBackbone
 from headstart.search.backbones import Heads, Trial, best_of, compare
 from headstart.search.bank import BETAS, Bank, HeadSettings, Schedule, TrainedHead, train_bank
-from headstart.search.exact import PENALTIES, TooManyPasses, accuracy_and_loss, best_exact, fit_exact
+from headstart.search.exact import PENALTIES, TooManyPasses, score_and_loss, best_exact, fit_exact
 from headstart.search.knn import KS, knn_scores
 from support import COLOURS, draw, newest_run, rows_of
 
@@ -157,7 +157,7 @@ def test_the_best_epoch_is_kept_or_the_last(problem):
     last = train_bank([HeadSettings(0.3, 0.0, 0.0)], *arguments, keep_last=True)[0]
     assert best.epoch < last.epoch == 11
     assert best.loss < last.loss
-    assert accuracy_and_loss(best.head, val) == pytest.approx((best.acc, best.loss), rel=1e-5)
+    assert score_and_loss(best.head, val) == pytest.approx((best.score, best.loss), rel=1e-5)
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def test_backbones_are_compared_on_the_same_images(mixed, capsys, monkeypatch):
             assert row[f"{split}/half_width"] == pytest.approx(stats.t.ppf(0.975, len(difference) - 1) * error)
 
     winner = best_of(trials)
-    assert winner.heads.best.acc == max(row["val/acc"] for row in rows)
+    assert winner.heads.best.score == max(row["val/acc"] for row in rows)
     recipe = Path(found["recipe"])
     assert yaml.safe_load(recipe.read_text())["model"] == {
         "backbone": winner.backbone,

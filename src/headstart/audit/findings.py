@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from headstart.audit.labels import FOLDS, losses, out_of_fold
 from headstart.data.sources import Source
-from headstart.data.splits import Item
+from headstart.data.splits import Item, labels_of
 from headstart.search.neighbours import NEAR, neighbours
 
 NEIGHBOURS = 5
@@ -49,25 +50,27 @@ def find(source: Source, skipped: Mapping[str, str], items: Sequence[Item], feat
     ``skipped`` has the reasons for unreadable images, by path; ``features`` [N, D] are those of the others, ``rooted``.
     """
     names = source.class_names
-    labels = torch.tensor([item.label for item in items])
+    labels = labels_of(items, source.multilabel * len(names))
     for path, reason in skipped.items():
-        yield Finding("damaged", path, names[source.label_of[path]], note=reason)
+        label = source.label_of[path]
+        yield Finding("damaged", path, names[label] if label >= 0 else "", note=reason)
     identical = _groups([item.digest for item in items])
     yield from _group_findings("duplicate", identical, items, names, [1.0] * len(items))
     found = neighbours(features, [item.digest for item in items], NEIGHBOURS, NEAR)
     near, isolation = near_groups(found.pairs, [item.digest for item in items]), isolations(found.similarities)
     yield from _group_findings("near-duplicate", near, items, names, found.similarities[:, 0].tolist())
-    if len(set(labels.tolist())) > 1 and len(items) >= 2 * FOLDS:
+    if len(torch.unique(labels, dim=0)) > 1 and len(items) >= 2 * FOLDS:
         together = [min(group) for group in _membership(near, identical, len(items))]
         logits = out_of_fold(features, labels, len(names), torch.tensor(together))
-        yield from _label_findings(items, labels, logits, names, found.nearest)
+        doubts = _doubts_of_labels if source.multilabel else _label_findings
+        yield from doubts(items, labels, logits, names, found.nearest)
     for number in isolation.argsort(descending=True).tolist():
         if isolation[number] > OUTLYING:
             item = items[number]
             score = float(isolation[number])
             note = f"{score:.1f} robust deviations below the usual similarity"
-            yield Finding("outlier", item.path, names[item.label], item.split or "", note, score)
-    counts = torch.bincount(labels, minlength=len(names)).tolist()
+            yield Finding("outlier", item.path, item.named(names), item.split or "", note, score)
+    counts = (labels.sum(dim=0) if source.multilabel else torch.bincount(labels, minlength=len(names))).tolist()
     for name, count in sorted(zip(names, counts, strict=True), key=lambda pair: pair[1]):
         if count < FEW_IMAGES:
             yield Finding("small class", name, name, note=f"{count} images", score=float(FEW_IMAGES - count))
@@ -115,7 +118,26 @@ def _label_findings(
             item, name = items[number], names[int(suggested[number])]
             note = f"looks like {name} ({float(best[number]):.2f}, its own class {float(own[number]):.2f})"
             near, score = tuple(items[place].path for place in nearest[number].tolist()), float(doubt[number])
-            yield Finding("label", item.path, names[item.label], item.split or "", note, score, near=near)
+            yield Finding("label", item.path, item.named(names), item.split or "", note, score, near=near)
+
+
+def _doubts_of_labels(
+    items: Sequence[Item], labels: Tensor, logits: Tensor, names: Sequence[str], nearest: Tensor
+) -> Iterator[Finding]:
+    """Yields single labels that an image probably lacks, or has although they are not given.
+
+    They are at least as probable as on average for images that have the label, or at most as for those without.
+    """
+    given, probabilities = labels.bool(), logits.sigmoid()
+    usual = [(probabilities * chosen).sum(dim=0) / chosen.sum(dim=0).clamp(min=1) for chosen in (given, ~given)]
+    doubtful = torch.where(given, probabilities <= usual[1], probabilities >= usual[0]) & (given.sum(dim=0) > 0)
+    doubt = torch.where(given, -logsigmoid(logits), -logsigmoid(-logits))
+    pairs = doubtful.nonzero()
+    for row, label in pairs[doubt[doubtful].argsort(descending=True)].tolist():
+        item, share = items[row], float(probabilities[row, label])
+        note = f"looks {'unlike' if given[row, label] else 'like'} {names[label]} ({share:.2f})"
+        near, score = tuple(items[place].path for place in nearest[row].tolist()), float(doubt[row, label])
+        yield Finding("label", item.path, item.named(names), item.split or "", note, score, near=near)
 
 
 def _groups(digests: Sequence[bytes]) -> list[list[int]]:
@@ -144,12 +166,12 @@ def _group_findings(
     order = sorted(groups, key=lambda group: -max(scores[position] for position in group))
     for number, group in enumerate(order, 1):
         splits = sorted({items[position].split or "" for position in group})
-        classes = sorted({names[items[position].label] for position in group})
+        classes = sorted({items[position].named(names) for position in group})
         notes = [f"across {', '.join(splits)}"] if len(splits) > 1 else []
         notes += [f"in {len(classes)} classes: {', '.join(classes)}"] if len(classes) > 1 else []
         for position in group:
             item = items[position]
-            name, note = names[item.label], "; ".join(notes)
+            name, note = item.named(names), "; ".join(notes)
             yield Finding(kind, item.path, name, item.split or "", note, scores[position], number)
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from headstart.features.matrix import Labelled
+from headstart.model.multilabel import MultiLabel
 from headstart.search.exact import fit_exact
 from headstart.terminal import images_bar
 
@@ -16,7 +17,7 @@ TOLERANCE = 1e-3  # enough for probabilities that are averaged
 
 
 def out_of_fold(features: Tensor, labels: Tensor, num_classes: int, groups: Tensor) -> Tensor:
-    """Log probabilities [N, C] of each image by heads that were not trained on it.
+    """Log probabilities [N, C] of each image, logits of several labels, by heads that were not trained on it.
 
     5-fold cross-validation of exact heads gives the L2 penalty with the lowest loss, and the 5 % of the images with the
     highest. Heads trained without those, averaged over 3 partitions, give the probabilities. The features [N, D] are
@@ -32,7 +33,8 @@ def out_of_fold(features: Tensor, labels: Tensor, num_classes: int, groups: Tens
             for fold in range(FOLDS):
                 inside, outside = (folds != fold) & kept, folds == fold
                 head = fit_exact(Labelled.of(features[inside], labels[inside]), num_classes, l2, tolerance=TOLERANCE)
-                found[outside] = head(features[outside]).log_softmax(dim=1)
+                logits = head(features[outside])
+                found[outside] = logits if labels.ndim == 2 else logits.log_softmax(dim=1)
                 advance(int(outside.sum()))
             return found
 
@@ -45,16 +47,18 @@ def out_of_fold(features: Tensor, labels: Tensor, num_classes: int, groups: Tens
         return torch.stack([one_round(l2, seed, kept) for seed in range(REPEATS)]).mean(dim=0)
 
 
-def losses(log_probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of each image, [N]; high where the label does not fit."""
-    return -log_probabilities.gather(1, labels[:, None])[:, 0]
+def losses(found: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of each image, [N], from what ``out_of_fold`` gives; high where the label does not fit."""
+    if labels.ndim == 2:
+        return MultiLabel.losses(found, labels)
+    return -found.gather(1, labels[:, None])[:, 0]
 
 
 def _folds(labels: Tensor, groups: Tensor, seed: int) -> Tensor:
     """The fold of each image: groups stay together, and classes spread evenly, [N]."""
     leaders = (groups == torch.arange(len(groups))).nonzero()[:, 0]
     shuffled = leaders[torch.randperm(len(leaders), generator=torch.Generator().manual_seed(seed))]
-    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    by_class = shuffled if labels.ndim == 2 else shuffled[labels[shuffled].argsort(stable=True)]
     folds = torch.zeros(len(labels), dtype=torch.long)
     folds[by_class] = torch.arange(len(by_class)) % FOLDS
     return folds[groups]

@@ -33,7 +33,7 @@ def page(title: str, findings: Sequence[Finding], items: Sequence[Item], store: 
         shown = []
         for together in list(rows.values())[:MAX_ROWS]:
             tiles = [tile(found.path, found.class_name, found.split) for found in together[:MAX_PICTURES]]
-            tiles += [tile(path, f"near: {names[items[position[path]].label]}") for path in together[0].near]
+            tiles += [tile(path, f"near: {items[position[path]].named(names)}") for path in together[0].near]
             shown.append({"note": together[0].note, "tiles": tiles})
         sections.append({"meaning": meaning, "rows": shown, "more": len(rows) - len(shown)})
     about = {"common": common, "images": len(items), "command": command_line()}

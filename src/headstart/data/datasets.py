@@ -5,10 +5,11 @@ import os
 import random
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
@@ -28,6 +29,8 @@ COLUMNS = ("image", "label")
 
 class DatasetSource(Source):
     """Map-style datasets of rows (image, label), or dicts with the two ``columns``, by their split.
+
+    A label is a number, or of several labels 0 or 1 for each class.
 
     An image is a PIL image, or the bytes of a file, also as Hugging Face's dict of ``bytes`` and ``path``. The content
     of bytes is their sha256, as of a file; that of a PIL image is found by decoding. Under a ``fingerprint`` it is
@@ -70,6 +73,14 @@ class DatasetSource(Source):
         self.has_val, self.has_test = "val" in datasets, "test" in datasets
         self._reasons: dict[str, str] = {}  # why images are unreadable, by path
 
+    @cached_property
+    def multilabel(self) -> bool:  # type: ignore[override]  # the label of the first row tells
+        train = self._datasets["train"]
+        row: Any = train[0] if len(train) else None  # type: ignore[arg-type]
+        if isinstance(row, Mapping):
+            row = tuple(map(row.get, self._columns))
+        return isinstance(row, tuple | list) and len(row) == 2 and np.ndim(row[1]) == 1
+
     def scan(self, remembered: Path | None) -> tuple[list[Item], dict[str, str]]:
         places: dict[str, Split | None] = {}
         for name, dataset in self._datasets.items():
@@ -78,12 +89,22 @@ class DatasetSource(Source):
         file = index_file(remembered, f"dataset {self._fingerprint}".encode()) if self._fingerprint else None
         known = self._still_true(recall(file), places)
         entries = known | self._hashed([path for path in places if path not in known])
-        self.label_of = {path: entries[path][0][0] for path in places}
+        labels = {path: entries[path][0] for path in places}
+        self.label_of = {path: -1 if self.multilabel else own[0] for path, own in labels.items()}
         readable = {path: entries[path] for path in places if path not in self._reasons}
         if readable != known:
             remember(file, readable)
         self.measured = [entry[2:] for entry in readable.values()]
-        items = [Item(path, entry[0][0], bytes.fromhex(entry[1]), places[path]) for path, entry in readable.items()]
+        items = [
+            Item(
+                path,
+                self.label_of[path],
+                bytes.fromhex(entry[1]),
+                places[path],
+                tags=tuple(entry[0]) if self.multilabel else None,
+            )
+            for path, entry in readable.items()
+        ]
         return items, dict(self._reasons)
 
     def read(self, item: Item, preprocessing: Preprocessing, max_pixels: int) -> Image.Image:
@@ -123,19 +144,19 @@ class DatasetSource(Source):
         return found
 
     def _entry(self, path: str) -> Entry:
-        """The label, hash and shape of a row; without a hash if it is unreadable."""
-        image, label = self._row(path)
+        """The labels, hash and shape of a row; without a hash if it is unreadable."""
+        image, labels = self._row(path)
         try:
             image = patiently(Path(path), partial(_content, image))
             if isinstance(image, Image.Image):
-                return [label], content_digest(image).hex(), *measured_of(image)
-            return [label], hashlib.sha256(image).hexdigest(), *measured(image)
+                return labels, content_digest(image).hex(), *measured_of(image)
+            return labels, hashlib.sha256(image).hexdigest(), *measured(image)
         except (UnreadableImage, FileNotFoundError) as error:
             self._reasons[path] = str(error)
-            return [label], "", 0, 1.0
+            return labels, "", 0, 1.0
 
-    def _row(self, path: str) -> tuple[Any, int]:
-        """The image and the label of a row."""
+    def _row(self, path: str) -> tuple[Any, list[int]]:
+        """The image and the labels of a row."""
         name, index = path.split("/")
         where, row = f"{self._named}: {name}[{index}]", self._datasets[name][int(index)]  # type: ignore[index]
         if isinstance(row, Mapping):
@@ -144,14 +165,20 @@ class DatasetSource(Source):
             row = [row[column] for column in self._columns]
         if not isinstance(row, tuple | list) or len(row) != 2:
             raise UserError(f"{where} is a {type(row).__name__}, not (image, label); wrap the dataset")
-        image, label = row[0], getattr(row[1], "item", lambda: row[1])()
+        image, label = row
         if not isinstance(image, Image.Image | bytes | Mapping):
             raise UserError(f"{where} gives a {type(image).__name__}, not a PIL image; remove the transform")
+        if self.multilabel:
+            several = np.asarray(label)
+            if several.shape != (len(self.class_names),) or not np.isin(several, (0, 1)).all():
+                raise UserError(f"{where} has the labels {label}; give 0 or 1 for each of {len(self.class_names)}")
+            return image, several.nonzero()[0].tolist()
+        label = getattr(label, "item", lambda: label)()
         if not isinstance(label, int | float) or not 0 <= label < len(self.class_names) or int(label) != label:
             raise UserError(
                 f"{where} has the label {label}; labels must be 0 to {len(self.class_names) - 1}, as in class_names"
             )
-        return image, int(label)
+        return image, [int(label)]
 
 
 def _few(paths: Collection[str]) -> list[str]:

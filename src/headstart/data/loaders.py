@@ -63,24 +63,29 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
         return -(-(self.size // self.world_size) // (self.batch_size // self.world_size))
 
 
-class ImageDataset(Dataset[tuple[Tensor, int]]):
+class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
     """Images decoded on demand, by (index, epoch); each epoch has its own augmented view."""
 
     def __init__(
-        self, items: Sequence[Item], read: Callable[[Item], Image], preprocessing: Preprocessing, views: Views
+        self,
+        items: Sequence[Item],
+        labels: Tensor,
+        read: Callable[[Item], Image],
+        preprocessing: Preprocessing,
+        views: Views,
     ) -> None:
-        self.items, self.read, self.preprocessing, self.views = items, read, preprocessing, views
+        self.items, self.labels, self.read, self.preprocessing, self.views = items, labels, read, preprocessing, views
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         index, epoch = key
         item = self.items[index]
-        return self.views.view(self.read(item), item.digest, epoch + 1, self.preprocessing), item.label
+        return self.views.view(self.read(item), item.digest, epoch + 1, self.preprocessing), self.labels[index]
 
     def __len__(self) -> int:
         return len(self.items)
 
 
-class ImageLoader(DataLoader[tuple[Tensor, int]]):
+class ImageLoader(DataLoader[tuple[Tensor, Tensor]]):
     """A ``DataLoader`` whose workers start when the first batch is requested.
 
     Lightning creates the iterator before it restores the epoch of a resumed run, and workers prefetch: the first

@@ -1,6 +1,7 @@
 """The data module: splits, features or pixels, batches."""
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -130,12 +131,22 @@ class ImageData(LightningDataModule):
         return [item for item in self.items if item.split == split]
 
     def labels(self, split: Split) -> Tensor:
-        """The class index of each image of a split -> [N]."""
-        return splits.labels_of(self.items_in(split))
+        """The class index of each image of a split -> [N]; with several labels, 0 or 1 for each -> [N, num_classes]."""
+        return self.labels_of(self.items_in(split))
+
+    def labels_of(self, items: Sequence[Item]) -> Tensor:
+        """The labels of images, as those of a split."""
+        return splits.labels_of(items, self.multilabel * len(self.class_names))
 
     def counts(self, split: Split) -> Tensor:
         """Images per class in a split -> [num_classes]."""
-        return torch.bincount(self.labels(split), minlength=len(self.class_names))
+        labels = self.labels(split)
+        return labels.sum(dim=0) if self.multilabel else torch.bincount(labels, minlength=len(self.class_names))
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether an image may have several labels, or none."""
+        return self.source.multilabel
 
     def labelled(self, split: Split) -> Labelled:
         """The cached features of a split's images, one matrix per view, with their labels."""
@@ -210,7 +221,7 @@ class ImageData(LightningDataModule):
         # Not `store.read`, which would send the backbone to each worker process.
         read = partial(self.source.read, preprocessing=preprocessing, max_pixels=self.store.max_pixels)
         return ImageLoader(
-            ImageDataset(items, read, preprocessing, views),
+            ImageDataset(items, self.labels(split), read, preprocessing, views),
             batch_sampler=order,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
@@ -231,6 +242,7 @@ class ImageFolderData(ImageData):
         csv: CSV file that lists images, instead of root; columns: path, label, and optionally split, group, domain.
         source: kind of data at root: folder, domains (folders of class folders), csv, torchvision, hf, …; None: folder.
         group: pattern on an image's path, whose first bracket is its group, such as the frames of a video.
+        multilabel: whether red|round in the CSV file is two labels; None: yes; true: also several rows, or no label.
         kwargs: as ``ImageData``.
 
     Raises:
@@ -243,6 +255,7 @@ class ImageFolderData(ImageData):
         csv: str | None = None,
         source: str | None = None,
         group: str | None = None,
+        multilabel: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(open_source(root, csv, source, group), **kwargs)
+        super().__init__(open_source(root, csv, source, group, multilabel), **kwargs)

@@ -35,6 +35,7 @@ class Source(ABC):
     has_test = False  # whether they are never assigned to test
     label_of: dict[str, int]  # label by path of each image, readable or not; set by ``scan``
     all_in: Split | None = None  # the split of all images; None: their own, or assigned
+    multilabel = False  # whether an image may have several labels, or none
     measured: Sequence[Measured] = ()  # largest value and aspect ratio of each image; set by ``scan``
 
     @abstractmethod
@@ -136,9 +137,11 @@ class ListedSource(FileSource):
 class TableSource(ListedSource):
     """A CSV file that lists images: path (relative to the file), label, and optionally split, group and domain."""
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: str, multilabel: bool | None = None) -> None:
         path = Path(file).expanduser().resolve()
-        super().__init__(path.parent, *read_table(path), path)
+        class_names, items = read_table(path, multilabel)
+        super().__init__(path.parent, class_names, items, path)
+        self.multilabel = items[0].tags is not None
 
 
 def _grouped(items: list[Item], pattern: re.Pattern[str]) -> list[Item]:
@@ -179,7 +182,16 @@ SOURCES: dict[str, Callable[[str], Source]] = {
 }
 
 
-def open_source(root: str | None, csv: str | None, source: str | None, group: str | None = None) -> Source:
+WHERE = ("root", "csv", "source", "multilabel")  # the options that choose images, without those that only split them
+
+
+def open_source(
+    root: str | None = None,
+    csv: str | None = None,
+    source: str | None = None,
+    group: str | None = None,
+    multilabel: bool | None = None,
+) -> Source:
     """The source given by the options; ``csv`` is short for source=csv with that root."""
     if (root is None) == (csv is None):
         raise UserError("give either --data.root, a folder of class folders, or --data.csv, a list of images")
@@ -188,8 +200,12 @@ def open_source(root: str | None, csv: str | None, source: str | None, group: st
     kind = source or ("folder" if csv is None else "csv")
     if kind not in SOURCES:
         raise UserError(f"--data.source={kind}: no such kind of data; choose from {', '.join(SOURCES)}")
-    found = SOURCES[kind](str(root if csv is None else csv))
+    place = str(root if csv is None else csv)
+    if multilabel is not None and kind != "csv":
+        raise UserError(f"--data.multilabel={str(multilabel).lower()}: is for a list of images, --data.csv")
+    found = TableSource(place, multilabel) if kind == "csv" else SOURCES[kind](place)
     chosen = "" if kind in ("folder", "csv") else f" --data.source={kind}"
+    chosen += "" if multilabel is None else f" --data.multilabel={str(multilabel).lower()}"
     found.options = f"--data.{'csv' if kind == 'csv' else 'root'}={found.path}{chosen}"
     if group is not None:
         if not isinstance(found, FileSource):

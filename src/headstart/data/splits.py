@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
@@ -22,18 +22,29 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 Repeat = Callable[[Sequence["Item"], Sequence[str]], list["Item"]]  # ``repeated`` with a run's splits.csv
 COLUMNS = ["split", "class", "path", "sha256"]
 TABLE_ROWS = 24
+BETWEEN = "|"  # the names of several labels
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """An image: its path, label, content hash, split, group and domain."""
+    """An image: its path, label or labels, content hash, split, group and domain."""
 
     path: str  # relative to the root, with forward slashes; for a dataset, its name and the index
-    label: int  # class index
+    label: int  # class index; -1 with ``tags``
     digest: bytes = b""  # sha256 of its content
     split: Split | None = None  # None until it is assigned
     group: str = ""  # images of a group, such as a burst of one scene, share a split; empty: no group
     domain: str = ""  # where the image is from, such as photo or sketch: scored apart, and no part of the split
+    tags: tuple[int, ...] | None = None  # ascending class indices, of an image that may have several or none
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The class indices."""
+        return (self.label,) if self.tags is None else self.tags
+
+    def named(self, class_names: Sequence[str]) -> str:
+        """The names of its classes, joined by ``|``."""
+        return BETWEEN.join([class_names[label] for label in self.labels])
 
 
 def assign(items: Sequence[Item], class_names: Sequence[str], val: float, test: float, seed: int) -> list[Item]:
@@ -42,9 +53,9 @@ def assign(items: Sequence[Item], class_names: Sequence[str], val: float, test: 
     A new image never moves an old one; identical images share a split, and so do the images of a group. If a class
     would be missing from a split, its lowest-hashed image or group is moved there, with a message; only in this case
     can a new image move another. ``val`` and ``test`` are fractions of the images, in [0, 1). A class with fewer
-    different images or groups than splits is an error.
+    different images or groups than splits is an error; one of several labels is then missing from a split.
     """
-    present = {item.label for item in items}
+    present = {label for item in items for label in item.labels}
     for label, name in enumerate(class_names):
         if label not in present:
             raise UserError(f"class {name!r}: no readable image; add some or remove its folder")
@@ -53,9 +64,12 @@ def assign(items: Sequence[Item], class_names: Sequence[str], val: float, test: 
     units = _units([item for item in items if item.split is None])
     of_classes: dict[int, set[bytes]] = defaultdict(set)
     for item in items:
-        if item.split is None:
-            of_classes[item.label].add(units[_own(item)])
+        for label in item.labels if item.split is None else ():
+            of_classes[label].add(units[_own(item)])
     places = {unit: _place(seed, unit, val, test) for unit in units.values()}
+    if any(item.tags is not None for item in items):
+        say_all(_fill_labels(of_classes, places, needed[::-1], class_names, seed))
+        return [item if item.split else replace(item, split=places[units[_own(item)]]) for item in items]
     moved: list[str] = []
     for label, of_class in sorted(of_classes.items()):
         moved += _fill(of_class, places, needed, class_names[label], seed)
@@ -134,22 +148,62 @@ def _fill(of_class: Set[bytes], places: dict[bytes, Split], needed: Sequence[Spl
     return moved
 
 
+def _fill_labels(
+    of_labels: Mapping[int, Set[bytes]],
+    places: dict[bytes, Split],
+    needed: Sequence[Split],
+    class_names: Sequence[str],
+    seed: int,
+) -> list[str]:
+    """As ``_fill``, for several labels per image: moves none that one of its labels needs where it is.
+
+    ``needed`` begins with the split that a label needs most. Returns one message per image moved and label missing.
+    """
+    said, labels_of = list[str](), defaultdict[bytes, list[int]](list)
+    sizes = {label: Counter(places[unit] for unit in units) for label, units in of_labels.items()}
+    for label, units in of_labels.items():
+        for unit in units:
+            labels_of[unit].append(label)
+    for label, units in sorted(of_labels.items()):
+        for split in needed:
+            if sizes[label][split]:
+                continue
+            spare = [unit for unit in units if all(sizes[own][places[unit]] > 1 for own in labels_of[unit])]
+            if not spare:
+                said.append(f"data: label {class_names[label]!r} has no image in {split}, since it has too few")
+                continue
+            unit = min(spare, key=lambda unit: _unit_hash(seed, unit))
+            for own in labels_of[unit]:
+                sizes[own] += Counter({split: 1})
+                sizes[own] -= Counter({places[unit]: 1})
+            places[unit] = split
+            said.append(f"data: label {class_names[label]!r} would be missing from {split}; an image was moved there")
+    return said
+
+
 def limited(items: Sequence[Item], limit: int) -> list[Item]:
-    """Keeps the ``limit`` lowest-hashed training images per class, and all validation and test images."""
+    """Keeps the ``limit`` lowest-hashed training images per class, and all validation and test images.
+
+    An image with several labels is kept while one of them has fewer.
+    """
     kept: dict[int, int] = Counter()
     left_out: set[int] = set()
     for position, item in sorted(enumerate(items), key=lambda entry: entry[1].digest):
         if item.split == "train":
-            kept[item.label] += 1
-            if kept[item.label] > limit:
+            labels = item.labels or (-1,)
+            if all(kept[label] >= limit for label in labels):
                 left_out.add(position)
+            else:
+                for label in labels:
+                    kept[label] += 1
     return [item for position, item in enumerate(items) if position not in left_out]
 
 
 def check_training(items: Sequence[Item], class_names: Sequence[str]) -> None:
     """Refuses a class without a training image; warns of other splits that lack classes."""
     for split in SPLITS:
-        labels = {item.label for item in items if item.split == split}
+        of_split = [item for item in items if item.split == split]
+        labels = {label for item in of_split for label in item.labels}
         missing = [name for label, name in enumerate(class_names) if label not in labels]
         if missing and split == "train":
             raise UserError(f"class {missing[0]!r}: no training image; add some, or remove the class")
@@ -183,7 +237,7 @@ def check_copies(items: Sequence[Item], strict: bool) -> None:
             f"{shared} images are in more than one split, byte for byte, which inflates scores; remove them"
         )
     first: dict[bytes, Item] = {}
-    pairs = [(first[item.digest], item) for item in items if first.setdefault(item.digest, item).label != item.label]
+    pairs = [(first[item.digest], item) for item in items if first.setdefault(item.digest, item).labels != item.labels]
     if pairs:
         named = "; ".join(f"{one.path} and {other.path}" for one, other in pairs[:3])
         problems.append(f"{len(pairs)} image(s) have two labels, byte for byte ({named}); remove the wrong one of each")
@@ -194,8 +248,8 @@ def check_copies(items: Sequence[Item], strict: bool) -> None:
 
 
 def to_csv(items: Iterable[Item], class_names: Sequence[str]) -> bytes:
-    """The content of ``splits.csv``: split, class, path and content hash of each image."""
-    rows = ([item.split, class_names[item.label], item.path, item.digest.hex()] for item in items)
+    """The content of ``splits.csv``: split, class or classes, path and content hash of each image."""
+    rows = ([item.split, item.named(class_names), item.path, item.digest.hex()] for item in items)
     return csv_bytes([COLUMNS, *rows])
 
 
@@ -231,7 +285,7 @@ def repeated(items: Sequence[Item], class_names: Sequence[str], file: Path, only
     """
     found: dict[tuple[str, str], dict[str, Item]] = defaultdict(dict)
     for item in items:
-        found[class_names[item.label], item.digest.hex()][item.path] = item
+        found[item.named(class_names), item.digest.hex()][item.path] = item
     kept: list[Item] = []
     for row in read_csv("--ckpt_path", file, COLUMNS, errors="surrogateescape"):
         if row["split"] not in only:
@@ -251,18 +305,28 @@ def repeated(items: Sequence[Item], class_names: Sequence[str], file: Path, only
 
 def counts_table(items: Sequence[Item], class_names: Sequence[str]) -> Table:
     """A table of images per class and split; of many classes, only the first ones."""
-    counts = {split: Counter(item.label for item in items if item.split == split) for split in SPLITS}
-    counts = {split: found for split, found in counts.items() if found}
+    images = {split: [item for item in items if item.split == split] for split in SPLITS}
+    images = {split: found for split, found in images.items() if found}
+    counts = {split: Counter(label for item in found for label in item.labels) for split, found in images.items()}
     table = Table("class", *counts, title=f"{len(items)} images")
     for label, name in list(enumerate(class_names))[:TABLE_ROWS]:
         table.add_row(one_line(name), *(str(count[label]) for count in counts.values()))
     if len(class_names) > TABLE_ROWS:
         table.add_row(f"… {len(class_names) - TABLE_ROWS} more", *("…" for _ in counts))
     table.add_section()
-    table.add_row("all", *(str(count.total()) for count in counts.values()))
+    table.add_row("all", *(str(len(found)) for found in images.values()))
+    if any(item.tags is not None for item in items):
+        means = (sum(counts[split].values()) / len(found) for split, found in images.items())
+        table.add_row("labels per image", *(f"{mean:.2f}" for mean in means))
+        table.add_row("without a label", *(str(sum(not item.labels for item in found)) for found in images.values()))
     return table
 
 
-def labels_of(items: Sequence[Item]) -> Tensor:
-    """The class index of each image, [N]."""
-    return torch.tensor([item.label for item in items], dtype=torch.long)
+def labels_of(items: Sequence[Item], several: int = 0) -> Tensor:
+    """The class index of each image, [N]; of images with ``several`` possible labels, 0 or 1 for each, [N, several]."""
+    if not several:
+        return torch.tensor([item.label for item in items], dtype=torch.long)
+    found = torch.zeros(len(items), several, dtype=torch.uint8)
+    rows = [row for row, item in enumerate(items) for _ in item.labels]
+    found[rows, [label for item in items for label in item.labels]] = 1
+    return found

@@ -20,12 +20,12 @@ class Probabilities(nn.Module):
 
     def __init__(self, module: TransferClassifier, known: bool = False) -> None:
         super().__init__()
-        self.head, self.temperature = module.head, module.temperature
+        self.head, self.task = module.head, module.task
         self.known = module.known.float() if known and module.known else None
 
     def forward(self, features: Tensor) -> Any:
         """Computes logits, and scales them; and ``Known`` of the same features."""
-        probabilities = torch.softmax(self.head(features) / self.temperature, dim=1)
+        probabilities = self.task.probabilities(self.head(features))
         return probabilities if self.known is None else (probabilities, self.known(features))
 
 
@@ -42,11 +42,11 @@ class Exported(Probabilities):
 
 
 def about(module: TransferClassifier) -> dict[str, str]:
-    """Class names, preprocessing and temperature as JSON, for the metadata of a file."""
+    """Class names, preprocessing, and temperature or thresholds as JSON, for the metadata of a file."""
     found = {
         "class_names": module.class_names,
         "preprocessing": asdict(module.backbone.preprocessing),
-        "temperature": module.temperature,
+        **module.task.about(),
         "made_by": f"headstart {__version__}",
     }
     return {name: json.dumps(value) for name, value in found.items()}

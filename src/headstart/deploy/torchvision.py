@@ -11,12 +11,13 @@ from headstart.model.heads import linear_head
 
 
 def to_torchvision(module: TransferClassifier) -> bytes:
-    """A state dict of the whole network with the new classifier, divided by the temperature."""
+    """A state dict of the whole network with the new classifier, whose logits are calibrated."""
     net, path = module.backbone.net, module.backbone.classifier_path
     if path is None:
         raise UserError(f"--output: {module.backbone.name} has no single classifier to replace; export .onnx")
-    head = linear_head(module.head).state_dict()
-    classifier = {f"{path}.{name}": tensor / module.temperature for name, tensor in head.items()}
+    head = linear_head(module.head)
+    folded = zip(("weight", "bias"), module.task.folded(head.weight, head.bias), strict=True)
+    classifier = {f"{path}.{name}": tensor for name, tensor in folded}
     file = io.BytesIO()
     torch.save({name: tensor.detach().clone() for name, tensor in (net.state_dict() | classifier).items()}, file)
     return file.getvalue()
@@ -30,4 +31,4 @@ def run_torchvision(data: bytes, module: TransferClassifier, images: Tensor) -> 
     net = backbone.family.whole(backbone.name, backbone.preprocessing.crop_size, backbone.classifier_path, head)
     net.load_state_dict(torch.load(io.BytesIO(data), weights_only=True))
     logits: Tensor = net.eval()((images.float() - backbone.mean) / backbone.std)
-    return logits.softmax(dim=1)
+    return module.task.activation(logits)

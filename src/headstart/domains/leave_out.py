@@ -93,4 +93,4 @@ def _evaluation(
     head: nn.Module, items: Sequence[Item], names: list[str], matrix: Callable[[Sequence[Item]], FeatureMatrix]
 ) -> Evaluation:
     features, none = matrix(items).whole(), torch.empty(0, dtype=torch.long)
-    return Evaluation("test", names, items, labels_of(items), head(features).cpu(), 1.0, none, features[:0])
+    return Evaluation("test", names, items, labels_of(items), head(features).cpu(), none, features[:0])

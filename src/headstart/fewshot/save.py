@@ -65,7 +65,8 @@ def leave_one_out(head: TaskHead, classes: Sequence[Tensor]) -> tuple[Tensor, Te
 def save(path: Path, module: TransferClassifier, found: Fitted, name: str) -> None:
     """Writes the checkpoint of ``module`` with the head that the few-shot head ``name`` learnt."""
     module.head.load_state_dict(found.head.state_dict())
-    module.temperature, module.origin = found.temperature, f"{name}, few-shot"
+    module.task.take({"temperature": found.temperature})
+    module.origin = f"{name}, few-shot"
     trainer = make_trainer("cpu")
     trainer.strategy.connect(module)
     module.trainer = trainer

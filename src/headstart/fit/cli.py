@@ -24,7 +24,7 @@ from headstart.model.sealed import BEST, RunCheckpoint, SealedCheckpointIO, run_
 from headstart.model.weights import for_data
 from headstart.parser import OptionParser
 from headstart.ranges import RunName, Seed
-from headstart.report.evaluation import EvaluationCollector
+from headstart.report.collector import EvaluationCollector
 from headstart.runs.folder import RunFolder
 from headstart.runs.history import CONFIG, Run, newest_unfinished
 from headstart.runs.logger import RunLogger
@@ -88,6 +88,7 @@ class TrainCLI(LightningCLI):
         parser.add_argument("--ckpt_path", type=str | None, help=self.ckpt_help)
         parser.add_argument("--report", type=bool, default=True, help="draw the figures and write report.html")
         parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
+        parser.link_arguments("data.multilabel", "model.multilabel", apply_on="instantiate")
         parser.link_arguments("data.flip", "model.mirror")
         if self.root:
             parser.set_defaults({"data.root": str(self.root)})

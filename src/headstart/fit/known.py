@@ -21,6 +21,8 @@ def add_known(cli: TrainCLI) -> None:
     data, module, path = cli.datamodule, cli.model, cli.best.best_model_path
     if not path or not cli.trainer.is_global_zero or not data.store.cache or not data.items_in("val"):
         return
+    if data.multilabel:  # there are no means of classes
+        return
     if module.backbone.num_features > WIDEST:
         say(f"known: is left out, since more than {WIDEST:,} features are too many for its matrix")
         return

@@ -5,11 +5,9 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from headstart.data.module import ImageData
 from headstart.fit.cli import TrainCLI
-from headstart.model.calibration import fit_temperature
 from headstart.model.classifier import TransferClassifier
 from headstart.model.heads import linear_head
 from headstart.model.sealed import SealedCheckpointIO
@@ -47,7 +45,7 @@ def meet_rival(cli: TrainCLI) -> None:
 
 
 def has_rival(module: TransferClassifier, data: ImageData, trainer: Any) -> bool:
-    """Whether the head is linear and learns from the cached features of all images, by cross entropy."""
+    """Whether the head is linear and learns from the cached features of all images, by the usual loss."""
     plain = type(module.head) is nn.Linear and type(module).configure_loss is TransferClassifier.configure_loss
     whole = trainer.limit_train_batches == trainer.limit_val_batches == 1.0 and not trainer.overfit_batches
     return plain and whole and data.store.cache and not module.finetuned
@@ -67,7 +65,7 @@ def _better(
     module.load_state_dict(best["state_dict"], strict=False)
     val = data.labelled("val")
     both = [logits_of(head, val) for head in (module.head, exact.head)]
-    trained, found = (logits / fit_temperature(logits, val.labels) for logits in both)
+    trained, found = (module.task.recalibrated(logits, val.labels) for logits in both)
     return (l2, exact.head.cpu().state_dict()) if is_kept(module, trained, found, val.labels) else None
 
 
@@ -80,7 +78,7 @@ def is_kept(module: TransferClassifier, trained: Tensor, exact: Tensor, labels: 
     """
     if module.hparams["best_by"] != "val/loss":
         return validation_rank(module, exact, labels) < validation_rank(module, trained, labels)
-    losses, theirs = (functional.cross_entropy(logits, labels, reduction="none") for logits in (trained, exact))
+    losses, theirs = (module.task.losses(logits, labels) for logits in (trained, exact))
     gain = losses - theirs
     return float(gain.mean()) > -float(gain.std(correction=0)) / math.sqrt(len(gain))
 
@@ -88,14 +86,13 @@ def is_kept(module: TransferClassifier, trained: Tensor, exact: Tensor, labels: 
 def exact_rival(module: TransferClassifier, data: ImageData, passes: int = UNLIMITED) -> tuple[float, TrainedHead]:
     """The L2 penalty and the exact optimum that validate best; raises as ``best_exact``."""
     train, val = data.labelled("train"), data.labelled("val")
-    weights = None if module.loss_weights is None else module.loss_weights.cpu()[train.labels]
     rank = partial(validation_rank, module)
-    return best_exact(train, val, len(data.class_names), weights, rank, TOLERANCE, passes)
+    return best_exact(train, val, len(data.class_names), module.loss_weights, rank, TOLERANCE, passes)
 
 
 def validation_rank(module: TransferClassifier, logits: Tensor, labels: Tensor) -> tuple[float, float]:
-    """The place of a head among others by ``best_by``, from logits [N, C] and labels [N]: the lowest is the best."""
+    """The place of a head among others by ``best_by``, from logits [N, C] and labels: the lowest is the best."""
     name, loss = module.hparams["best_by"], by_loss(logits, labels)
     if name == "val/loss":
         return loss
-    return -float(module.configure_metrics("val/")(logits.softmax(dim=1), labels)[name]), loss[1]
+    return -float(module.configure_metrics("val/")(module.task.activation(logits), labels)[name]), loss[1]

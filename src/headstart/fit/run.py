@@ -13,6 +13,7 @@ from headstart.fit.known import add_known
 from headstart.fit.rival import meet_rival
 from headstart.model.metrics import defined
 from headstart.report.domains import domain_scores, say_domains
+from headstart.report.multilabel import label_scores, say_labels
 from headstart.runs.history import REPORT
 from headstart.runs.logger import RunLogger
 from headstart.terminal import Seconds, say, say_scores
@@ -85,13 +86,14 @@ def report(cli: TrainCLI, scores: Mapping[str, float], seconds: Seconds) -> None
 
 def finish(cli: TrainCLI, scores: Mapping[str, Any], seconds: Seconds) -> dict[str, Any]:
     """Writes the result, prints the scores and the run's folder; returns the content of ``result.json``."""
-    found = dict(scores) | domain_scores(cli.collector.evaluation)
+    found = dict(scores) | domain_scores(cli.collector.evaluation) | label_scores(cli.collector.evaluation)
     result = cli.run_folder.finish(cli.trainer, found, seconds.with_total())
     images, seen = result["images"]["train"], result["images_per_epoch"]
     if seen < images - cli.trainer.world_size:
         say(f"fit: an epoch saw {seen} of {images} training images")
     say_scores(result, f"the {cli.chosen.filename} checkpoint's scores")
     say_domains(result)
+    say_labels(result)
     if "head" in result:
         say(f"head:     {result['head']}")
     if folder := cli.run_folder.folder:

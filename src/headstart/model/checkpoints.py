@@ -10,7 +10,6 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics.functional.classification import multiclass_calibration_error
 from typing_extensions import Self
 
 from headstart import __version__
@@ -18,11 +17,10 @@ from headstart.decoding import Picture, as_rgb
 from headstart.errors import UserError
 from headstart.images import preprocess
 from headstart.model.backbone import FrozenBackbone, check_frozen, combined, tensor_digests
-from headstart.model.calibration import fit_temperature
 from headstart.model.known import Known
 from headstart.model.metrics import defined
 from headstart.model.sealed import read_sealed
-from headstart.model.sets import set_scores, true_probabilities
+from headstart.model.task import Task
 from headstart.ranges import arguments_of, plain
 from headstart.terminal import listing, say
 
@@ -37,7 +35,7 @@ class HeadModule(LightningModule):
     class_names: list[str]
     backbone: FrozenBackbone
     head: nn.Module
-    temperature: float  # divides the logits, for calibrated probabilities
+    task: Task  # one label per image or several, with what validation fits
     arithmetic: str | None = None  # of the features that the head was trained on; None: unknown, or without a cache
     learning: Sequence[str] = ()  # backbone tensors that may change in a fit
 
@@ -48,7 +46,6 @@ class HeadModule(LightningModule):
         self.weights_digest = combined(self.digests)  # of the original weights, before any fine-tuning
         self.trained_on: list[str] = []  # sha256 of each image, unless in the run's folder
         self.finetuned: list[str] = []  # tensors that differ from the original weights
-        self.true_probabilities = torch.empty(0)  # of the validation images' classes, ascending; for sets
         self.known_content: dict[str, Tensor] | None = None  # set by loading a checkpoint that has it
         self.origin = ""  # what made the head, if not an epoch
 
@@ -62,23 +59,14 @@ class HeadModule(LightningModule):
         """Maps features to how familiar they are, in float64, as fitted when the training ended; None: it was not."""
         return Known(**self.known_content).double() if self.known_content else None
 
-    def calibrate(self, logits: Tensor, labels: Tensor) -> None:
-        """Fits what later checkpoints hold to validation logits [N, C] and labels [N]: temperature, scores of sets."""
-        self.temperature = fit_temperature(logits, labels)
-        self.true_probabilities = true_probabilities((logits / self.temperature).softmax(dim=1), labels)
-
-    def calibrated_scores(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
-        """Scores of calibrated probabilities and of sets of classes, from test logits [N, C] and labels [N]."""
-        probabilities = (logits / self.temperature).softmax(dim=1)
-        error = multiclass_calibration_error(probabilities, labels, num_classes=len(self.class_names), n_bins=15)
-        scores = {"test/calibration_error_scaled": float(error)}
-        return scores | set_scores(self.true_probabilities, probabilities, labels)
-
     def setup(self, stage: str) -> None:
         """Refuses data with other classes."""
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", self.class_names)
         if list(names) != self.class_names:
             raise UserError(f"class_names: {listing(self.class_names)} (model), {listing(list(names))} (data)")
+        several = self.hparams.get("multilabel", False)
+        if getattr(getattr(self.trainer, "datamodule", None), "multilabel", several) != several:
+            raise UserError("multilabel: differs between model and data; give the model multilabel=data.multilabel")
 
     def on_fit_start(self) -> None:
         check_frozen(self.backbone.digests(), self.digests, but=self.learning)
@@ -112,13 +100,12 @@ class HeadModule(LightningModule):
             "backbone": self.backbone.name,
             "weights": self.backbone.weights,
             "digest": self.weights_digest,
-            "temperature": self.temperature,
-            "true_probabilities": self.true_probabilities if scores else torch.empty(0),  # else an earlier head's
             "head": self.origin or f"epoch {self.current_epoch}",
             "scores": defined(scores),
             "trained_on": self.trained_on,
             "arithmetic": self.arithmetic,
             "preprocessing": plain(asdict(self.backbone.preprocessing)),
+            **self.task.state(bool(scores)),
         }
 
     def on_train_start(self) -> None:
@@ -149,10 +136,14 @@ class HeadModule(LightningModule):
                 f"checkpoint: has {len(theirs)} classes ({listing(theirs, own_names)}), but the data has "
                 f"{len(own_names)} ({listing(own_names, theirs)})"
             )
+        several, own = (values.get("multilabel", False) for values in (checkpoint["hyper_parameters"], self.hparams))
+        if several != own:
+            kinds = {False: "one label per image", True: "several labels per image"}
+            raise UserError(f"checkpoint: is of a head for {kinds[several]}, but the data has {kinds[own]}")
         learnt = {f"backbone.{name}" for name in tuned}
         found = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items() if name not in learnt}
-        if found != (own := {f"head.{name}": tuple(value.shape) for name, value in self.head.state_dict().items()}):
-            raise UserError(f"checkpoint: its head has parameters {found}, but this one has {own}")
+        if found != (now := {f"head.{name}": tuple(value.shape) for name, value in self.head.state_dict().items()}):
+            raise UserError(f"checkpoint: its head has parameters {found}, but this one has {now}")
         if made["digest"] == FIRST_EDITION and self.backbone.weights == "bundled":
             raise UserError(
                 "checkpoint: its head belongs to the first edition of the bundled weights, since replaced; "
@@ -165,8 +156,8 @@ class HeadModule(LightningModule):
                 f"({self.weights_digest[:12]}); use the weights it was trained on"
             )
         self.take_bits(checkpoint)
-        self.temperature, self.arithmetic = float(made["temperature"]), made.get("arithmetic")
-        self.true_probabilities = made.get("true_probabilities", torch.empty(0))  # older checkpoints have none
+        self.task.take(made)
+        self.arithmetic = made.get("arithmetic")
         self.known_content = made.get("known")
         self.finetuned = sorted({*self.finetuned, *tuned})
 
@@ -221,7 +212,7 @@ class HeadModule(LightningModule):
         pixels = torch.stack([preprocess(as_rgb(image, preprocessing), preprocessing) for image in images])
         self.eval()
         logits: Tensor = self(pixels.to(self.device))
-        return (logits / self.temperature).softmax(dim=1).cpu()
+        return self.task.probabilities(logits).cpu()
 
 
 def finetuned_in(checkpoint: Mapping[str, Any]) -> list[str]:

@@ -8,9 +8,7 @@ from typing import Any, Literal
 import torch
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.nn import functional
-from torchmetrics import MeanMetric, Metric, MetricCollection
-from torchmetrics import classification as metrics
+from torchmetrics import MeanMetric, MetricCollection
 
 from headstart.errors import UserError
 from headstart.images import Fit
@@ -18,9 +16,10 @@ from headstart.model.backbone import FrozenBackbone, Layers
 from headstart.model.calibration import Logits
 from headstart.model.checkpoints import HeadModule
 from headstart.model.heads import check_classes, class_weights, make_head
-from headstart.model.metrics import MeanAUROC, MeanF1, MeanRecall
+from headstart.model.multilabel import MultiLabel
 from headstart.model.schedule import warmup_cosine
-from headstart.ranges import Fraction, ImageSize, NonNegative, Rate, check_arguments, plain
+from headstart.model.task import SingleLabel, Task
+from headstart.ranges import Fraction, ImageSize, NonNegative, Rate, Share, check_arguments, plain
 
 Batch = tuple[Tensor, Tensor]
 
@@ -45,6 +44,8 @@ class TransferClassifier(HeadModule):
         class_weights: weights of classes: none, balanced (inverse to the class frequency), or by name: {rare: 5}.
         warmup: fraction of the steps in which the learning rate warms up, before cosine decay.
         best_by: validation score that chooses the best head; all but the loss move in steps if images are few.
+        multilabel: whether an image may have several labels, or none.
+        min_precision: precision that the thresholds of several labels aim at; None: they maximise F1.
 
     Raises:
         UserError: an argument is invalid, or as for ``FrozenBackbone``.
@@ -65,7 +66,9 @@ class TransferClassifier(HeadModule):
         label_smoothing: Fraction = 0.1,
         class_weights: Literal["none", "balanced"] | dict[str, Rate] = "none",
         warmup: Fraction = 0.04,
-        best_by: Literal["val/loss", "val/balanced_acc", "val/f1"] = "val/loss",
+        best_by: Literal["val/loss", "val/balanced_acc", "val/f1", "val/map"] = "val/loss",
+        multilabel: bool = False,
+        min_precision: Share | None = None,
     ) -> None:
         super().__init__()
         check_arguments(TransferClassifier, vars())
@@ -74,10 +77,15 @@ class TransferClassifier(HeadModule):
         self.hparams.update(plain(dict(self.hparams)) | {"weights": self.backbone.weights})
         self.class_names = list(class_names)
         check_classes(class_names, class_weights)
+        self.task: Task = MultiLabel(len(class_names), min_precision) if multilabel else SingleLabel(len(class_names))
+        if best_by not in self.task.best_by:
+            raise UserError(f"--model.best_by={best_by}: choose from {', '.join(self.task.best_by)} for these labels")
+        if min_precision is not None and not multilabel:
+            raise UserError("--model.min_precision: is for images with several labels; leave it out")
         self.head = self.configure_head()
         self.val_metrics, self.test_metrics = self.configure_metrics("val/"), self.configure_metrics("test/")
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
-        self.logits, self.temperature = Logits(), 1.0
+        self.logits = Logits()
         self.loss_weights: Tensor | None = None
         self.example_input_array = torch.zeros(1, 3, *[self.backbone.preprocessing.crop_size] * 2, dtype=torch.uint8)
         self.remember_backbone()
@@ -87,21 +95,12 @@ class TransferClassifier(HeadModule):
         return make_head(self.hparams["head"], self.backbone.num_features, len(self.class_names))
 
     def configure_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """Returns the training loss: logits [B, num_classes], labels [B] -> []."""
-        smoothing = self.hparams["label_smoothing"]
-        return partial(functional.cross_entropy, weight=self.loss_weights, label_smoothing=smoothing)
+        """Returns the training loss: logits [B, num_classes], labels [B] (or [B, num_classes] of 0 and 1) -> []."""
+        return self.task.training_loss(self.hparams["label_smoothing"], self.loss_weights)
 
     def configure_metrics(self, prefix: str) -> MetricCollection:
         """Returns the metrics of probabilities [B, num_classes] and labels [B]; all are logged and in the result."""
-        classes = len(self.class_names)
-        scores: dict[str, Metric | MetricCollection] = {
-            "acc": metrics.MulticlassAccuracy(classes, average="micro"),
-            "balanced_acc": MeanRecall(classes),
-            "f1": MeanF1(classes),
-            "auroc": MeanAUROC(classes),
-            "calibration_error": metrics.MulticlassCalibrationError(classes, n_bins=15),
-        }
-        return MetricCollection(scores, prefix=prefix)
+        return MetricCollection(dict(self.task.metrics()), prefix=prefix)
 
     def configure_optimizers(self) -> Any:
         """Returns AdamW with linear warmup and cosine decay of the learning rate, per step."""
@@ -120,7 +119,8 @@ class TransferClassifier(HeadModule):
     @property
     def logged(self) -> list[str]:
         """The names of the values logged in each epoch, which callbacks can monitor."""
-        return ["train/loss", "train/grad_norm", "val/loss", "val/temperature", *map(str, self.val_metrics)]
+        fitted = [f"val/{name}" for name in self.task.fitted]
+        return ["train/loss", "train/grad_norm", "val/loss", *fitted, *map(str, self.val_metrics)]
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Images [B, 3, H, W] uint8, or cached features [B, D] -> logits [B, num_classes]."""
@@ -135,9 +135,14 @@ class TransferClassifier(HeadModule):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if self.hparams["class_weights"] != "none":
-            counts = self.trainer.datamodule.counts("train").to(self.device)  # type: ignore[attr-defined]
-            self.loss_weights = class_weights(self.hparams["class_weights"], self.class_names, counts)
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            self.weigh_classes(data.counts("train"), len(data.items_in("train")))
         self.loss = self.configure_loss()
+
+    def weigh_classes(self, counts: Tensor, images: int) -> None:
+        """Sets the class weights of the loss, from the training images per class [num_classes] and their total."""
+        balanced = self.task.balanced(counts.to(self.device), images)
+        self.loss_weights = class_weights(self.hparams["class_weights"], self.class_names, balanced)
 
     def training_step(self, batch: Batch) -> Tensor:
         loss = self.loss(self(batch[0]), batch[1])
@@ -151,17 +156,18 @@ class TransferClassifier(HeadModule):
         return self._evaluate(batch, "val", self.val_metrics, self.val_loss)
 
     def on_validation_epoch_end(self) -> None:
-        """Fits the temperature and what sets of classes need, which later checkpoints contain."""
-        self.calibrate(*self.logits.compute())
+        """Fits the calibration and the decision, which later checkpoints contain."""
+        logits, labels = self.logits.compute()
+        self.task.calibrate(logits, labels)
+        self.log_dict(self.task.scores("val", logits, labels), logger=self._logger_of_curves())
         self.logits.reset()
-        self.log("val/temperature", self.temperature, logger=self._logger_of_curves())
 
     def test_step(self, batch: Batch) -> dict[str, Tensor]:
         return self._evaluate(batch, "test", self.test_metrics, self.test_loss)
 
     def on_test_epoch_end(self) -> None:
-        """Logs the scores of calibrated probabilities and of sets of classes."""
-        self.log_dict(self.calibrated_scores(*self.logits.compute()))
+        """Logs the scores of calibrated probabilities and of decisions."""
+        self.log_dict(self.task.scores("test", *self.logits.compute()))
         self.logits.reset()
 
     def _evaluate(self, batch: Batch, split: str, scores: MetricCollection, loss: MeanMetric) -> dict[str, Tensor]:
@@ -169,8 +175,8 @@ class TransferClassifier(HeadModule):
         features = self.features(batch[0])
         logits = self.head(features).float()
         self.logits.update(logits, batch[1])
-        loss.update(functional.cross_entropy(logits, batch[1], reduction="none"))
-        scores.update(logits.softmax(dim=1), batch[1])
+        loss.update(self.task.losses(logits, batch[1]))
+        scores.update(self.task.activation(logits), batch[1])
         self.log(f"{split}/loss", loss, on_epoch=True, logger=self._logger_of_curves())
         self.log_dict(scores, on_epoch=True, logger=self._logger_of_curves())
         return {"features": features, "logits": logits}

@@ -90,13 +90,11 @@ def as_linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     return head
 
 
-def class_weights(given: str | Mapping[str, float], names: Sequence[str], counts: Tensor) -> Tensor | None:
-    """The weight of each class in a loss, [num_classes]: balanced by the ``counts`` of images, or by name, else 1."""
-    if given == "none":
-        return None
+def class_weights(given: str | Mapping[str, float], names: Sequence[str], balanced: Tensor) -> Tensor | None:
+    """The weight of each class in a loss, [num_classes]: those that are ``balanced``, or by name, else 1."""
     if isinstance(given, str):
-        return counts.sum() / (len(counts) * counts.clamp(min=1))
-    return torch.tensor([given.get(name, 1.0) for name in names], device=counts.device)
+        return None if given == "none" else balanced
+    return torch.tensor([given.get(name, 1.0) for name in names], device=balanced.device)
 
 
 def check_classes(names: Sequence[str], weights: str | Mapping[str, float]) -> None:

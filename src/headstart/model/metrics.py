@@ -1,4 +1,4 @@
-"""Metrics averaged over the classes present in a split."""
+"""Metrics averaged over the classes or labels present in a split."""
 
 import math
 from collections.abc import Mapping
@@ -6,8 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.classification import MulticlassAUROC, MulticlassF1Score, MulticlassRecall, MulticlassStatScores
-from torchmetrics.functional.classification import binary_auroc
+from torchmetrics.classification import (
+    MulticlassAUROC,
+    MulticlassF1Score,
+    MulticlassRecall,
+    MulticlassStatScores,
+    MultilabelAUROC,
+    MultilabelAveragePrecision,
+)
+from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 from torchmetrics.utilities import dim_zero_cat
 
 from headstart.terminal import say_once
@@ -56,6 +63,50 @@ class MeanAUROC(MulticlassAUROC):
         # One class at a time: all together take four times the memory of the probabilities.
         areas = [binary_auroc(probabilities[:, label], labels == label, validate_args=False) for label in present]
         return torch.stack(areas).mean()
+
+
+class MeanAveragePrecision(MultilabelAveragePrecision):
+    """Mean of the average precision over the labels with positives; NaN if there are none."""
+
+    def __init__(self, num_labels: int) -> None:
+        super().__init__(num_labels, average="none", validate_args=False)
+
+    def compute(self) -> Tensor:  # type: ignore[override]  # as in torchmetrics
+        """The mean -> []."""
+        return average_precisions(dim_zero_cat(self.preds), dim_zero_cat(self.target)).nanmean()
+
+
+class MultilabelMeanAUROC(MultilabelAUROC):
+    """Mean of the area under the ROC curve over the labels with positives and negatives; NaN if there are none."""
+
+    def __init__(self, num_labels: int) -> None:
+        super().__init__(num_labels, average="none", validate_args=False)
+
+    def compute(self) -> Tensor:  # type: ignore[override]  # as in torchmetrics
+        """The mean -> []."""
+        return aurocs(dim_zero_cat(self.preds), dim_zero_cat(self.target)).nanmean()
+
+
+def average_precisions(scores: Tensor, labels: Tensor) -> Tensor:
+    """The average precision of each label, from scores and labels [N, C] -> [C]; NaN without positives."""
+    scores, labels = scores.cpu(), labels.long().cpu()
+    columns = zip(scores.T, labels.T, strict=True)
+    found = [binary_average_precision(_ranks(own), truth, validate_args=False) for own, truth in columns]
+    return torch.stack(found).where(labels.sum(dim=0) > 0, math.nan)
+
+
+def aurocs(scores: Tensor, labels: Tensor) -> Tensor:
+    """The area under the ROC curve of each label, from scores and labels [N, C] -> [C]; NaN without both kinds."""
+    scores, labels = scores.cpu(), labels.long().cpu()  # Apple's GPUs have no float64
+    columns, positives = zip(scores.T, labels.T, strict=True), labels.sum(dim=0)
+    found = [binary_auroc(_ranks(own), truth, validate_args=False) for own, truth in columns]
+    return torch.stack(found).where((positives > 0) & (positives < len(labels)), math.nan)
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """The order of scores [N] as numbers in [0, 1], which torchmetrics takes as they are, in float64."""
+    places: Tensor = torch.unique(scores, return_inverse=True)[1]
+    return places.double() / len(scores)
 
 
 def defined(scores: Mapping[str, Any]) -> dict[str, float]:

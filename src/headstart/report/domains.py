@@ -5,16 +5,16 @@ from typing import Any
 
 from rich.table import Table
 
-from headstart.report.evaluation import Evaluation
+from headstart.report.evaluation import Evaluation, Predictions
 from headstart.terminal import one_line, say
 
 
-def domain_scores(evaluation: Evaluation | None) -> dict[str, Any]:
+def domain_scores(evaluation: Predictions | None) -> dict[str, Any]:
     """Scores for ``result.json``: `domains`, with images, acc and auroc of each, and the lowest accuracy; or nothing.
 
     An AUROC that is undefined, since a domain has images of one class only, is None.
     """
-    parts = evaluation.domains if evaluation else {}
+    parts = evaluation.domains if isinstance(evaluation, Evaluation) else {}
     if not evaluation or not parts:
         return {}
     found = {

@@ -1,44 +1,71 @@
 """A head's predictions on a split, from which every figure and the report are made."""
 
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
-from typing import Any, cast
+from typing import cast
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
 
-from headstart.data.loaders import BatchOrder
 from headstart.data.splits import Item, Split
 from headstart.model.metrics import MeanAUROC
 
-# Maximum images in the embedding projector, evenly spread over the split; only their features are kept.
-MAX_PROJECTED = 2000
 CALIBRATION_BINS = 15
 MAX_ORDERED = 300  # classes; the best order of more takes long
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Row:
+    """The prediction for one image."""
+
+    path: str
+    true: str  # name of the true class, or of several
+    predicted: str  # name of the predicted class, or of several
+    confidence: float  # the calibrated probability of the predicted class
+
+
+@dataclass(frozen=True)
+class Predictions(ABC):
     """The N images of a split and the head's logits for them."""
 
     split: Split
     class_names: list[str]  # by label
     items: Sequence[Item]
-    labels: Tensor  # [N]
+    labels: Tensor  # [N]; of several labels, 0 or 1 for each, [N, C]
     logits: Tensor  # [N, C]
-    temperature: float  # divides the logits, for calibrated probabilities
     projected: Tensor  # [M], the positions of at most 2,000 images, evenly spread
     features: Tensor  # [M, D], of those images
+
+    @property
+    @abstractmethod
+    def probabilities(self) -> Tensor:
+        """Calibrated probabilities, [N, C]."""
+
+    @abstractmethod
+    def truth_of(self, label: int) -> Tensor:
+        """Whether each image is of a class, or has a label, [N] bool."""
+
+    @abstractmethod
+    def row(self, position: int) -> Row:
+        """The prediction for the image at a position."""
+
+
+@dataclass(frozen=True)
+class Evaluation(Predictions):
+    """Predictions of one label per image."""
+
+    temperature: float = 1.0  # divides the logits, for calibrated probabilities
 
     @cached_property
     def probabilities(self) -> Tensor:
         """Calibrated probabilities, [N, C]."""
         return (self.logits / self.temperature).softmax(dim=1)
+
+    def truth_of(self, label: int) -> Tensor:
+        return self.labels == label
 
     @cached_property
     def predicted(self) -> Tensor:
@@ -128,8 +155,7 @@ class Evaluation:
         )
         return float(error)
 
-    def row(self, position: int) -> "Row":
-        """The prediction for the image at a position."""
+    def row(self, position: int) -> Row:
         true, predicted = (self.class_names[int(labels[position])] for labels in (self.labels, self.predicted))
         return Row(self.items[position].path, true, predicted, float(self.confidence[position]))
 
@@ -140,91 +166,6 @@ class Evaluation:
         return cast("list[int]", among[order[:count]].tolist())
 
 
-@dataclass(frozen=True)
-class Row:
-    """The prediction for one image."""
-
-    path: str
-    true: str  # name of the true class
-    predicted: str  # name of the predicted class
-    confidence: float  # the calibrated probability of the predicted class
-
-
 def evenly_spaced(size: int, count: int) -> Tensor:
     """``count`` positions among ``size``, evenly spread; all if there are fewer."""
     return torch.linspace(0, size - 1, min(size, count)).round().long() if size else torch.empty(0, dtype=torch.long)
-
-
-class EvaluationCollector(Callback):
-    """Keeps the ``evaluation`` of the last test, or of the last validation outside a fit; on rank zero only."""
-
-    def __init__(self) -> None:
-        self.evaluation: Evaluation | None = None
-        # Per batch of this rank: positions and logits of all images; positions and features of projected ones.
-        self._seen: list[tuple[Tensor, Tensor]] = []
-        self._kept: list[tuple[Tensor, Tensor]] = []
-        self._batches: list[Tensor] = []
-        self._projected = torch.empty(0, dtype=torch.long)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(trainer.test_dataloaders)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._start(trainer.val_dataloaders)
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, _: int = 0
-    ) -> None:
-        self._add(outputs, batch_idx)
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, _: int = 0
-    ) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._add(outputs, batch_idx)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._finish(trainer, pl_module, "test")
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._finish(trainer, pl_module, "val")
-
-    def _start(self, loader: Any) -> None:
-        order = loader.batch_sampler
-        assert isinstance(order, BatchOrder)
-        self._seen, self._kept, self._batches = [], [], order.batches()
-        self._projected = evenly_spaced(order.size, MAX_PROJECTED)
-
-    def _add(self, outputs: dict[str, Tensor], batch: int) -> None:
-        positions = self._batches[batch]
-        self._seen.append((positions, outputs["logits"].cpu()))
-        kept = torch.isin(positions, self._projected)
-        self._kept.append((positions[kept], outputs["features"].cpu()[kept].float()))
-
-    def _finish(self, trainer: Trainer, module: LightningModule, split: Split) -> None:
-        shares = [trainer.strategy.broadcast((self._seen, self._kept), src=rank) for rank in range(trainer.world_size)]
-        if not trainer.is_global_zero:
-            return
-        positions, logits = _in_order(seen for seen, _ in shares)
-        kept, features = _in_order(kept for _, kept in shares)
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        items = data.items_in(split)
-        self.evaluation = Evaluation(
-            split=split,
-            class_names=cast("list[str]", module.class_names),
-            items=[items[position] for position in positions.tolist()],
-            labels=data.labels(split)[positions],
-            logits=logits,
-            temperature=cast(float, module.temperature),
-            projected=torch.searchsorted(positions, kept),
-            features=features,
-        )
-
-
-def _in_order(shares: Iterable[Iterable[tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
-    """The positions and values of all ranks, in the order of the split."""
-    positions, values = (torch.cat(parts) for parts in zip(*chain.from_iterable(shares), strict=True))
-    order = positions.argsort()
-    return positions[order], values[order]

@@ -13,7 +13,7 @@ from torchmetrics.functional.classification import binary_precision_recall_curve
 
 from headstart.report.answered import answered
 from headstart.report.drawing import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PINK, Drawing, Series, chart, ticks
-from headstart.report.evaluation import CALIBRATION_BINS, Evaluation, evenly_spaced
+from headstart.report.evaluation import CALIBRATION_BINS, Evaluation, Predictions, evenly_spaced
 from headstart.terminal import SCORES, one_line
 
 MAX_CELLS_WITH_NUMBERS, MAX_NAMES = 30, 100
@@ -40,7 +40,12 @@ def confusion_figure(evaluation: Evaluation) -> Drawing:
     """The confusion matrix: counts, coloured by their share of the true class; similar classes are neighbours."""
     order = evaluation.by_similarity
     counts, names = evaluation.confusion[order][:, order], [short(evaluation.class_names[label]) for label in order]
-    size, shares = len(names), counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    return matrix_figure(counts, counts.sum(dim=1), names, "rows: true, columns: predicted")
+
+
+def matrix_figure(counts: Tensor, totals: Tensor, names: Sequence[str], about: str) -> Drawing:
+    """Counts [C, C] as a matrix, coloured by their share of their row's total [C]."""
+    size, shares = len(names), counts / totals[:, None].clamp(min=1)
     side, edge = (26, 140) if size <= MAX_CELLS_WITH_NUMBERS else (max(2, min(14, 1200 // size)), 140)
     drawing = Drawing(edge + side * size + 10, edge + side * size + 10)
     few, far = size <= MAX_CELLS_WITH_NUMBERS, edge + side * size
@@ -57,7 +62,7 @@ def confusion_figure(evaluation: Evaluation) -> Drawing:
     for at in range(edge, far + 1, side if few else side * size):
         drawing.line([(edge, at), (far, at)], FAINT)
         drawing.line([(at, edge), (at, far)], FAINT)
-    drawing.text(6, 12, "rows: true, columns: predicted", "start")
+    drawing.text(6, 12, about, "start")
     return drawing
 
 
@@ -92,7 +97,7 @@ def reliability_figure(evaluation: Evaluation) -> Drawing:
     return chart(series, "confidence", "accuracy (line), share of the images (bar)")
 
 
-def roc_figure(evaluation: Evaluation) -> Drawing:
+def roc_figure(evaluation: Predictions) -> Drawing:
     """The receiver operating characteristic of each class against the rest, and their mean."""
     curves = _one_against_rest(evaluation, binary_roc)
     return _curves_figure(evaluation, curves, "false positive rate", "true positive rate")
@@ -108,7 +113,7 @@ def domains_figure(domains: Mapping[str, Evaluation]) -> Drawing:
     return chart(series, "false positive rate", "true positive rate")
 
 
-def precision_recall_figure(evaluation: Evaluation) -> Drawing:
+def precision_recall_figure(evaluation: Predictions) -> Drawing:
     """Precision against recall of each class against the rest, and their mean."""
     curves = _one_against_rest(evaluation, binary_precision_recall_curve)
     # torchmetrics goes from recall 1 to 0.
@@ -120,12 +125,12 @@ def training_figures(scalars: Mapping[str, Sequence[tuple[int, float]]]) -> dict
     """Losses and scores by training step: (step, value) pairs by name, such as train/loss and val/acc."""
     panels = {
         "loss": {"train/loss": "training", "val/loss": "validation"},
-        "score": {f"val/{name}": SCORES[name] for name in ("acc", "balanced_acc", "f1", "auroc")},
+        "score": {f"val/{name}": SCORES[name] for name in ("acc", "balanced_acc", "map", "f1", "auroc")},
     }
     figures = {}
     for value, names in panels.items():
-        colours = zip(names, (BLUE, ORANGE, GREEN, PINK), strict=False)
-        series = [Series(scalars[name], colour, names[name]) for name, colour in colours if scalars.get(name)]
+        colours = zip(filter(scalars.get, names), (BLUE, ORANGE, GREEN, PINK), strict=False)
+        series = [Series(scalars[name], colour, names[name]) for name, colour in colours]
         steps = [step for line in series for step, _ in line.points]
         top = max((y for line in series for _, y in line.points if math.isfinite(y)), default=1.0)
         if steps:
@@ -141,36 +146,33 @@ def learning_figure(images: Sequence[int], accuracies: Sequence[float]) -> Drawi
     return chart([Series(points, BLUE, dots=True)], "training images", "test accuracy", x_ticks=images, log=True)
 
 
-def tiles_figure(
-    evaluation: Evaluation, positions: Sequence[int], thumbnail: Callable[[int], Image.Image]
-) -> Image.Image:
-    """Pictures in rows of six, with their true and predicted classes."""
+def tiles_figure(tiles: Sequence[tuple[int, str, str]], thumbnail: Callable[[int], Image.Image]) -> Image.Image:
+    """Pictures in rows of six, given as positions, with two lines below each."""
     width, height = TILE_SIDE + 12, TILE_SIDE + 40
-    drawing = Drawing(width * TILE_COLUMNS, height * -(-len(positions) // TILE_COLUMNS))
-    corners = [(width * (number % TILE_COLUMNS), height * (number // TILE_COLUMNS)) for number in range(len(positions))]
-    for position, (x, y) in zip(positions, corners, strict=True):
-        row = evaluation.row(position)
-        drawing.text(x, y + TILE_SIDE + 10, f"true: {short(row.true)}", "start")
-        drawing.text(x, y + TILE_SIDE + 26, f"{short(row.predicted)} {row.confidence:.2f}", "start")
+    drawing = Drawing(width * TILE_COLUMNS, height * -(-len(tiles) // TILE_COLUMNS))
+    corners = [(width * (number % TILE_COLUMNS), height * (number // TILE_COLUMNS)) for number in range(len(tiles))]
+    for (_, *lines), (x, y) in zip(tiles, corners, strict=True):
+        for line, below in zip(lines, (10, 26), strict=True):
+            drawing.text(x, y + TILE_SIDE + below, one_line(line), "start")
     image = drawing.image()
-    for position, corner in zip(positions, corners, strict=True):
+    for (position, *_), corner in zip(tiles, corners, strict=True):
         image.paste(thumbnail(position).resize((TILE_SIDE, TILE_SIDE)), corner)
     return image
 
 
-def _one_against_rest(evaluation: Evaluation, curve: Callable[..., Any]) -> dict[int, tuple[Tensor, Tensor]]:
+def _one_against_rest(evaluation: Predictions, curve: Callable[..., Any]) -> dict[int, tuple[Tensor, Tensor]]:
     """The curve's first two coordinates per class, without classes that have no images or all of them."""
-    probabilities, labels = evaluation.probabilities, evaluation.labels
     found = {}
-    for label, count in enumerate(torch.bincount(labels, minlength=len(evaluation.class_names)).tolist()):
-        if 0 < count < len(labels):
-            first, second, _ = curve(probabilities[:, label], (labels == label).long(), validate_args=False)
+    for label, probabilities in enumerate(evaluation.probabilities.T):
+        truth = evaluation.truth_of(label)
+        if 0 < truth.sum() < len(truth):
+            first, second, _ = curve(probabilities, truth.long(), validate_args=False)
             found[label] = (first, second)
     return found
 
 
 def _curves_figure(
-    evaluation: Evaluation, curves: Mapping[int, tuple[Tensor, Tensor]], x_name: str, y_name: str
+    evaluation: Predictions, curves: Mapping[int, tuple[Tensor, Tensor]], x_name: str, y_name: str
 ) -> Drawing:
     areas = {label: float(torch.trapezoid(y, x)) for label, (x, y) in curves.items()}
     even = {label: np.interp(GRID, x, y) for label, (x, y) in curves.items()}

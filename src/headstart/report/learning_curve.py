@@ -51,8 +51,9 @@ class LearningCurve:
 
 
 def learning_curve_of(module: TransferClassifier, data: ImageData) -> LearningCurve | None:
-    """The learning curve of a run's features; None without a cache or validation, or for a fine-tuned backbone."""
-    return None if module.finetuned or not data.store.cache or not data.items_in("val") else learning_curve(data)
+    """The learning curve of a run's features; None without cache or validation, for several labels, if fine-tuned."""
+    usable = data.store.cache and data.items_in("val") and not module.finetuned and not data.multilabel
+    return learning_curve(data) if usable else None
 
 
 def learning_curve(data: ImageData) -> LearningCurve:

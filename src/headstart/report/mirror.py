@@ -42,10 +42,10 @@ class MirrorCheck:
 def mirror_check_of(module: TransferClassifier, data: ImageData) -> MirrorCheck | None:
     """Compares a head's predictions on up to 256 validation images with those on their mirror images.
 
-    The mirrored features are cached as a view. Returns None without a cache or a validation split.
+    The mirrored features are cached as a view. Returns None without a cache or validation, and for several labels.
     """
     items = data.items_in("val")
-    if not data.store.cache or not items:
+    if not data.store.cache or not items or data.multilabel:
         return None
     chosen = evenly_spaced(len(items), MAX_IMAGES)
     mirrored = data.store.matrix([items[place] for place in chosen.tolist()], Views("mirrored"), 1).whole()

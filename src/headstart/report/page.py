@@ -19,10 +19,11 @@ from headstart.files import csv_bytes, write_atomically
 from headstart.model.classifier import TransferClassifier
 from headstart.report.answered import WANTED, answered
 from headstart.report.drawing import BOTTOM, LEFT, RIGHT, TOP
-from headstart.report.evaluation import Evaluation
+from headstart.report.evaluation import Evaluation, Predictions
 from headstart.report.figures import TILES, evaluation_figures, learning_figure, short, training_figures
 from headstart.report.learning_curve import LearningCurve
 from headstart.report.mirror import MirrorCheck
+from headstart.report.multilabel import MultilabelEvaluation, multilabel_figures, tile_lines
 from headstart.report.tensorboard import log_evaluation, thumbnails
 from headstart.report.verdict import Verdict
 from headstart.runs.folder import command_line, versions
@@ -41,6 +42,7 @@ TITLES = {
     "reliability": "Reliability: accuracy by confidence",
     "roc": "Receiver operating characteristic",
     "precision_recall": "Precision and recall",
+    "together": "Images with both labels",
     "roc_by_domain": "Receiver operating characteristic by domain, mean of the classes",
 }
 Thumbnail = Callable[[int], Image.Image]
@@ -48,7 +50,7 @@ Thumbnail = Callable[[int], Image.Image]
 
 def write_report(
     folder: Path,
-    evaluation: Evaluation,
+    evaluation: Predictions,
     data: ImageData,
     module: TransferClassifier,
     scores: Mapping[str, float],
@@ -63,35 +65,36 @@ def write_report(
 
     Without a logger TensorBoard is skipped. ``changed`` are the settings that differ from the defaults.
     """
-    figures, thumbnail = evaluation_figures(evaluation), thumbnails(data.store, evaluation.items)
-    sure_enough = answered(evaluation)
+    thumbnail = thumbnails(data.store, evaluation.items)
+    if isinstance(evaluation, MultilabelEvaluation):
+        figures, template = multilabel_figures(evaluation), "report/multilabel.html.jinja"
+        own = _labels(evaluation, data, thumbnail)
+    else:
+        assert isinstance(evaluation, Evaluation)
+        figures, template = evaluation_figures(evaluation), "report/page.html.jinja"
+        own = _sureness(evaluation) | _classes(evaluation, data) | _pictures(evaluation, thumbnail)
     if logger:
         log_evaluation(logger.experiment, evaluation, figures, thumbnail, data, module)
         logger.experiment.flush()
         figures = training_figures(read_scalars(folder)) | figures
     page = rendered(
-        "report/page.html.jinja",
+        template,
         title=f"{folder.parent.name}, {folder.name}",
         verdict=verdict,
         command=command_line(),
         changed=changed,
         scores=score_rows(scores),
         evaluation=evaluation,
-        errors=(evaluation.calibration_error(1.0), evaluation.calibration_error(evaluation.temperature)),
         skipped=list(data.store.skipped.items())[:MAX_SKIPPED_SHOWN],
         total_skipped=len(data.store.skipped),
         leaks=leaks,
         figures=figures,
         titles=TITLES,
-        axes=(LEFT, RIGHT, TOP, BOTTOM),
-        thresholds=_thresholds(evaluation),
-        wanted=[(accuracy, sure_enough.at(accuracy)) for accuracy in WANTED],
         curve=curve,
         mirror=mirror,
         curve_figure=learning_figure(curve.images, curve.accuracies) if curve else None,
         versions=versions(),
-        **_classes(evaluation, data),
-        **_pictures(evaluation, thumbnail),
+        **own,
     )
     write_atomically(folder / REPORT, page)
     return folder / REPORT
@@ -123,6 +126,36 @@ def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(folder), size_guidance={SCALARS: 0})
     events.Reload()
     return {name: [(point.step, point.value) for point in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def _sureness(evaluation: Evaluation) -> dict[str, Any]:
+    """Calibration, and accuracy by the share of the images that are answered."""
+    sure_enough = answered(evaluation)
+    return {
+        "errors": (evaluation.calibration_error(1.0), evaluation.calibration_error(evaluation.temperature)),
+        "axes": (LEFT, RIGHT, TOP, BOTTOM),
+        "thresholds": _thresholds(evaluation),
+        "wanted": [(accuracy, sure_enough.at(accuracy)) for accuracy in WANTED],
+    }
+
+
+def _labels(evaluation: MultilabelEvaluation, data: ImageData, thumbnail: Thumbnail) -> dict[str, Any]:
+    """The table of the labels, the worst first, and the galleries of what is missed and of false alarms."""
+    scores, common = evaluation.by_label, common_folder([item.path for item in evaluation.items])
+    counts = {split: data.counts(split) for split in SPLITS if data.items_in(split)}
+    shown, rows = ("ap", "auroc", "f1", "precision", "recall", "threshold"), []
+    for label in scores["ap"].nan_to_num(2.0).argsort(stable=True).tolist():
+        values = (float(scores[score][label]) for score in shown)
+        images = [int(of_split[label]) for of_split in counts.values()]
+        rows.append((evaluation.class_names[label], [*images, *("–" if v != v else f"{v:.3f}" for v in values)]))
+
+    def tile(position: int, label: int) -> dict[str, Any]:
+        path = evaluation.items[position].path.removeprefix(common)
+        return {"picture": jpeg(thumbnail(position)), "lines": tile_lines(evaluation, position, label), "path": path}
+
+    misses, alarms = ([tile(*pair) for pair in evaluation.worst(missed, TILES)] for missed in (True, False))
+    columns = [*counts, "average precision", "AUROC", "F1", "precision", "recall", "threshold"]
+    return {"columns": columns, "labels": rows, "misses": misses, "alarms": alarms, "common": common}
 
 
 def _thresholds(evaluation: Evaluation) -> list[tuple[int, int]]:
@@ -202,8 +235,13 @@ def _by_interest(evaluation: Evaluation, top: Sequence[tuple[int, int]]) -> list
     return [position for *_, position in sorted(found, key=lambda key: key[:3])[:MAX_PICTURES]]
 
 
-def predictions_csv(evaluation: Evaluation) -> bytes:
-    """A row per image: path, true class, predicted class and its probability."""
+def predictions_csv(evaluation: Predictions) -> bytes:
+    """A row per image: path, true class or classes, predicted ones, and the probability; of several labels, of each."""
+    if isinstance(evaluation, MultilabelEvaluation):
+        numbers = [[f"{value:.6f}" for value in row] for row in evaluation.probabilities.tolist()]
+        found = (evaluation.row(position) for position in range(len(evaluation.items)))
+        labelled = ([row.path, row.true, row.predicted, *own] for row, own in zip(found, numbers, strict=True))
+        return csv_bytes([["path", "class", "prediction", *evaluation.class_names], *labelled])
     rows = (evaluation.row(position) for position in range(len(evaluation.items)))
     lines = ([row.path, row.true, row.predicted, f"{row.confidence:.6f}"] for row in rows)
     return csv_bytes([["path", "class", "prediction", "probability"], *lines])

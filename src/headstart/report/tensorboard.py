@@ -19,8 +19,9 @@ from headstart.data.store import FeatureStore
 from headstart.errors import UserError
 from headstart.model.classifier import TransferClassifier
 from headstart.report.drawing import Drawing
-from headstart.report.evaluation import Evaluation
-from headstart.report.figures import TILES, confusion_figure, tiles_figure
+from headstart.report.evaluation import Evaluation, Predictions
+from headstart.report.figures import TILES, confusion_figure, short, tiles_figure
+from headstart.report.multilabel import MultilabelEvaluation, multilabel_tiles
 from headstart.terminal import one_line
 
 SPRITE_SIDE, FRAME, THUMBNAIL_SIDE = 32, 2, 160
@@ -43,23 +44,39 @@ def thumbnails(store: FeatureStore, items: Sequence[Item]) -> Callable[[int], Im
     return thumbnail
 
 
+def pictures_of(
+    evaluation: Predictions, figures: Mapping[str, Drawing], thumbnail: Callable[[int], Image.Image]
+) -> dict[str, "np.ndarray[Any, np.dtype[np.uint8]]"]:
+    """The figures and the tiles of an evaluation as pixels, [H, W, 3] by name."""
+    shown = {name: figure.pixels() for name, figure in figures.items()}
+    if isinstance(evaluation, MultilabelEvaluation):
+        return shown | multilabel_tiles(evaluation, thumbnail)
+    assert isinstance(evaluation, Evaluation)
+    shown["confusion_matrix"] = confusion_figure(evaluation).pixels()
+    for name, right in (("worst_mistakes", False), ("surest_right", True)):
+        if positions := evaluation.surest(right, TILES):
+            rows = [(position, evaluation.row(position)) for position in positions]
+            tiles = [
+                (position, f"true: {short(row.true)}", f"{short(row.predicted)} {row.confidence:.2f}")
+                for position, row in rows
+            ]
+            shown[name] = np.asarray(tiles_figure(tiles, thumbnail))
+    return shown
+
+
 def log_evaluation(
     experiment: Any,
-    evaluation: Evaluation,
+    evaluation: Predictions,
     figures: Mapping[str, Drawing],
     thumbnail: Callable[[int], Image.Image],
     data: ImageData,
     module: TransferClassifier,
 ) -> None:
     """Logs the figures, the tiles, the projector, the graph and the tables to TensorBoard."""
-    split, shown = evaluation.split, {name: figure.pixels() for name, figure in figures.items()}
-    shown["confusion_matrix"] = confusion_figure(evaluation).pixels()
-    for name, right in (("worst_mistakes", False), ("surest_right", True)):
-        if positions := evaluation.surest(right, TILES):
-            shown[name] = np.asarray(tiles_figure(evaluation, positions, thumbnail))
-    for name, pixels in shown.items():
+    split = evaluation.split
+    for name, pixels in pictures_of(evaluation, figures, thumbnail).items():
         experiment.add_image(f"{split}/{name}", pixels, dataformats="HWC")
-    if len(evaluation.class_names) <= MAX_CLASSES_IN_TEXT:
+    if isinstance(evaluation, Evaluation) and len(evaluation.class_names) <= MAX_CLASSES_IN_TEXT:
         experiment.add_text(f"{split}/confusion_counts", confusion_table(evaluation))
     _project(experiment, evaluation, thumbnail, data.num_workers)
     with warnings.catch_warnings():
@@ -81,13 +98,13 @@ def confusion_table(evaluation: Evaluation) -> str:
 
 
 def _project(
-    experiment: Any, evaluation: Evaluation, thumbnail: Callable[[int], Image.Image], num_workers: int
+    experiment: Any, evaluation: Predictions, thumbnail: Callable[[int], Image.Image], num_workers: int
 ) -> None:
     """The embedding projector: features with class, prediction and picture, framed in the class's colour."""
     classes = len(evaluation.class_names)
 
     def sprite(position: int) -> torch.Tensor:
-        hue = int(evaluation.labels[position]) / classes
+        hue = sum(evaluation.items[position].labels[:1]) / classes
         small = thumbnail(position).resize((SPRITE_SIDE - 2 * FRAME,) * 2)
         framed = ImageOps.expand(small, FRAME, tuple(round(255 * part) for part in hsv_to_rgb(hue, 0.9, 0.9)))
         drawn: torch.Tensor = functional.to_dtype(functional.pil_to_tensor(framed), torch.float32, scale=True)

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from headstart.model.classifier import TransferClassifier
-from headstart.report.evaluation import Evaluation
+from headstart.report.evaluation import Evaluation, Predictions
 from headstart.report.learning_curve import LearningCurve
+from headstart.report.multilabel import MultilabelEvaluation
 from headstart.search.intervals import wilson
 from headstart.terminal import program, say
 
@@ -21,18 +22,22 @@ class Verdict:
     usual: str  # what one answer for all would reach
     confused: str
     advice: str  # the next step
+    weak: str = "confused"  # what ``confused`` lists
 
     def say(self) -> None:
         """Prints it."""
         say(f"verdict:  {self.accuracy}; {self.usual}")
-        say(f"confused: {self.confused}")
+        say(f"{self.weak + ':':9} {self.confused}")
         say(f"advice:   {self.advice}")
 
 
 def verdict_of(
-    evaluation: Evaluation, curve: LearningCurve | None, module: TransferClassifier, data: str, checkpoint: str
+    evaluation: Predictions, curve: LearningCurve | None, module: TransferClassifier, data: str, checkpoint: str
 ) -> Verdict:
     """The verdict; ``data`` are the options that select the images, for the command of the next step."""
+    if isinstance(evaluation, MultilabelEvaluation):
+        return _multilabel(evaluation, module, data, checkpoint)
+    assert isinstance(evaluation, Evaluation)
     images, right = len(evaluation.items), int(evaluation.right.sum())
     low, high = wilson(right, images)
     counts = evaluation.confusion.sum(dim=1)
@@ -66,4 +71,30 @@ def verdict_of(
         f"always answering {evaluation.class_names[largest]} would be right for {100 * share:.1f} %",
         ", ".join(pairs) or "nothing",
         next(step for fits, step in steps if fits),
+    )
+
+
+def _multilabel(evaluation: MultilabelEvaluation, module: TransferClassifier, data: str, checkpoint: str) -> Verdict:
+    """The verdict on several labels per image."""
+    images, precisions = len(evaluation.items), evaluation.by_label["ap"]
+    present = (~precisions.isnan()).nonzero()[:, 0].tolist()
+    rate = float(evaluation.truth[:, present].float().mean())
+    exact = float((evaluation.predicted == evaluation.truth).all(dim=1).float().mean())
+    worst = sorted(present, key=lambda label: float(precisions[label]))[:SHOWN]
+    others = f"other features: {program('tune')} {data} --backbones=resnet18,efficientnet_b0"
+    steps = [
+        (
+            module.backbone.weights == "bundled",
+            f"other features: {program('train')} {data} --model.weights=imagenet (better for photographs)",
+        ),
+        (not module.finetuned, f"fine-tune: {program('finetune')} --ckpt_path={checkpoint}"),  # wing: finetune
+        (True, others),
+    ]
+    return Verdict(
+        f"mean average precision {float(precisions.nanmean()):.3f} on {images} images, all labels right for "
+        f"{100 * exact:.1f} %",
+        f"a random order would reach {rate:.3f}",
+        ", ".join(f"{evaluation.class_names[label]} ({float(precisions[label]):.3f})" for label in worst),
+        next(step for fits, step in steps if fits),
+        "weakest",
     )

@@ -8,7 +8,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from headstart.errors import UserError
 
-COMPARED = ("val/acc", "val/loss", "test/acc")
+COMPARED = ("val/acc", "val/map", "val/loss", "test/acc", "test/map")
 
 
 class RunLogger(TensorBoardLogger):

@@ -18,8 +18,9 @@ from headstart.features.arithmetic import BATCH, Arithmetic
 from headstart.features.int8 import network_of
 from headstart.files import csv_bytes, write_atomically
 from headstart.model.backbone import FrozenBackbone
+from headstart.model.multilabel import task_of
 from headstart.search.bank import HeadSettings, TrainedHead
-from headstart.search.exact import predicted
+from headstart.search.exact import logits_of
 from headstart.search.intervals import mean_and_half_width
 from headstart.terminal import Seconds, one_line, say
 
@@ -48,7 +49,8 @@ class Trial:
     backbone: str
     weights: str
     heads: Heads
-    right: dict[Split, Tensor]  # whether the best head is right, per image, [N] in [0, 1]
+    right: dict[Split, Tensor]  # how right the best head is, per image, [N] in [0, 1]
+    scored: str  # what that is called, such as acc
     parameters: float  # of the backbone, in millions
     width: int  # of the features
     milliseconds: float  # per image
@@ -97,6 +99,7 @@ def compare(
                 backbone.weights,
                 heads,
                 _right(heads.best, data),
+                task_of(data.labels("val")).paired,
                 sum(parameter.numel() for parameter in backbone.parameters()) / 1e6,
                 backbone.num_features,
                 milliseconds_per_image(backbone, data.store.arithmetic, device, data.store.cache_dir),
@@ -110,7 +113,11 @@ def compare(
 
 def _right(head: TrainedHead, data: ImageData) -> dict[Split, Tensor]:
     splits: list[Split] = ["val", "test"] if data.items_in("test") else ["val"]
-    return {split: (predicted(head.head, data.labelled(split)) == data.labels(split)).double() for split in splits}
+    labels = {split: data.labels(split) for split in splits}
+    return {
+        split: task_of(truth).per_image(logits_of(head.head, data.labelled(split)), truth)
+        for split, truth in labels.items()
+    }
 
 
 @torch.no_grad()
@@ -140,7 +147,7 @@ def rows_of(trials: Sequence[Trial]) -> list[dict[str, Any]]:
         row["head"] = "exact" if trial.heads.best is trial.heads.exact else "grid"
         for split, right in trial.right.items():
             difference, half_width = mean_and_half_width(right - trials[0].right[split])
-            row |= {f"{split}/acc": float(right.mean())}
+            row |= {f"{split}/{trial.scored}": float(right.mean())}
             row |= {f"{split}/difference": difference, f"{split}/half_width": half_width}
         for name in ("parameters", "width", "milliseconds", "licence", "seconds"):
             row[name] = getattr(trial, name)
@@ -159,17 +166,18 @@ def reported(trials: Sequence[Trial], folder: Path) -> list[dict[str, Any]]:
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
     """The rows for the terminal, in narrow columns; of a file of weights its name."""
-    splits = [split for split in ("val", "test") if f"{split}/acc" in rows[0]]
+    scores = {name.removesuffix("/difference"): rows[0] for name in rows[0] if name.endswith("/difference")}
+    splits = {split: next(name for name in rows[0] if name.startswith(f"{split}/")) for split in scores}
     title = f"{len(rows)} backbones on the same images; differences to the first, with 95 % intervals"
     table = Table(title=title, show_lines=True)
     table.add_column("backbone\n@weights\nlicence", overflow="fold")
-    for name in (*(f"{split}/acc" for split in splits), "params\n(M)", "width", "ms per\nimage", "s"):
+    for name in (*splits.values(), "params\n(M)", "width", "ms per\nimage", "s"):
         table.add_column(name)
     for number, row in enumerate(rows):
         cells = [f"{row['backbone']}\n@{one_line(Path(row['weights']).name)}\n{row['licence'] or '-'}"]
-        for split in splits:
+        for split, score in splits.items():
             difference = f"\n{row[f'{split}/difference']:+.3f} ± {row[f'{split}/half_width']:.3f}"
-            cells.append(f"{row[f'{split}/acc']:.3f}{difference if number else ''}")
+            cells.append(f"{row[score]:.3f}{difference if number else ''}")
         sizes = f"{row['parameters']:.1f}", str(row["width"]), f"{row['milliseconds']:.1f}", f"{row['seconds']:.1f}"
         table.add_row(*cells, *sizes)
     return table

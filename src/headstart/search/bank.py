@@ -1,16 +1,17 @@
 """A bank of linear heads, trained at once on a feature matrix, without a Trainer."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from headstart.data.loaders import BatchOrder, FeatureLoader
 from headstart.features.matrix import Labelled
 from headstart.model.heads import as_linear
+from headstart.model.multilabel import task_of
 from headstart.model.schedule import warmup_cosine
+from headstart.model.task import SingleLabel, Task
 
 ROWS_AT_ONCE = 65_536
 BETAS, EPS = (0.9, 0.999), 1e-8  # defaults of torch.optim.AdamW
@@ -40,14 +41,14 @@ class TrainedHead:
     """A trained head and its validation scores."""
 
     head: nn.Linear  # at the epoch of the lowest validation loss
-    acc: float  # validation accuracy
+    score: float  # validation accuracy, or the headline of another task
     loss: float  # validation loss, unsmoothed
     epoch: int = 0  # that epoch, from 0
 
     @property
     def rank(self) -> tuple[float, float]:
         """Its place among others by validation: the lowest is the best."""
-        return -self.acc, self.loss
+        return -self.score, self.loss
 
 
 class Bank:
@@ -65,6 +66,7 @@ class Bank:
         seed: int,
         device: torch.device,
         class_weights: Tensor | None = None,
+        task: type[Task] = SingleLabel,
     ) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -77,7 +79,7 @@ class Bank:
             torch.tensor([getattr(setting, name) for setting in settings], device=device)
             for name in ("lr", "weight_decay", "label_smoothing")
         )
-        self.steps, self.class_weights = 0, class_weights
+        self.steps, self.class_weights, self.task = 0, class_weights, task
 
     def logits(self, features: Tensor) -> Tensor:
         """Features [B, D] -> logits [H, B, C]."""
@@ -87,17 +89,8 @@ class Bank:
 
     def step(self, features: Tensor, labels: Tensor, rate: float) -> None:
         """Takes one step for every head, at ``rate`` times its learning rate."""
-        logits = self.logits(features)
-        heads, rows, classes = logits.shape
-        # The gradient of cross entropy with smoothed labels: softmax minus target.
-        uniform = (self.smoothing / classes)[:, None, None].expand(heads, rows, classes)
-        target = uniform + (1 - self.smoothing)[:, None, None] * functional.one_hot(labels, classes)
-        if self.class_weights is None:
-            error = (logits.softmax(dim=2) - target) / rows  # [H, B, C]
-        else:
-            target = target * self.class_weights
-            error = logits.softmax(dim=2) * target.sum(dim=2, keepdim=True) - target
-            error = error / self.class_weights[labels].sum()
+        error = self.task.errors(self.logits(features), labels, self.smoothing, self.class_weights)
+        heads, rows, classes = error.shape
         by_class = error.transpose(1, 2).reshape(heads * classes, rows)
         gradients = (by_class @ features).view_as(self.weight), error.sum(dim=1)
         self.steps += 1
@@ -115,12 +108,11 @@ class Bank:
         parameter.sub_(lr / (1 - BETAS[0] ** self.steps) * first / corrected)
 
     def scores(self, labelled: Labelled) -> tuple[Tensor, Tensor]:
-        """Accuracy and mean cross entropy of each head -> [H], [H]."""
+        """Accuracy, 0 for other tasks, and mean cross entropy of each head -> [H], [H]."""
         right, loss = torch.zeros_like(self.lr), torch.zeros_like(self.lr)
         for block, truth in labelled.blocks(max(1, ROWS_AT_ONCE // len(self.lr))):
-            logits = self.logits(block)
-            right += (logits.argmax(dim=2) == truth).sum(dim=1)
-            loss -= logits.log_softmax(dim=2)[:, torch.arange(len(truth)), truth].sum(dim=1)
+            of_block = self.task.sums(self.logits(block), truth)
+            right, loss = right + of_block[0], loss + of_block[1]
         return right / len(labelled), loss / len(labelled)
 
     def head(self, number: int) -> nn.Linear:
@@ -147,7 +139,8 @@ def train_bank(
     epoch = 0
     loader = FeatureLoader(train, BatchOrder(len(train), schedule.batch_size, schedule.seed, lambda: epoch))
     sample = train.sample()
-    bank = Bank(settings, num_classes, sample.shape[1], schedule.seed, sample.device, class_weights)
+    task, width = task_of(train.labels), sample.shape[1]
+    bank = Bank(settings, num_classes, width, schedule.seed, sample.device, class_weights, task)
     steps = len(loader) * schedule.epochs
     warmup_steps = round(steps * schedule.warmup)
     best: dict[int, TrainedHead] = {}
@@ -155,7 +148,14 @@ def train_bank(
         for features, truth in loader:
             bank.step(features, truth.to(features.device), warmup_cosine(bank.steps, warmup_steps, steps))
             advance(len(truth))
-        for number, (acc, loss) in enumerate(zip(*(score.tolist() for score in bank.scores(val)), strict=True)):
+        for number, (score, loss) in enumerate(zip(*(found.tolist() for found in bank.scores(val)), strict=True)):
             if keep_last or number not in best or loss < best[number].loss:
-                best[number] = TrainedHead(bank.head(number), acc, loss, epoch)
-    return [best[number] for number in range(len(settings))]
+                best[number] = TrainedHead(bank.head(number), score, loss, epoch)
+    found = [best[number] for number in range(len(settings))]
+    return found if bank.task is SingleLabel else [_scored(each, val, bank.task) for each in found]
+
+
+def _scored(found: TrainedHead, val: Labelled, task: type[Task]) -> TrainedHead:
+    """The head with a score that cannot be summed over batches."""
+    logits = torch.cat([found.head(block).cpu() for block, _ in val.blocks(ROWS_AT_ONCE)])
+    return replace(found, score=task.score(logits, val.labels))

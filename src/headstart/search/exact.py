@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from headstart.features.matrix import Labelled
 from headstart.model.heads import as_linear
+from headstart.model.multilabel import task_of
 from headstart.search.bank import ROWS_AT_ONCE, TrainedHead
 
 # L2 penalties of standardised features, from strong to weak: each fit starts from the previous one.
@@ -48,7 +49,7 @@ class Scale:
 
 
 def fit_exact(train: Labelled, num_classes: int, l2: float, tolerance: float = TOLERANCE) -> nn.Linear:
-    """Minimizes mean cross entropy + l2 / 2 * |weight|^2 by full-batch L-BFGS.
+    """Minimizes mean cross entropy, summed over several labels, + l2 / 2 * |weight|^2 by full-batch L-BFGS.
 
     Equivalent to scikit-learn's ``LogisticRegression(C=1 / (l2 * N))``; the bias has no penalty. The objective is
     convex; the fit stops where no gradient entry exceeds ``tolerance`` in absolute value.
@@ -60,7 +61,7 @@ def fit_exact(train: Labelled, num_classes: int, l2: float, tolerance: float = T
 
 def by_loss(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     """Ranks by cross entropy."""
-    loss = float(functional.cross_entropy(logits, labels))
+    loss = float(task_of(labels).losses(logits, labels).mean())
     return loss, loss
 
 
@@ -75,7 +76,7 @@ def best_exact(
 ) -> tuple[float, TrainedHead]:
     """The L2 penalty of standardised features that validates best, and the optimum, for features as they are.
 
-    Weaker and weaker penalties are tried until the validation loss rises. ``weights`` are of the training images, [N].
+    Weaker and weaker penalties are tried until the validation loss rises. ``weights`` are those of the classes, [C].
 
     Raises:
         TooManyPasses: it takes more than ``passes`` passes over the training images.
@@ -91,7 +92,7 @@ def best_exact(
         if len(found) > 1 and found[-1][0][1] > found[-2][0][1]:
             break
     _, l2, head = min(found, key=lambda each: each[0])
-    return l2, TrainedHead(head, *accuracy_and_loss(head, val))
+    return l2, TrainedHead(head, *score_and_loss(head, val))
 
 
 def _zeros(train: Labelled, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -120,8 +121,8 @@ def _minimize(
         tolerance_change=0,
         line_search_fn="strong_wolfe",
     )
-    weights = torch.ones(len(train)) if weights is None else weights
-    shares = torch.split(weights / weights.sum(), ROWS_AT_ONCE)
+    task, device = task_of(train.labels), weight.device
+    shares = torch.split(task.shares(train.labels, weights) * task.problems(train.labels), ROWS_AT_ONCE)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -130,7 +131,7 @@ def _minimize(
         total = penalty.detach()
         for (block, truth), share in zip(train.blocks(ROWS_AT_ONCE), shares, strict=True):
             logits = functional.linear(block, *(scale.fold(weight, bias) if scale else parameters))
-            loss = (functional.cross_entropy(logits, truth, reduction="none") * share.to(block.device)).sum()
+            loss = (task.losses(logits, truth, weights) * share.to(device)).sum()
             loss.backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
         return total
@@ -149,11 +150,10 @@ def logits_of(head: nn.Module, labelled: Labelled) -> Tensor:
     return torch.cat([head(block).cpu() for block, _ in labelled.blocks(ROWS_AT_ONCE)])
 
 
-def accuracy_and_loss(head: nn.Linear, labelled: Labelled) -> tuple[float, float]:
-    """Accuracy and mean cross entropy of a head."""
-    logits = logits_of(head, labelled)
-    right = logits.argmax(dim=1) == labelled.labels
-    return float(right.float().mean()), float(functional.cross_entropy(logits, labelled.labels))
+def score_and_loss(head: nn.Linear, labelled: Labelled) -> tuple[float, float]:
+    """The headline score, such as accuracy, and the mean cross entropy of a head."""
+    logits, task = logits_of(head, labelled), task_of(labelled.labels)
+    return task.score(logits, labelled.labels), float(task.losses(logits, labelled.labels).mean())
 
 
 def predicted(head: nn.Linear, labelled: Labelled) -> Tensor:

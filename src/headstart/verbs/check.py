@@ -12,7 +12,7 @@ from headstart.audit.findings import KINDS, Finding, csv_rows, find
 from headstart.audit.page import page
 from headstart.data import splits
 from headstart.data.module import ImageFolderData
-from headstart.data.sources import Source, open_source
+from headstart.data.sources import WHERE, Source, open_source
 from headstart.data.splits import Item
 from headstart.data.store import STORE_OPTIONS, loaded_store
 from headstart.errors import UserError
@@ -36,7 +36,7 @@ def check(options: Sequence[str]) -> dict[str, int]:
     """
     quiet_libraries()
     given = _parser().parse_args(list(options))
-    source = open_source(given.data.root, given.data.csv, given.data.source)
+    source = open_source(**{name: given.data[name] for name in WHERE})
     store = loaded_store(source, given)
     if not store.items:
         raise UserError(f"{source.path}: no readable image; {len(store.skipped)} files cannot be read")
@@ -66,7 +66,7 @@ def _in_splits(items: Sequence[Item], source: Source, given: Any) -> tuple[list[
 
 def _parser() -> OptionParser:
     parser = parser_of("check")
-    add_options(parser, ImageFolderData, "data", ("root", "csv", "source", *STORE_OPTIONS, *SPLIT_OPTIONS))
+    add_options(parser, ImageFolderData, "data", (*WHERE, *STORE_OPTIONS, *SPLIT_OPTIONS))
     add_options(parser, TransferClassifier, "model", BACKBONE_OPTIONS)
     add_run(parser, "<data folder>-check")
     return parser

@@ -14,6 +14,7 @@ from headstart.data.sources import open_source
 from headstart.data.store import STORE_OPTIONS, loaded_store
 from headstart.domains.figure import roc_by_domain
 from headstart.domains.leave_out import LeftOut, check_domains, leave_one_out
+from headstart.errors import UserError
 from headstart.files import csv_bytes, write_atomically
 from headstart.model.backbone import BACKBONE_OPTIONS
 from headstart.model.classifier import TransferClassifier
@@ -31,6 +32,8 @@ def domains(options: Sequence[str]) -> list[dict[str, Any]]:
     given = _parser().parse_args(list(options))
     kind = given.data.source or ("domains" if given.data.root else None)
     source = open_source(given.data.root, given.data.csv, kind)
+    if source.multilabel:
+        raise UserError(f"--data.csv={source.path}: has several labels per image, but a head of one is trained here")
     store = loaded_store(source, given)
     store.check_skips()
     fractions = given.data.val_fraction, given.data.test_fraction

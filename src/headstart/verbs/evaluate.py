@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from headstart.data import folders
 from headstart.data.module import ImageData, ImageFolderData
-from headstart.data.sources import open_source
+from headstart.data.sources import WHERE, open_source
 from headstart.data.splits import Split, places_of, repeated
 from headstart.device import quiet_trainer
 from headstart.errors import UserError
@@ -24,8 +23,10 @@ from headstart.model.known import Known, unknown_scores
 from headstart.model.metrics import defined
 from headstart.parser import add_checkpoint, add_options, add_run, parser_of, required
 from headstart.report.answered import answered_table
+from headstart.report.collector import EvaluationCollector
 from headstart.report.domains import domain_scores, say_domains
-from headstart.report.evaluation import Evaluation, EvaluationCollector
+from headstart.report.evaluation import Evaluation, Predictions
+from headstart.report.multilabel import label_scores, say_labels
 from headstart.report.page import predictions_csv, write_report
 from headstart.report.verdict import verdict_of
 from headstart.runs.folder import new_run_folder, result_of, write_result
@@ -34,7 +35,6 @@ from headstart.runs.logger import RunLogger
 from headstart.terminal import Seconds, listing, quiet_libraries, say, say_scores
 
 REFUSED = 0.05  # of the own images, in what is printed
-WHERE = ("root", "csv", "source")
 DATA_OPTIONS = ("num_workers", "cache", "cache_dir", "feature_precision", "max_pixels", "batch_size", "strict")
 
 
@@ -73,8 +73,8 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     assert evaluation
     scores |= _scores_of_new(module, evaluation, seen) if seen else {}
     # First, since it is the loss of the probabilities that every command returns; test/loss is of the raw logits.
-    loss = functional.cross_entropy(evaluation.logits / evaluation.temperature, evaluation.labels)
-    scores = {"test/loss_scaled": float(loss)} | scores
+    losses = module.task.losses(module.task.calibrated(evaluation.logits), evaluation.labels)
+    scores = {"test/loss_scaled": float(losses.mean())} | scores
     if known and far is not None:
         scores |= _scores_of_unknown(known, known.distance(evaluation.features), far)  # of at most 2,000 images
     write_atomically(folder / "predictions.csv", predictions_csv(evaluation))
@@ -83,12 +83,16 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     with seconds.of("report"):
         report = write_report(folder, evaluation, data, module, scores, verdict, logger) if given.report else None
     logger.save()
-    result = result_of(module.backbone, data, scores | domain_scores(evaluation), seconds.with_total())
+    result = result_of(
+        module.backbone, data, scores | domain_scores(evaluation) | label_scores(evaluation), seconds.with_total()
+    )
     result["checkpoint"] = str(checkpoint)
     write_result(folder, result)
     say_scores(result, f"{len(evaluation.items)} images of {data.source.path}")
     say_domains(result)
-    say(answered_table(evaluation))
+    say_labels(result)
+    if isinstance(evaluation, Evaluation):
+        say(answered_table(evaluation))
     say(f"mistakes: {folder / 'predictions.csv'}")
     if report:
         say(f"report:   {report}")
@@ -100,13 +104,13 @@ def _data(given: Any, checkpoint: Path, class_names: Sequence[str]) -> ImageData
     """All given images, or the test split of the run that the checkpoint belongs to."""
     options, own_test = {name: given.data[name] for name in DATA_OPTIONS}, None
     if given.data.root or given.data.csv:
-        source = open_source(*(given.data[name] for name in WHERE))
+        source = open_source(**{name: given.data[name] for name in WHERE})
         source.all_in = "test"
     else:
         run = Run.of(checkpoint)
         if not run.data:
             raise UserError(f"--data.root is missing: {checkpoint} is not in the folder of a run with a test split")
-        source = open_source(*(run.data.get(name) for name in WHERE))
+        source = open_source(**{name: run.data.get(name) for name in WHERE})
         own_test = partial(repeated, file=run.splits_file, only=("test",))
     if source.class_names != list(class_names):
         raise UserError(f"{source.path}: {difference(class_names, source.class_names)}")
@@ -129,7 +133,7 @@ def _seen_before(checkpoint: Path, content: Mapping[str, Any], data: ImageData) 
     return {path: split for path, split in found.items() if split != "test"}
 
 
-def _scores_of_new(module: TransferClassifier, evaluation: Evaluation, seen: Mapping[str, Split]) -> dict[str, float]:
+def _scores_of_new(module: TransferClassifier, evaluation: Predictions, seen: Mapping[str, Split]) -> dict[str, float]:
     """Scores of the images that had no part in the training, which are the reliable ones."""
     new = torch.tensor([item.path not in seen for item in evaluation.items])
     trained, total = sum(split == "train" for split in seen.values()), len(evaluation.items)
@@ -138,7 +142,7 @@ def _scores_of_new(module: TransferClassifier, evaluation: Evaluation, seen: Map
         say(f"{said}; none is new, so these scores are optimistic")
         return {}
     metrics = module.configure_metrics("new/")
-    metrics.update(evaluation.logits[new].softmax(dim=1), evaluation.labels[new])
+    metrics.update(module.task.activation(evaluation.logits[new]), evaluation.labels[new])
     scores = defined(metrics.compute())
     say(f"{said}; on the {int(new.sum())} new ones: {', '.join(f'{k[4:]} {v:.3f}' for k, v in scores.items())}")
     return scores

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headstart.data import folders
-from headstart.data.sources import Source, open_source
+from headstart.data.sources import WHERE, Source, open_source
 from headstart.data.splits import Item, repeated
 from headstart.decoding import MAX_PIXELS, UnreadableImage, decode
 from headstart.deploy.check import check_files
@@ -66,6 +66,8 @@ def export(options: Sequence[str]) -> dict[str, Any]:
     if output.suffix == ".onnx" and (lacking := missing_for_int8()):
         raise UserError(f"--output={output}: needs {', '.join(lacking)}: pip install -e '.[export]'")
     module = TransferClassifier.load_from_checkpoint(checkpoint).eval()
+    if output.name.endswith(INT8) and module.hparams["multilabel"]:
+        raise UserError(f"--output={output}: int8 is checked by accuracy, of one label per image; export .onnx")
     with torch.no_grad():
         make = _in_int8 if output.name.endswith(INT8) else _exact
         data, about = make(module, output, given.data.root, checkpoint)
@@ -111,10 +113,10 @@ def _in_int8(
 def _validation(module: TransferClassifier, root: str | None, checkpoint: Path) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of the given images, or of the validation images of the head's run, with their labels."""
     run = Run.of(checkpoint)
-    where = {"root": root} if root else run.data
+    where: dict[str, Any] = {"root": root} if root else run.data
     if not where:
         raise UserError("--data.root is missing: the head's run has no images; give a folder of class folders")
-    source = open_source(*(where.get(name) for name in ("root", "csv", "source")))
+    source = open_source(**{name: where.get(name) for name in WHERE})
     if source.class_names != module.class_names:
         raise UserError(f"{source.path}: its classes are not those of the head; give --data.root with the same folders")
     items = source.scan(None)[0]

@@ -1,5 +1,6 @@
 """The `finetune` command: continues from a trained head and trains the backbone's last layers too."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from headstart.terminal import Seconds, quiet_libraries, say
 
 HEAD = "checkpoints/head.ckpt"  # the head that a run started from, in its folder
 # Settings that fine-tuning inherits from the head; its learning rate does not suit a backbone.
-INHERITED = (*BACKBONE_OPTIONS, "head", "weight_decay", "label_smoothing", "class_weights", "best_by")
+INHERITED = (*BACKBONE_OPTIONS, "head", "weight_decay", "label_smoothing", "class_weights", "best_by", "min_precision")
 # Bytes. The front's cached output takes tens of times the space of features.
 LARGEST_CACHE = 8 * 2**30
 
@@ -134,10 +135,10 @@ def _score_the_head(cli: FinetuneCLI) -> dict[str, float]:
 
 
 def _say_gain(result: Mapping[str, Any], folder: Path | None) -> None:
-    for split in ("val", "test"):
-        if f"before/{split}/acc" in result and f"{split}/acc" in result:
-            before, after = result[f"before/{split}/acc"], result[f"{split}/acc"]
-            say(f"{split}/acc:  {before:.3f} with the head alone, {after:.3f} now")
+    for split, score in itertools.product(("val", "test"), ("acc", "map")):
+        if f"before/{split}/{score}" in result and f"{split}/{score}" in result:
+            before, after = result[f"before/{split}/{score}"], result[f"{split}/{score}"]
+            say(f"{split}/{score}:  {before:.3f} with the head alone, {after:.3f} now")
     if folder and result["recommended"] == HEAD:
         say("finetune: validation did not improve: the head alone is the better choice")
     # wing: deploy

@@ -40,6 +40,8 @@ def next(options: Sequence[str]) -> dict[str, int]:
     if given.labels and not answers:
         raise UserError(f"--labels={given.labels}: no label in there; leave it out")
     store, module = load(source, given)
+    if module and module.hparams["multilabel"]:
+        raise UserError("--ckpt_path: its head gives several labels, but the choice is by the most probable one")
     label_of = {item.digest: answers[path] for item in store.items if (path := source.root / item.path) in answers}
     if answers:
         say(f"labels:   {len(label_of)} images of {source.root} have one of the {len(answers)} labels")
@@ -59,5 +61,5 @@ def next(options: Sequence[str]) -> dict[str, int]:
 
 @torch.no_grad()
 def _probabilities(module: TransferClassifier, features: Tensor) -> Tensor:
-    found: Tensor = (module.head(features) / module.temperature).softmax(dim=1)
+    found: Tensor = module.task.probabilities(module.head(features))
     return found

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from headstart.data import folders
+from headstart.data.splits import BETWEEN
 from headstart.decoding import MAX_PIXELS
 from headstart.deploy.explain import explainer, overlay
 from headstart.device import device_of
@@ -31,7 +32,9 @@ from headstart.features.stream import FileStream
 from headstart.files import in_either_form, new_path
 from headstart.model.backbone import FrozenBackbone
 from headstart.model.classifier import TransferClassifier
+from headstart.model.multilabel import MultiLabel
 from headstart.model.sets import images_needed, sets_of, threshold
+from headstart.model.task import SingleLabel
 from headstart.parser import OptionParser, add_accelerator, add_checkpoint, parser_of, required
 from headstart.ranges import Count, OpenFraction, Positive, Share
 from headstart.terminal import images_bar, quiet_libraries, say
@@ -44,9 +47,11 @@ class Prediction:
     """A head's prediction for a file."""
 
     path: str  # as given, or below the given folder
-    label: str = ""  # the most probable class, or that it is unknown
+    label: str = ""  # the most probable class, or that it is unknown; or all labels above their thresholds
     best: tuple[tuple[str, float], ...] = ()  # the k most probable classes with calibrated probabilities
     known: float | None = None  # as ``Known``; None: the head has none
+    above: tuple[tuple[str, float], ...] | None = None  # these labels, if there may be several
+    probabilities: tuple[float, ...] = ()  # of all classes, if they were asked for
     names: tuple[str, ...] = ()  # the set of classes that holds the truth as often as promised, if it was asked for
     error: str = ""  # why there is no prediction; else empty
 
@@ -65,15 +70,20 @@ class Answers:
         coverage: float | None = None,
         min_probability: float = 0.0,
     ) -> None:
+        asked = {"--unknown": unknown, "--coverage": coverage, "--min_probability": min_probability}
+        if module.hparams["multilabel"] and (found := [name for name, value in asked.items() if value]):
+            raise UserError(f"{found[0]}: is for one label per image; the labels of this head have thresholds")
         self.known, self.unknown, self.min_probability = module.known, unknown, min_probability
+        self.several = module.task if isinstance(module.task, MultiLabel) else None
         self.least: float | None = None  # the probability from which on a class is in the set
         self.word = "(unknown)" if "unknown" in module.class_names else "unknown"
         if unknown is not None:
             images = len(self.known.distances) if self.known else 0
             _check_images(f"--unknown={unknown}", images, math.ceil(1 / unknown - 1 - 1e-9))
-        if coverage is not None:
-            _check_images(f"--coverage={coverage}", len(module.true_probabilities), images_needed(coverage))
-            self.least = threshold(module.true_probabilities, coverage)
+        if coverage is not None and isinstance(module.task, SingleLabel):
+            validation = module.task.true_probabilities
+            _check_images(f"--coverage={coverage}", len(validation), images_needed(coverage))
+            self.least = threshold(validation, coverage)
 
     def label(self, best: tuple[str, float], known: float | None) -> str:
         """The best class, or `unknown`: below the least probability, or too far from all classes."""
@@ -112,9 +122,10 @@ def predict(options: Sequence[str]) -> dict[str, int]:
         precision = as_trained(given.feature_precision, module.arithmetic, device)
         arithmetic = chosen(precision, module.backbone, device, total or 0, cache_folder())
         stream = FileStream(module.backbone, device, arithmetic, workers, given.max_pixels)
-        predictor = Predictor(module, stream, given.top_k, maps, answers)
+        predictor = Predictor(module, stream, given.top_k, maps, answers, given.probabilities)
         file = stack.enter_context(_open(given.output)) if given.output else rows
-        write = _writer(file, given.output, given.format, predictor.top_k, given.coverage is not None)
+        columns = module.class_names if given.probabilities else []
+        write = _writer(file, given.output, given.format, predictor, given.coverage is not None, columns)
         with images_bar("predicting", total) as advance:
             for prediction in predictor(paths):
                 write(prediction)
@@ -138,8 +149,9 @@ class Predictor:
         top_k: int = 5,
         maps: Path | None = None,
         answers: Answers | None = None,
+        probabilities: bool = False,
     ) -> None:
-        self.module, self.stream, self.maps = module, stream, maps
+        self.module, self.stream, self.maps, self.probabilities = module, stream, maps, probabilities
         self.answers = answers or Answers(module)
         self.top_k = min(top_k, len(module.class_names))
         self._explain = None
@@ -157,7 +169,7 @@ class Predictor:
 
     @torch.no_grad()
     def _predictions(self, computed: Computed) -> Iterator[Prediction]:
-        probabilities = (self.module.head(computed.features) / self.module.temperature).softmax(dim=1)
+        probabilities = self.module.task.probabilities(self.module.head(computed.features))
         order = probabilities.argsort(dim=1, descending=True, stable=True)
         known = self.answers.known(computed.features).tolist() if self.answers.known else None
         sets = sets_of(probabilities, self.answers.least) if self.answers.least is not None else None
@@ -176,10 +188,17 @@ class Predictor:
                 names, shares = [self.module.class_names[label] for label in labels], probabilities[place, labels]
                 if heat is not None:
                     self._draw(path, names[0], heat[place])
-                best = tuple(zip(names, shares.tolist(), strict=True))[: self.top_k]
+                ranked = tuple(zip(names, shares.tolist(), strict=True))
+                every = tuple(probabilities[place].tolist()) if self.probabilities else ()
+                found = Prediction(path, best=ranked[: self.top_k], probabilities=every)
+                if self.answers.several:
+                    reached = (shares >= self.answers.several.thresholds[labels]).tolist()
+                    above = tuple(pair for pair, enough in zip(ranked, reached, strict=True) if enough)
+                    yield replace(found, label=BETWEEN.join(name for name, _ in above), above=above)
+                    continue
                 share = round(known[place], 6) if known else None
                 held = tuple(names[: int(sets[place].sum())]) if sets is not None else ()
-                yield Prediction(path, self.answers.label(best[0], share), best, share, held)
+                yield replace(found, label=self.answers.label(ranked[0], share), known=share, names=held)
 
     def _draw(self, path: str, name: str, heat: Tensor) -> None:
         assert self.maps
@@ -195,6 +214,7 @@ def _parser() -> OptionParser:
     formats = Literal["csv", "jsonl"] | None
     parser.add_argument("--format", type=formats, help="csv or jsonl; None: by the output's suffix, else csv")
     parser.add_argument("--top_k", type=Positive, default=5, help="most probable classes per row")
+    parser.add_argument("--probabilities", type=bool, default=False, help="add the probability of every class")
     parser.add_argument(
         "--unknown",
         type=OpenFraction | None,
@@ -267,7 +287,11 @@ def _open(output: str) -> Iterator[TextIO]:
         raise
 
 
-def _writer(file: TextIO, output: str | None, form: str | None, top_k: int, sets: bool) -> Callable[[Prediction], None]:
+def _writer(
+    file: TextIO, output: str | None, form: str | None, predictor: Predictor, sets: bool, columns: Sequence[str]
+) -> Callable[[Prediction], None]:
+    """Writes rows; ``columns`` are the classes whose probability was asked for."""
+    several, top_k = predictor.answers.several is not None, predictor.top_k
     form = form or (Path(output).suffix.removeprefix(".") if output else "csv")
 
     def write_json(prediction: Prediction) -> None:
@@ -276,20 +300,35 @@ def _writer(file: TextIO, output: str | None, form: str | None, top_k: int, sets
             row = {"path": prediction.path, "label": prediction.label, "probability": prediction.best[0][1]}
             row |= {"known": prediction.known} | ({"set": prediction.names} if sets else {})
             row["top"] = dict(prediction.best)
+            if prediction.above is not None:
+                row = {"path": prediction.path, "labels": dict(prediction.above), "top": row["top"]}
+            if columns:
+                row["probabilities"] = dict(zip(columns, prediction.probabilities, strict=True))
         file.write(json.dumps(row) + "\n")
 
     if form == "jsonl":
         return write_json
     rows = csv.writer(file)
+    if several:
+        rows.writerow(["path", "label", "probability", *columns, "error"])
+
+        def write_labels(prediction: Prediction) -> None:
+            shares = BETWEEN.join(f"{share:.6f}" for _, share in prediction.above or ())
+            every = [f"{value:.6f}" for value in prediction.probabilities] or [""] * len(columns)
+            rows.writerow([prediction.path, prediction.label, shares, *every, prediction.error])
+
+        return write_labels
     rest = [f"{name}_{place}" for place in range(2, top_k + 1) for name in ("label", "probability")]
-    rows.writerow(["path", "label", "probability", "known", *["set"] * sets, *rest, "error"])
+    rows.writerow(["path", "label", "probability", "known", *["set"] * sets, *rest, *columns, "error"])
 
     def write_csv(prediction: Prediction) -> None:
         best = [cell for name, probability in prediction.best for cell in (name, f"{probability:.6f}")]
         best = best or [""] * 2 * top_k
         known = "" if prediction.known is None else f"{prediction.known:.6f}"
         names = ["|".join(prediction.names)] * sets
-        rows.writerow([prediction.path, prediction.label, best[1], known, *names, *best[2:], prediction.error])
+        every = [f"{value:.6f}" for value in prediction.probabilities] or [""] * len(columns)
+        start = [prediction.path, prediction.label, best[1], known, *names, *best[2:]]
+        rows.writerow([*start, *every, prediction.error])
 
     return write_csv
 

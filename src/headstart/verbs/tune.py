@@ -14,7 +14,7 @@ import yaml
 from pytorch_lightning.cli import LightningArgumentParser
 from rich.table import Table
 
-from headstart.data.splits import check_training, folds_of, labels_of
+from headstart.data.splits import check_training, folds_of
 from headstart.errors import UserError
 from headstart.features.matrix import Labelled
 from headstart.files import csv_bytes, write_atomically
@@ -22,16 +22,15 @@ from headstart.fit.cli import TrainCLI
 from headstart.fit.rival import exact_rival
 from headstart.fit.run import finish, fit, report, test
 from headstart.model.backbone import FrozenBackbone
-from headstart.model.heads import class_weights
 from headstart.model.weights import DEMO
 from headstart.ranges import Fraction, NonNegative, Positive, Rate
 from headstart.runs.folder import new_run_folder
 from headstart.search.backbones import Heads, Trial, best_of, check_backbones, compare, name_and_weights, reported
 from headstart.search.bank import HeadSettings, Schedule, train_bank
-from headstart.search.exact import accuracy_and_loss
+from headstart.search.exact import score_and_loss
 from headstart.search.intervals import mean_and_half_width
 from headstart.search.knn import knn_scores
-from headstart.terminal import Seconds, images_bar, program, quiet_libraries, rank, say
+from headstart.terminal import SCORES, Seconds, images_bar, program, quiet_libraries, rank, say
 
 LRS = [0.0003, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03]
 WEIGHT_DECAYS = [0.0, 0.01, 0.1, 1.0]
@@ -126,13 +125,15 @@ def tune(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
     folder = new_run_folder(cli.logs, f"{cli.name}-tune")
     common, recipe = _write(folder, cli, heads, best)
     rows = reported(trials, folder) if trials else []
-    _say_table(heads, folds, folder)
+    _say_table(heads, folds, folder, cli.model.task.headline)
     winner = [f"--config={common}", f"--config={recipe}"]
     os.environ[TUNED] = json.dumps(winner)
-    result = _train_winner(winner, root)
+    result, score = _train_winner(winner, root), cli.model.task.headline
     say(f"recipe:   {recipe}    ({program('train')} --config={recipe})")
     return {
-        "settings": [vars(settings) | {"val/acc": head.acc, "val/loss": head.loss} for settings, head in heads.ranked],
+        "settings": [
+            vars(settings) | {f"val/{score}": head.score, "val/loss": head.loss} for settings, head in heads.ranked
+        ],
         "exact": heads.exact_scores,
         "knn": heads.knn,
         "folds": folds,
@@ -166,8 +167,7 @@ def _load(cli: TuneCLI) -> None:
         raise UserError(
             "tune: there is no validation image, but the search chooses by validation; add some to that split"
         )
-    given, counts = cli.model.hparams["class_weights"], data.counts("train").to(cli.device)
-    cli.model.loss_weights = class_weights(given, data.class_names, counts)
+    cli.model.to(cli.device).weigh_classes(data.counts("train"), len(data.items_in("train")))
 
 
 def _train_winner(options: Sequence[str], root: Path | None) -> dict[str, Any]:
@@ -205,13 +205,14 @@ def _fit_heads(cli: TuneCLI) -> Heads:
     ranked = sorted(zip(settings, trained, strict=True), key=lambda pair: pair[1].rank)
     l2, exact = exact_rival(cli.model, data)
     test = data.labelled("test") if data.items_in("test") else None
-    scores = {"l2": l2, "val/acc": exact.acc, "val/loss": exact.loss}
-    scores |= {"test/acc": accuracy_and_loss(exact.head, test)[0]} if test else {}
-    return Heads(ranked, exact, scores, knn_scores(train, val, test, classes))
+    score = cli.model.task.headline
+    scores = {"l2": l2, f"val/{score}": exact.score, "val/loss": exact.loss}
+    scores |= {f"test/{score}": score_and_loss(exact.head, test)[0]} if test else {}
+    return Heads(ranked, exact, scores, {} if data.multilabel else knn_scores(train, val, test, classes))
 
 
 def _cross_validate(cli: TuneCLI, heads: Heads, best: Trial | None) -> list[float]:
-    """Accuracy of the winner's settings on each fold of the training and validation images."""
+    """The headline score of the winner's settings on each fold of the training and validation images."""
     data, folds, settings = cli.datamodule, cli.config.folds, heads.ranked[0][0]
     if best:  # of several backbones the last is loaded
         data.load(cli.backbone(best.backbone, best.weights), cli.device)
@@ -220,22 +221,22 @@ def _cross_validate(cli: TuneCLI, heads: Heads, best: Trial | None) -> list[floa
     parts = [[item for item, number in zip(items, numbers, strict=True) if number == part] for part in range(folds)]
     if not all(parts):
         raise UserError(f"--folds={folds}: a fold has no image; give fewer")
-    accuracies = []
+    scores = []
     for part in parts:
         outside = set(part)
         inside = [item for item in items if item not in outside]
-        train, val = (Labelled([data.store.matrix(found)], labels_of(found)) for found in (inside, part))
+        train, val = (Labelled([data.store.matrix(found)], data.labels_of(found)) for found in (inside, part))
         arguments = [settings], train, val, len(data.class_names), cli.schedule
         (trained,) = train_bank(*arguments, keep_last=True, class_weights=cli.model.loss_weights)
-        accuracies.append(trained.acc)
-    return accuracies
+        scores.append(trained.score)
+    return scores
 
 
 def _write(folder: Path, cli: TuneCLI, heads: Heads, best: Trial | None) -> tuple[Path, Path]:
     """Writes the table, the configuration, and the winner's recipe; TensorBoard shows the winner's run."""
     ranked = heads.ranked
-    columns = [*vars(ranked[0][0]), "val/acc", "val/loss", "epoch"]
-    rows = ([*vars(settings).values(), found.acc, found.loss, found.epoch] for settings, found in ranked)
+    columns = [*vars(ranked[0][0]), f"val/{cli.model.task.headline}", "val/loss", "epoch"]
+    rows = ([*vars(settings).values(), found.score, found.loss, found.epoch] for settings, found in ranked)
     write_atomically(folder / "heads.csv", csv_bytes([columns, *rows]))
     config = yaml.safe_load(cli.resolved_config())
     common = {name: value for name, value in config.items() if name not in ("tune", "folds", "backbones")}
@@ -246,20 +247,20 @@ def _write(folder: Path, cli: TuneCLI, heads: Heads, best: Trial | None) -> tupl
     return folder / "config.yaml", folder / "winner.yaml"
 
 
-def _say_table(heads: Heads, folds: Sequence[float], folder: Path) -> None:
+def _say_table(heads: Heads, folds: Sequence[float], folder: Path, score: str) -> None:
     ranked, exact = heads.ranked, heads.exact_scores
     title = f"the best {min(SHOWN, len(ranked))} of {len(ranked)} heads, by validation"
-    table = Table("lr", "weight decay", "label smoothing", "val/acc", "val/loss", "epoch", title=title)
+    table = Table("lr", "weight decay", "label smoothing", f"val/{score}", "val/loss", "epoch", title=title)
     for settings, found in ranked[:SHOWN]:
         values = [f"{value:.3g}" for value in vars(settings).values()]
-        table.add_row(*values, f"{found.acc:.3f}", f"{found.loss:.3f}", str(found.epoch))
+        table.add_row(*values, f"{found.score:.3f}", f"{found.loss:.3f}", str(found.epoch))
     say(table)
-    tested = f", test/acc {exact['test/acc']:.3f}" if "test/acc" in exact else ""
-    say(f"exact:    L2 penalty {exact['l2']:g}, val/acc {exact['val/acc']:.3f}{tested} (L-BFGS, no steps to tune)")
-    near = heads.knn
-    tested = f", test/acc {near['test/acc']:.3f}" if "test/acc" in near else ""
-    say(f"k-NN:     k {near['k']}, val/acc {near['val/acc']:.3f}{tested} (by similarity, no training)")
+    shown = {name: f"{name} {value:.3f}" for name, value in exact.items() if name.endswith(score)}
+    say(f"exact:    L2 penalty {exact['l2']:g}, {', '.join(shown.values())} (L-BFGS, no steps to tune)")
+    if near := heads.knn:
+        tested = f", test/acc {near['test/acc']:.3f}" if "test/acc" in near else ""
+        say(f"k-NN:     k {near['k']}, val/acc {near['val/acc']:.3f}{tested} (by similarity, no training)")
     if folds:
         mean, half_width = mean_and_half_width(folds)
-        say(f"folds:    the winner's accuracy is {mean:.3f} +- {half_width:.3f} (95 %, {len(folds)} folds)")
+        say(f"folds:    the winner's {SCORES[score]} is {mean:.3f} +- {half_width:.3f} (95 %, {len(folds)} folds)")
     say(f"heads:    {folder / 'heads.csv'}")
