@@ -33,7 +33,7 @@ def images() -> torch.Tensor:
 def probabilities(checkpoint: Path) -> torch.Tensor:
     module = TransferClassifier.load_from_checkpoint(checkpoint)
     with torch.no_grad():
-        return (module(images()) / module.temperature).softmax(dim=1)
+        return (module(images()) / module.task.temperature).softmax(dim=1)
 
 
 def test_the_onnx_file_needs_nothing_else(checkpoint, trained):
@@ -207,7 +207,7 @@ def test_an_image_has_one_answer_by_whichever_way(checkpoint, tmp_path, monkeypa
         data.store.load(module.backbone, torch.device("cpu"))
         with torch.no_grad():  # in the order of the paths, both
             logits = module.head(data.store.matrix(data.store.items).whole())
-        torch.testing.assert_close((logits / module.temperature).softmax(dim=1), wanted, rtol=0, atol=1e-3)
+        torch.testing.assert_close((logits / module.task.temperature).softmax(dim=1), wanted, rtol=0, atol=1e-3)
 
 
 def test_a_program_of_torch_needs_nothing_else(checkpoint):

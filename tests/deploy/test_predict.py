@@ -137,7 +137,7 @@ def test_what_is_like_no_class_is_unknown(checkpoint, photos, tmp_path):
 def test_sets_and_the_least_probability(checkpoint, photos):
     module = TransferClassifier.load_from_checkpoint(checkpoint)
     coverage, highest = 0.5, 0.0
-    least = threshold(module.true_probabilities, coverage)
+    least = threshold(module.task.true_probabilities, coverage)
     options = ["predict", f"--ckpt_path={checkpoint}", str(photos), f"--coverage={coverage}"]
     main([*options, "--output=p.jsonl"])
     rows = [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()]

@@ -48,7 +48,7 @@ def test_the_better_head_is_kept_with_its_own_scores(mixed, train, refused, caps
     logits = module(val.views[0].whole()).detach()
     assert result["val/loss"] == pytest.approx(float(functional.cross_entropy(logits, val.labels)), rel=1e-4)
     assert content["headstart"]["scores"]["val/loss"] == result["val/loss"]
-    assert module.temperature == pytest.approx(fit_temperature(logits, val.labels), rel=1e-4)
+    assert module.task.temperature == pytest.approx(fit_temperature(logits, val.labels), rel=1e-4)
     events = EventAccumulator(str(run))
     events.Reload()
     losses = [event.value for event in events.Scalars("val/loss")]

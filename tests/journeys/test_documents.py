@@ -140,7 +140,7 @@ def test_exported_models_give_the_labels_of_the_head(run, copy):
     how = module.backbone.preprocessing
     images = torch.stack([preprocess(decode(path.read_bytes(), how), how) for path in paths])
     with torch.no_grad():
-        wanted = (module(images) / module.temperature).softmax(dim=1)
+        wanted = (module(images) / module.task.temperature).softmax(dim=1)
     best = wanted.topk(2).values
     clear = best[:, 0] - best[:, 1] > 1e-3
     assert len(paths) == 94

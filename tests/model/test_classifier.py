@@ -14,6 +14,7 @@ from headstart.model.backbone import FrozenBackbone, combined, tensor_digests
 from headstart.model.heads import class_weights
 from headstart.model.schedule import warmup_cosine
 from headstart.model.sealed import SEAL
+from headstart.model.task import SingleLabel
 from support import TINY, draw
 
 
@@ -102,7 +103,8 @@ def test_balanced_class_weights_weigh_the_training_loss_alone(tmp_path):
 def test_class_weights_by_name_are_one_for_all_others():
     counts = torch.tensor([10, 30, 20])
     assert class_weights({"b": 5}, ["a", "b", "c"], counts).tolist() == [1, 5, 1]
-    assert class_weights("balanced", ["a", "b", "c"], counts).tolist() == pytest.approx([2, 2 / 3, 1])
+    assert SingleLabel.balanced(counts, 60).tolist() == pytest.approx([2, 2 / 3, 1])
+    assert class_weights("balanced", ["a", "b", "c"], counts) is counts
     assert class_weights("none", ["a", "b", "c"], counts) is None
 
 

@@ -24,7 +24,7 @@ from headstart.features.matrix import Labelled
 from headstart.model.backbone import FrozenBackbone
 from headstart.search.backbones import Heads, Trial, best_of, compare
 from headstart.search.bank import BETAS, Bank, HeadSettings, Schedule, TrainedHead, train_bank
-from headstart.search.exact import PENALTIES, TooManyPasses, score_and_loss, best_exact, fit_exact
+from headstart.search.exact import PENALTIES, TooManyPasses, best_exact, fit_exact, score_and_loss
 from headstart.search.knn import KS, knn_scores
 from support import COLOURS, draw, newest_run, rows_of
 
@@ -95,8 +95,9 @@ def test_the_best_exact_head_is_scikit_learns_on_standardised_features(problem, 
     features, labels = problem[0] * torch.logspace(-2, 3, 16), problem[1]
     features[:, 3] = 7.0  # constant
     train, val = Labelled.of(features[:150], labels[:150]), Labelled.of(features[150:], labels[150:])
-    weights = torch.tensor([1.0, 5.0, 1.0, 0.5])[train.labels] if weighted else None
-    l2, found = best_exact(train, val, 4, weights, tolerance=1e-6)
+    of_classes = torch.tensor([1.0, 5.0, 1.0, 0.5]) if weighted else None
+    weights = None if of_classes is None else of_classes[train.labels]
+    l2, found = best_exact(train, val, 4, of_classes, tolerance=1e-6)
     scale = StandardScaler().fit(features[:150].double())
     total = 150 if weights is None else float(weights.sum())
 
@@ -111,7 +112,7 @@ def test_the_best_exact_head_is_scikit_learns_on_standardised_features(problem, 
     expected = torch.from_numpy(oracle(l2).predict_proba(rows)).float()
     torch.testing.assert_close(found.head(features[150:]).softmax(dim=1), expected, rtol=0, atol=2e-3)
     with pytest.raises(TooManyPasses):
-        best_exact(train, val, 4, weights, passes=20)
+        best_exact(train, val, 4, of_classes, passes=20)
 
 
 def test_class_weights_weigh_a_bank_as_cross_entropy(problem):
@@ -252,7 +253,7 @@ def test_backbones_are_compared_on_the_same_images(mixed, capsys, monkeypatch):
 def trial(acc: float, loss: float, test: float) -> Trial:
     head = TrainedHead(torch.nn.Linear(1, 2), acc, loss)
     right = {"val": torch.tensor([acc, acc]), "test": torch.tensor([test, test])}
-    return Trial("some", "random", Heads([(SETTINGS[0], head)], head, {}), right, 1.0, 1, 1.0, None, 1.0)
+    return Trial("some", "random", Heads([(SETTINGS[0], head)], head, {}), right, "acc", 1.0, 1, 1.0, None, 1.0)
 
 
 def test_the_test_never_chooses_the_backbone():

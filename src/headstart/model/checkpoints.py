@@ -136,7 +136,7 @@ class HeadModule(LightningModule):
                 f"checkpoint: has {len(theirs)} classes ({listing(theirs, own_names)}), but the data has "
                 f"{len(own_names)} ({listing(own_names, theirs)})"
             )
-        several, own = (values.get("multilabel", False) for values in (checkpoint["hyper_parameters"], self.hparams))
+        several, own = "thresholds" in made, bool(self.hparams.get("multilabel"))
         if several != own:
             kinds = {False: "one label per image", True: "several labels per image"}
             raise UserError(f"checkpoint: is of a head for {kinds[several]}, but the data has {kinds[own]}")

@@ -1,7 +1,7 @@
 """Metrics averaged over the classes or labels present in a split."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -89,18 +89,20 @@ class MultilabelMeanAUROC(MultilabelAUROC):
 
 def average_precisions(scores: Tensor, labels: Tensor) -> Tensor:
     """The average precision of each label, from scores and labels [N, C] -> [C]; NaN without positives."""
-    scores, labels = scores.cpu(), labels.long().cpu()
-    columns = zip(scores.T, labels.T, strict=True)
-    found = [binary_average_precision(_ranks(own), truth, validate_args=False) for own, truth in columns]
-    return torch.stack(found).where(labels.sum(dim=0) > 0, math.nan)
+    return _by_label(binary_average_precision, scores, labels, labels.bool().any(dim=0))
 
 
 def aurocs(scores: Tensor, labels: Tensor) -> Tensor:
     """The area under the ROC curve of each label, from scores and labels [N, C] -> [C]; NaN without both kinds."""
-    scores, labels = scores.cpu(), labels.long().cpu()  # Apple's GPUs have no float64
-    columns, positives = zip(scores.T, labels.T, strict=True), labels.sum(dim=0)
-    found = [binary_auroc(_ranks(own), truth, validate_args=False) for own, truth in columns]
-    return torch.stack(found).where((positives > 0) & (positives < len(labels)), math.nan)
+    return _by_label(binary_auroc, scores, labels, labels.bool().any(dim=0) & ~labels.bool().all(dim=0))
+
+
+def _by_label(score: Callable[..., Tensor], scores: Tensor, labels: Tensor, defined: Tensor) -> Tensor:
+    found = torch.full((labels.shape[1],), math.nan)
+    scores, labels = scores.cpu(), labels.cpu().long()  # Apple's GPUs have no float64
+    for label in defined.nonzero()[:, 0].tolist():
+        found[label] = score(_ranks(scores[:, label]), labels[:, label], validate_args=False)
+    return found
 
 
 def _ranks(scores: Tensor) -> Tensor:
