@@ -90,6 +90,7 @@ META = ["fewshot", "--head=projection", "--train", "--data.source=folder", "--da
 KINDS = {
     "cached": TRAIN,
     "views": [*TRAIN, "--data.views=3", "--data.augment=light"],
+    "several labels": [*(each for each in TRAIN if "data.root" not in each), "--data.csv=several.csv"],
     "images": [*TRAIN, "--data.cache=false", "--data.augment=strong", "--data.num_workers=1"],
     "fine-tuning": [*FINETUNE, "--data.augment=light", "--data.views=2", "--batch_norm=train"],  # wing: finetune
     "meta-training": [*META, f"--max_epochs={EPOCHS}", f"--patience={EPOCHS}"],  # wing: fewshot
@@ -132,6 +133,10 @@ def runs(tmp_path) -> Iterator[Runs]:
     draw(folder, images=8, seed=1, colours={"red": COLOURS["green"]})
     for number in range(10):
         draw(tmp_path / "classes", images=12, seed=number, colours={f"class{number}": (25 * number, 90, 128)})
+    paths = sorted(path.relative_to(tmp_path).as_posix() for path in folder.glob("*/*.png"))
+    labels = (f"{Path(path).parent.name}|{'odd' if number % 2 else 'even'}" for number, path in enumerate(paths))
+    rows = (f"{path},{label}" for path, label in zip(paths, labels, strict=True))
+    Path("several.csv").write_text("\n".join(["path,label", *rows]) + "\n")
     started = Runs()
     assert started(*TRAIN, "--name=start", "--trainer.max_epochs=2") == 0
     shutil.copy(next(Path("logs/start").glob("*/checkpoints/best.ckpt")), "head.ckpt")
@@ -208,7 +213,7 @@ def kill_extractions(runs: Runs, kills: int, seed: int) -> tuple[int, int, int]:
 
 
 @pytest.mark.fault("kill -9")
-@pytest.mark.parametrize("kind", ["cached", "images"])
+@pytest.mark.parametrize("kind", ["cached", "several labels", "images"])
 def test_a_killed_training_ends_with_the_same_bits(runs, kind):
     assert kill_trainings(runs, kind, kills=2, seed=1) == (2, 2)
 
@@ -239,6 +244,7 @@ def test_a_kill_at_every_boundary_of_a_save_leaves_a_whole_checkpoint(tmp_path):
     [
         ("cached", 100),
         ("views", 60),
+        ("several labels", 20),
         ("images", 40),
         ("fine-tuning", 30),  # wing: finetune
         ("meta-training", 30),  # wing: fewshot

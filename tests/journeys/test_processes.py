@@ -122,6 +122,23 @@ def test_two_processes_end_with_the_head_of_one(colours, train):
     assert sum(int(cell) for line in text.splitlines()[2:] for cell in line.split("|")[2:-1]) == one["images"]["test"]
 
 
+def test_two_processes_end_with_the_head_of_one_for_several_labels(colours, train):
+    paths = sorted(path.relative_to(colours).as_posix() for path in colours.glob("*/*.png"))
+    rows = (f"{path},{Path(path).parent.name}{'|odd' if number % 2 else ''}" for number, path in enumerate(paths))
+    (colours / "several.csv").write_text("\n".join(["path,label", *rows]) + "\n")
+    data = [f"--data.csv={colours}/several.csv", "--data.feature_precision=fp32"]
+    command = [sys.executable, "-m", "headstart", "train", *data, *TINY, "--trainer.max_epochs=3", "--report=false"]
+    environment, found = os.environ | {"OMP_NUM_THREADS": "1"}, []
+    for devices in (1, 2):
+        more = [f"--trainer.devices={devices}", "--trainer.accelerator=cpu", f"--logs=on{devices}"]
+        done = subprocess.run([*command, *more], capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        result = json.loads((newest_run(Path(f"on{devices}")) / "result.json").read_text())
+        found.append({name: value for name, value in result.items() if name.startswith(("val/", "test/"))})
+    assert found[0]["test/map"] > 0.6
+    assert found[1] == pytest.approx(found[0], abs=1e-4)
+
+
 def test_two_hosts_with_one_cache_end_where_one_does(checkpoint, tmp_path):
     """Fine-tuning from a cold cache, started by torchrun on each host; both are this machine here."""
     options = ["finetune", f"--ckpt_path={checkpoint}", "--trainer.max_epochs=2", "--report=false", "--name=run"]
