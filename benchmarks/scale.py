@@ -37,7 +37,7 @@ from headstart.features.cache import FeatureCache, cache_key
 from headstart.features.matrix import Shard
 from headstart.images import preprocess
 from headstart.search.bank import HeadSettings, Schedule, train_bank
-from headstart.search.exact import score_and_loss, fit_exact
+from headstart.search.exact import fit_exact, score_and_loss
 from headstart.verbs.tune import LABEL_SMOOTHINGS, LRS, WEIGHT_DECAYS
 
 

@@ -1,7 +1,6 @@
 """The data module: splits, features or pixels, batches."""
 
 import os
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -132,11 +131,7 @@ class ImageData(LightningDataModule):
 
     def labels(self, split: Split) -> Tensor:
         """The class index of each image of a split -> [N]; with several labels, 0 or 1 for each -> [N, num_classes]."""
-        return self.labels_of(self.items_in(split))
-
-    def labels_of(self, items: Sequence[Item]) -> Tensor:
-        """The labels of images, as those of a split."""
-        return splits.labels_of(items, self.multilabel * len(self.class_names))
+        return splits.labels_of(self.items_in(split), self.multilabel * len(self.class_names))
 
     def counts(self, split: Split) -> Tensor:
         """Images per class in a split -> [num_classes]."""

@@ -130,6 +130,13 @@ class ListedSource(FileSource):
         self.root, self.path, self.class_names, self._items = root, path or root, class_names, items
         self.has_test = any(item.split == "test" for item in items)
 
+    def renumber(self, class_names: Sequence[str]) -> None:
+        """Numbers several labels as a head does that knows them all; the images need not have every one."""
+        places = [class_names.index(name) for name in self.class_names]
+        numbered = [tuple(sorted(places[label] for label in item.labels)) for item in self._items]
+        self._items = [replace(item, tags=tags) for item, tags in zip(self._items, numbered, strict=True)]
+        self.class_names = list(class_names)
+
     def listed(self) -> list[Item]:
         return list(self._items)
 

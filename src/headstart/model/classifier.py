@@ -16,9 +16,8 @@ from headstart.model.backbone import FrozenBackbone, Layers
 from headstart.model.calibration import Logits
 from headstart.model.checkpoints import HeadModule
 from headstart.model.heads import check_classes, class_weights, make_head
-from headstart.model.multilabel import MultiLabel
+from headstart.model.multilabel import make_task
 from headstart.model.schedule import warmup_cosine
-from headstart.model.task import SingleLabel, Task
 from headstart.ranges import Fraction, ImageSize, NonNegative, Rate, Share, check_arguments, plain
 
 Batch = tuple[Tensor, Tensor]
@@ -77,11 +76,7 @@ class TransferClassifier(HeadModule):
         self.hparams.update(plain(dict(self.hparams)) | {"weights": self.backbone.weights})
         self.class_names = list(class_names)
         check_classes(class_names, class_weights)
-        self.task: Task = MultiLabel(len(class_names), min_precision) if multilabel else SingleLabel(len(class_names))
-        if best_by not in self.task.best_by:
-            raise UserError(f"--model.best_by={best_by}: choose from {', '.join(self.task.best_by)} for these labels")
-        if min_precision is not None and not multilabel:
-            raise UserError("--model.min_precision: is for images with several labels; leave it out")
+        self.task = make_task(len(class_names), multilabel, best_by, min_precision)
         self.head = self.configure_head()
         self.val_metrics, self.test_metrics = self.configure_metrics("val/"), self.configure_metrics("test/")
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()

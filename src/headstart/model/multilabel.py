@@ -121,6 +121,16 @@ class MultiLabel(Task):
         self.scale, self.shift, self.thresholds = (tensor.float() for tensor in found if tensor is not None)
 
 
+def make_task(num_classes: int, multilabel: bool, best_by: str, min_precision: float | None) -> Task:
+    """The task of a module with these options; ``UserError`` if they contradict each other."""
+    task = MultiLabel(num_classes, min_precision) if multilabel else SingleLabel(num_classes)
+    if best_by not in task.best_by:
+        raise UserError(f"--model.best_by={best_by}: choose from {', '.join(task.best_by)} for these labels")
+    if min_precision is not None and not multilabel:
+        raise UserError("--model.min_precision: is for images with several labels; leave it out")
+    return task
+
+
 def task_of(labels: Tensor) -> type[Task]:
     """The task of labels [N], or of [N, C] with 0 and 1."""
     return MultiLabel if labels.ndim == 2 else SingleLabel

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headstart.data import folders
 from headstart.data.module import ImageData, ImageFolderData
-from headstart.data.sources import WHERE, open_source
+from headstart.data.sources import WHERE, ListedSource, open_source
 from headstart.data.splits import Split, places_of, repeated
 from headstart.device import quiet_trainer
 from headstart.errors import UserError
@@ -106,6 +106,8 @@ def _data(given: Any, checkpoint: Path, class_names: Sequence[str]) -> ImageData
     if given.data.root or given.data.csv:
         source = open_source(**{name: given.data[name] for name in WHERE})
         source.all_in = "test"
+        if source.multilabel and isinstance(source, ListedSource) and set(source.class_names) < set(class_names):
+            source.renumber(class_names)
     else:
         run = Run.of(checkpoint)
         if not run.data:
