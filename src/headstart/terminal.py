@@ -173,6 +173,7 @@ def quiet_libraries() -> None:
         ".*could not find the monitored key.*",  # `fit` reports that nothing was validated
         ".*Total length of `list` across ranks is zero.*",  # a split without images, as the table shows
         ".*AMP with fp16 is not supported.*",  # refused with our own message
+        ".*loader strategy is deprecated.*",  # in SQLAlchemy, used by MLflow
         ".*LeafSpec.*",  # deprecated in torch, called by Lightning
     ):
         warnings.filterwarnings("ignore", message)

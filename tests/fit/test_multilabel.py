@@ -15,7 +15,7 @@ from headstart.cli import main
 from headstart.data.splits import Item, assign, labels_of, limited
 from support import COLOURS, RESNET18, TINY, draw, newest_run, rows_of
 
-FIGURES = ("precision_recall", "roc", "reliability", "together", "worst_misses")
+FIGURES = ("precision_recall", "roc", "calibration", "together", "worst_misses")
 
 
 def collages(folder: Path, images: int = 48) -> Path:
@@ -85,7 +85,7 @@ def test_figures_are_in_tensorboard_and_in_the_report(run):
     assert "confusion_matrix" not in shown
     assert "val/map" in events.Tags()["scalars"]
     page = (run / "report.html").read_text()
-    assert "mean average precision" in page
+    assert "Mean average precision" in page
     assert "The worst misses" in page
     assert "Images with both labels" in page
     assert "taken for" not in page

@@ -28,6 +28,7 @@ from headstart.report.collector import EvaluationCollector
 from headstart.runs.folder import RunFolder
 from headstart.runs.history import CONFIG, Run, newest_unfinished
 from headstart.runs.logger import RunLogger
+from headstart.runs.trackers import in_run_folder
 from headstart.terminal import say
 
 # The other precisions convert the weights, and the backbone's must not change.
@@ -53,6 +54,7 @@ class TrainCLI(LightningCLI):
         self.root, self.full_help = root, "--help_all" in options
         # The Trainer's own name for the folder of all runs is accepted too.
         options = [re.sub(r"^(--)?trainer\.default_root_dir(?==|$)", "--logs", option) for option in options]
+        options = in_run_folder(options)
         self.init_from: Path | None = None  # the checkpoint that the model starts from; None: initial values
         self.resume_from: Path | None = None  # the checkpoint whose fit is resumed; None: a new fit
         self.checkpoint: dict[str, Any] | None = None  # the content of ``resume_from``

@@ -15,7 +15,7 @@ from headstart.model.metrics import defined
 from headstart.report.domains import domain_scores, say_domains
 from headstart.report.multilabel import label_scores, say_labels
 from headstart.runs.history import REPORT
-from headstart.runs.logger import RunLogger
+from headstart.runs.trackers import say_where
 from headstart.terminal import Seconds, say, say_scores
 
 
@@ -79,8 +79,10 @@ def report(cli: TrainCLI, scores: Mapping[str, float], seconds: Seconds) -> None
         if cli.config.report:
             from headstart.report.page import write_report
 
-            logger = cli.trainer.logger if isinstance(cli.trainer.logger, RunLogger) else None
-            write_report(folder, evaluation, data, module, scores, verdict, logger, curve, mirror, leaks, cli.changed())
+            loggers = cli.trainer.loggers
+            write_report(
+                folder, evaluation, data, module, scores, verdict, loggers, curve, mirror, leaks, cli.changed()
+            )
         verdict.say()
 
 
@@ -100,5 +102,6 @@ def finish(cli: TrainCLI, scores: Mapping[str, Any], seconds: Seconds) -> dict[s
         say(f"run:      {folder}")
         if (folder / REPORT).exists():
             say(f"report:   {folder / REPORT}")
-        say(f"inspect:  tensorboard --logdir {cli.logs}")
+        for logger in cli.trainer.loggers:
+            say_where(logger, cli.logs)
     return result

@@ -114,7 +114,7 @@ def multilabel_figures(evaluation: MultilabelEvaluation) -> dict[str, Drawing]:
     return {
         "precision_recall": precision_recall_figure(evaluation),
         "roc": roc_figure(evaluation),
-        "reliability": reliability_figure(evaluation),
+        "calibration": calibration_figure(evaluation),
         "together": together_figure(evaluation),
     }
 
@@ -125,7 +125,7 @@ def together_figure(evaluation: MultilabelEvaluation) -> Drawing:
     return matrix_figure(counts, counts.diag(), names, "images with both labels")
 
 
-def reliability_figure(evaluation: MultilabelEvaluation) -> Drawing:
+def calibration_figure(evaluation: MultilabelEvaluation) -> Drawing:
     """The share of labels that are there, by their probability, before and after calibration."""
     series = [Series([(0, 0), (1, 1)], width=1)]
     truth = evaluation.truth.flatten()

@@ -12,6 +12,7 @@ import torch
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from PIL import Image
+from pytorch_lightning.loggers import Logger
 
 from headstart.data.module import ImageData
 from headstart.data.splits import SPLITS
@@ -24,11 +25,12 @@ from headstart.report.figures import TILES, evaluation_figures, learning_figure,
 from headstart.report.learning_curve import LearningCurve
 from headstart.report.mirror import MirrorCheck
 from headstart.report.multilabel import MultilabelEvaluation, multilabel_figures, tile_lines
-from headstart.report.tensorboard import log_evaluation, thumbnails
+from headstart.report.tensorboard import log_evaluation, pictures_of, thumbnails
 from headstart.report.verdict import Verdict
 from headstart.runs.folder import command_line, versions
 from headstart.runs.history import REPORT
 from headstart.runs.logger import RunLogger
+from headstart.runs.trackers import show
 from headstart.terminal import score_rows
 
 MAX_SKIPPED_SHOWN = 50
@@ -42,6 +44,7 @@ TITLES = {
     "reliability": "Reliability: accuracy by confidence",
     "roc": "Receiver operating characteristic",
     "precision_recall": "Precision and recall",
+    "calibration": "Calibration: how often a label is there, by its probability",
     "together": "Images with both labels",
     "roc_by_domain": "Receiver operating characteristic by domain, mean of the classes",
 }
@@ -55,15 +58,15 @@ def write_report(
     module: TransferClassifier,
     scores: Mapping[str, float],
     verdict: Verdict,
-    logger: RunLogger | None = None,
+    loggers: Sequence[Logger] = (),
     curve: LearningCurve | None = None,
     mirror: MirrorCheck | None = None,
     leaks: str = "",
     changed: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Draws the figures once, logs them to TensorBoard, writes the report to the folder and returns its path.
+    """Draws the figures once, writes the report to the folder, shows both to the loggers, and returns the path.
 
-    Without a logger TensorBoard is skipped. ``changed`` are the settings that differ from the defaults.
+    ``changed`` are the settings that differ from the defaults.
     """
     thumbnail = thumbnails(data.store, evaluation.items)
     if isinstance(evaluation, MultilabelEvaluation):
@@ -73,10 +76,12 @@ def write_report(
         assert isinstance(evaluation, Evaluation)
         figures, template = evaluation_figures(evaluation), "report/page.html.jinja"
         own = _sureness(evaluation) | _classes(evaluation, data) | _pictures(evaluation, thumbnail)
-    if logger:
-        log_evaluation(logger.experiment, evaluation, figures, thumbnail, data, module)
-        logger.experiment.flush()
-        figures = training_figures(read_scalars(folder)) | figures
+    pictures = pictures_of(evaluation, figures, thumbnail)
+    for logger in loggers:
+        if isinstance(logger, RunLogger):
+            log_evaluation(logger.experiment, evaluation, pictures, thumbnail, data, module)
+            logger.experiment.flush()
+            figures = training_figures(read_scalars(folder)) | figures
     page = rendered(
         template,
         title=f"{folder.parent.name}, {folder.name}",
@@ -97,6 +102,9 @@ def write_report(
         **own,
     )
     write_atomically(folder / REPORT, page)
+    named = {f"{evaluation.split}/{name}": pixels for name, pixels in pictures.items()}
+    for logger in loggers:
+        show(logger, named, folder / REPORT)
     return folder / REPORT
 
 

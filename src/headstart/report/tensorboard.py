@@ -67,14 +67,14 @@ def pictures_of(
 def log_evaluation(
     experiment: Any,
     evaluation: Predictions,
-    figures: Mapping[str, Drawing],
+    pictures: Mapping[str, "np.ndarray[Any, np.dtype[np.uint8]]"],
     thumbnail: Callable[[int], Image.Image],
     data: ImageData,
     module: TransferClassifier,
 ) -> None:
-    """Logs the figures, the tiles, the projector, the graph and the tables to TensorBoard."""
+    """Logs ``pictures_of`` the evaluation, the projector, the graph and the tables to TensorBoard."""
     split = evaluation.split
-    for name, pixels in pictures_of(evaluation, figures, thumbnail).items():
+    for name, pixels in pictures.items():
         experiment.add_image(f"{split}/{name}", pixels, dataformats="HWC")
     if isinstance(evaluation, Evaluation) and len(evaluation.class_names) <= MAX_CLASSES_IN_TEXT:
         experiment.add_text(f"{split}/confusion_counts", confusion_table(evaluation))

@@ -27,6 +27,7 @@ from headstart.files import RUNS_MARK, csv_bytes, flat, write_atomically
 from headstart.model.backbone import FrozenBackbone
 from headstart.runs.history import CONFIG, RESULT, SPLITS_FILE, Run
 from headstart.runs.logger import RunLogger
+from headstart.runs.trackers import Tracker
 from headstart.terminal import say
 
 
@@ -76,11 +77,10 @@ class RunFolder(Callback):
         if trainer.is_global_zero:
             chosen = self.resumed.folder if self.resumed else new_run_folder(self.logs, self.name)
             self._lock(chosen)
+            make_loggers(trainer, chosen)  # before those of other ranks, which share a database
         self.folder = trainer.strategy.broadcast(chosen)
         assert self.folder
-        for logger in trainer.loggers:
-            if isinstance(logger, RunLogger):
-                logger.folder = self.folder
+        make_loggers(trainer, self.folder)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.folder / "checkpoints")
@@ -88,14 +88,18 @@ class RunFolder(Callback):
             self._write_inputs(trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if isinstance(logger := trainer.logger, RunLogger) and trainer.is_global_zero and not self.resumed:
-            logger.compare_by(settings_in(self.config))
-            logger.experiment.add_text("run", self._card(trainer.datamodule))  # type: ignore[attr-defined]
+        for logger in trainer.loggers if trainer.is_global_zero and not self.resumed else []:
+            if isinstance(logger, RunLogger):
+                logger.compare_by(settings_in(self.config))
+                logger.experiment.add_text("run", self._card(trainer.datamodule))  # type: ignore[attr-defined]
+            else:
+                logger.log_hyperparams(settings_in(self.config))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_there()
-        if isinstance(logger := trainer.logger, RunLogger) and trainer.is_global_zero and logger.folder:
-            logger.experiment.flush()  # else a killed run loses its last two minutes of events
+        for logger in trainer.loggers if trainer.is_global_zero else []:
+            if isinstance(logger, RunLogger) and logger.folder:
+                logger.experiment.flush()  # else a killed run loses its last two minutes of events
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Says how to resume an interrupted run, and releases its folder."""
@@ -112,8 +116,8 @@ class RunFolder(Callback):
         backbone = cast(FrozenBackbone, trainer.lightning_module.backbone)
         result = result_of(backbone, data, scores, seconds) | {"images_per_epoch": images_per_epoch(trainer)}
         if self.folder and trainer.is_global_zero:
-            if isinstance(trainer.logger, RunLogger):
-                trainer.logger.save()
+            for logger in trainer.loggers:
+                logger.save()
             write_result(self.folder, result)
             self.lock.release()
         return result
@@ -149,6 +153,17 @@ class RunFolder(Callback):
             f"{len(data.class_names)} classes, {len(data.store.skipped)} images left out\n\n"
             f"```yaml\n{self.config}```"
         )
+
+
+def make_loggers(trainer: Trainer, folder: Path) -> None:
+    """Makes the loggers that wait for the run's folder, once it is known."""
+    for place, logger in enumerate(trainer.loggers):
+        if isinstance(logger, Tracker):
+            logger.check()
+            trainer.loggers[place] = logger.made(folder)
+    for logger in trainer.loggers:
+        if isinstance(logger, RunLogger):
+            logger.folder = folder
 
 
 def check_limits(trainer: Trainer) -> None:

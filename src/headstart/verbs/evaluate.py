@@ -81,7 +81,7 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     verdict = verdict_of(evaluation, None, module, data.source.options, str(checkpoint))
     verdict.say()
     with seconds.of("report"):
-        report = write_report(folder, evaluation, data, module, scores, verdict, logger) if given.report else None
+        report = write_report(folder, evaluation, data, module, scores, verdict, [logger]) if given.report else None
     logger.save()
     result = result_of(
         module.backbone, data, scores | domain_scores(evaluation) | label_scores(evaluation), seconds.with_total()
