@@ -131,12 +131,13 @@ SCORES = {
     "coverage_90": "sets for 90 %: hold the class",
     "set_size_90": "sets for 90 %: classes in each",
 }
+HEADLINES = ("acc", "map")  # the main score, of one label per image or several
 SPLIT_NAMES = {"test": "test", "val": "validation"}
 
 
 def score_rows(scores: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """The splits with scores, under an empty name; then each score's name and its values, empty where missing."""
-    splits = [split for split in SPLIT_NAMES if any(f"{split}/{name}" in scores for name in ("acc", "map"))]
+    splits = [split for split in SPLIT_NAMES if any(f"{split}/{name}" in scores for name in HEADLINES)]
     found = dict.fromkeys(name.split("/")[1] for name in scores if name.startswith(("val/", "test/")))
     names = [*(name for name in SCORES if name in found), *(name for name in found if name not in SCORES)]
     rows = [("", [SPLIT_NAMES[split] for split in splits])]

@@ -4,6 +4,8 @@ import csv
 import json
 from pathlib import Path
 
+from scipy.stats import binomtest
+
 from headstart.cli import main
 
 
@@ -45,3 +47,79 @@ def test_a_mistake_is_one_line(colours, train, refused):
     Path("runs.csv").write_text("mine")
     assert "is there already" in refused("runs", "--csv=runs.csv")
     assert Path("runs.csv").read_text() == "mine"
+
+
+def test_the_list_shows_what_differs_from_the_defaults_and_from_each_other(colours, train, capsys):
+    train(colours, "--trainer.max_epochs=1", "--name=usual")
+    train(colours, "--trainer.max_epochs=1", "--name=other", "--model.weight_decay=0.5")
+    capsys.readouterr()
+    main(["runs"])
+    shown = capsys.readouterr().out
+    assert "weight_decay=0.5" in shown
+    assert "weight_decay=0.01" not in shown  # the default
+    assert "max_epochs" not in shown  # the same in both
+    assert len(shown.splitlines()) <= 10
+
+
+def test_the_defaults_are_those_of_the_parser():
+    from contextlib import redirect_stdout, suppress
+    from io import StringIO
+
+    import yaml
+
+    from headstart.files import flat
+    from headstart.runs.history import DEFAULTS
+
+    for verb, kept in json.loads(DEFAULTS.read_bytes()).items():
+        shown = StringIO()
+        with redirect_stdout(shown), suppress(SystemExit):
+            main([verb, "--print_config"])
+        found = flat(yaml.safe_load(shown.getvalue()))
+        assert {name: found.get(name) for name in kept} == kept
+        assert found.keys() - kept.keys() == {"data.root"}
+
+
+def test_open_prints_the_paths_of_the_reports_alone(colours, train, capsys):
+    train(colours, "--trainer.max_epochs=1", "--report=true", "--name=with")
+    train(colours, "--trainer.max_epochs=1", "--name=without")
+    capsys.readouterr()
+    main(["runs", "--open=true"])
+    (path,) = capsys.readouterr().out.splitlines()
+    assert Path(path).read_text().startswith("<!doctype html>")
+
+
+def test_two_runs_are_compared_on_the_images_that_both_tested(colours, train, capsys):
+    for name, options in {"long": ["--trainer.max_epochs=30", "--model.lr=0.1"], "none": ["--model.lr=1e-9"]}.items():
+        train(colours, "--report=true", f"--name={name}", "--model.best_by=val/f1", "--trainer.max_epochs=1", *options)
+    tables = [next(Path("logs").glob(f"{name}/*/predictions.csv")) for name in ("none", "long")]
+    with tables[0].open(newline="") as one, tables[1].open(newline="") as other:
+        pairs = list(zip(csv.DictReader(one), csv.DictReader(other), strict=True))
+    right = [[row["class"] == row["prediction"] for row in pair] for pair in pairs]
+    gained, lost = right.count([False, True]), right.count([True, False])
+    capsys.readouterr()
+    main(["runs", "none", str(tables[1].parent), "--page=both.html"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"on {len(pairs)} test images in common, {gained} are right in the second run alone and {lost}" in shown
+    chance = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    assert f"p = {chance:.3f}" in shown
+    assert "model.lr" in shown
+    page = Path("both.html").read_text()
+    assert page.count("<svg") >= 8
+    assert "Receiver operating characteristic" in page
+
+
+def test_of_older_runs_the_scores_are_compared_and_a_foreign_drawing_is_left_out(colours, train, capsys, refused):
+    for name in ("a", "b"):
+        train(colours, "--trainer.max_epochs=1", "--report=true", f"--name={name}")
+        next(Path("logs").glob(f"{name}/*/predictions.csv")).unlink()
+    report = next(Path("logs").glob("a/*/report.html"))
+    bad = '<figure><figcaption>Bad</figcaption><svg onload="alert(1)"><text x="1">1</text></svg></figure>'
+    report.write_text(report.read_text() + bad)
+    capsys.readouterr()
+    main(["runs", "a", "b", "--page=both.html"])
+    assert "not tested, since" in capsys.readouterr().out
+    assert "alert" not in Path("both.html").read_text()
+    assert "is there already" in refused("runs", "a", "b", "--page=both.html")
+    assert "two different runs" in refused("runs", "a")
+    assert "c: no such run; choose from a/" in refused("runs", "a", "c")
+    assert "--page: is for two runs" in refused("runs", "--page=x.html")

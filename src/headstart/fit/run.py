@@ -8,13 +8,15 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from headstart.errors import UserError
+from headstart.files import write_atomically
 from headstart.fit.cli import TrainCLI
 from headstart.fit.known import add_known
 from headstart.fit.rival import meet_rival
 from headstart.model.metrics import defined
 from headstart.report.domains import domain_scores, say_domains
 from headstart.report.multilabel import label_scores, say_labels
-from headstart.runs.history import REPORT
+from headstart.report.predictions import predictions_csv
+from headstart.runs.history import PREDICTIONS, REPORT
 from headstart.runs.trackers import say_where
 from headstart.terminal import Seconds, say, say_scores
 
@@ -61,6 +63,8 @@ def report(cli: TrainCLI, scores: Mapping[str, float], seconds: Seconds) -> None
     folder, evaluation, module, data = cli.run_folder.folder, cli.collector.evaluation, cli.model, cli.datamodule
     if folder is None or evaluation is None:
         return
+    if evaluation.split == "test":
+        write_atomically(folder / PREDICTIONS, predictions_csv(evaluation))
     with seconds.of("report"):
         from headstart.report.verdict import verdict_of
 

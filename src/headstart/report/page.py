@@ -16,7 +16,7 @@ from pytorch_lightning.loggers import Logger
 
 from headstart.data.module import ImageData
 from headstart.data.splits import SPLITS
-from headstart.files import csv_bytes, write_atomically
+from headstart.files import write_atomically
 from headstart.model.classifier import TransferClassifier
 from headstart.report.answered import WANTED, answered
 from headstart.report.drawing import BOTTOM, LEFT, RIGHT, TOP
@@ -241,15 +241,3 @@ def _by_interest(evaluation: Evaluation, top: Sequence[tuple[int, int]]) -> list
         seen[cell] += 1
         found.append((cell not in top or rank >= TOP_PICTURES, rank, cell[0] == cell[1], position))
     return [position for *_, position in sorted(found, key=lambda key: key[:3])[:MAX_PICTURES]]
-
-
-def predictions_csv(evaluation: Predictions) -> bytes:
-    """A row per image: path, true class or classes, predicted ones, and the probability; of several labels, of each."""
-    if isinstance(evaluation, MultilabelEvaluation):
-        numbers = [[f"{value:.6f}" for value in row] for row in evaluation.probabilities.tolist()]
-        found = (evaluation.row(position) for position in range(len(evaluation.items)))
-        labelled = ([row.path, row.true, row.predicted, *own] for row, own in zip(found, numbers, strict=True))
-        return csv_bytes([["path", "class", "prediction", *evaluation.class_names], *labelled])
-    rows = (evaluation.row(position) for position in range(len(evaluation.items)))
-    lines = ([row.path, row.true, row.predicted, f"{row.confidence:.6f}"] for row in rows)
-    return csv_bytes([["path", "class", "prediction", "probability"], *lines])

@@ -14,6 +14,8 @@ from headstart.files import read_csv, read_regular
 from headstart.terminal import program
 
 RESULT, REPORT, CONFIG, SPLITS_FILE = "result.json", "report.html", "config.yaml", "splits.csv"
+DEFAULTS = Path(__file__).parent.parent / "help/defaults.json"  # of `train` and the like, made by docs/help.py
+PREDICTIONS = "predictions.csv"  # of the test images
 
 
 @dataclass(frozen=True)

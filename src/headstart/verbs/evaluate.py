@@ -27,10 +27,11 @@ from headstart.report.collector import EvaluationCollector
 from headstart.report.domains import domain_scores, say_domains
 from headstart.report.evaluation import Evaluation, Predictions
 from headstart.report.multilabel import label_scores, say_labels
-from headstart.report.page import predictions_csv, write_report
+from headstart.report.page import write_report
+from headstart.report.predictions import predictions_csv
 from headstart.report.verdict import verdict_of
 from headstart.runs.folder import new_run_folder, result_of, write_result
-from headstart.runs.history import Run
+from headstart.runs.history import PREDICTIONS, Run
 from headstart.runs.logger import RunLogger
 from headstart.terminal import Seconds, listing, quiet_libraries, say, say_scores
 
@@ -77,7 +78,7 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     scores = {"test/loss_scaled": float(losses.mean())} | scores
     if known and far is not None:
         scores |= _scores_of_unknown(known, known.distance(evaluation.features), far)  # of at most 2,000 images
-    write_atomically(folder / "predictions.csv", predictions_csv(evaluation))
+    write_atomically(folder / PREDICTIONS, predictions_csv(evaluation))
     verdict = verdict_of(evaluation, None, module, data.source.options, str(checkpoint))
     verdict.say()
     with seconds.of("report"):
@@ -93,7 +94,7 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     say_labels(result)
     if isinstance(evaluation, Evaluation):
         say(answered_table(evaluation))
-    say(f"mistakes: {folder / 'predictions.csv'}")
+    say(f"mistakes: {folder / PREDICTIONS}")
     if report:
         say(f"report:   {report}")
     say(f"next:     headstart predict --ckpt_path={checkpoint} path/to/files")  # wing: deploy
