@@ -14,10 +14,10 @@ from PIL import Image
 from headstart import TransferClassifier, files
 from headstart.cli import main
 from headstart.deploy.explain import explainer
+from headstart.deploy.predictor import Answers, Predictor
 from headstart.features import stream
 from headstart.features.stream import FileStream
 from headstart.model.sets import threshold
-from headstart.verbs.predict import Answers, Predictor
 from support import COLOURS, draw, newest_run, rows_of
 
 

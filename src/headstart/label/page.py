@@ -2,77 +2,45 @@
 
 import io
 import os
-import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
-from werkzeug.exceptions import BadRequest, HTTPException, NotFound
-from werkzeug.routing import Map, Rule
+from werkzeug.exceptions import BadRequest, NotFound
+from werkzeug.routing import Rule
 from werkzeug.utils import redirect
 from werkzeug.wrappers import Request, Response
 
 from headstart.decoding import UnreadableImage, decode
-from headstart.errors import UserError
 from headstart.files import read_regular
 from headstart.images import Preprocessing
 from headstart.label.answers import Answers
+from headstart.serving import Application, page
 from headstart.terminal import one_line
 
 SIDE = 1024  # pixels of the longer side of a picture on the page
 LONGEST = 100  # characters of a class name, as in the template
-HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}  # the token is in the address
-POLICY = (
-    "default-src 'none'; img-src 'self' data:; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
-    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-)
 
 
-class LocalRequest(Request):
-    """A request under one of this machine's own names: another site's name could be made to lead here."""
-
-    trusted_hosts = ["localhost", "127.0.0.1"]  # noqa: RUF012  # as werkzeug declares it
-    max_content_length = 10_000
-
-
-class LabelPage:
-    """A WSGI application that shows the images of ``queue`` that have no label yet, and keeps the answers.
+class LabelPage(Application):
+    """Shows the images of ``queue`` that have no label yet, and keeps the answers.
 
     Addresses begin with ``token``; pictures are given by their number in the queue, encoded anew, and lie in ``root``.
     """
 
     def __init__(self, queue: Sequence[Path], root: Path, answers: Answers, classes: Sequence[str], token: str) -> None:
         self._queue, self._root, self._answers, self._home = queue, root, answers, f"/{token}/"
-        self._classes, self._skipped, self._lock = classes, set[Path](), Lock()
-        environment = Environment(loader=PackageLoader("headstart", "label"), autoescape=True)
-        self._template = environment.get_template("page.html.jinja")
+        self._classes, self._skipped = classes, set[Path]()
         picture = Rule(f"{self._home}picture/<int:number>", endpoint=self._picture, methods=["GET"])
         routes = [("GET", self._page), ("POST", self._change)]
-        self._map = Map([picture, *(Rule(self._home, endpoint=found, methods=[way]) for way, found in routes)])
-
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
-        """Answers a request."""
-        request = LocalRequest(environ)
-        response: Any
-        try:
-            assert request.host  # raises unless it is a trusted one
-            endpoint, values = self._map.bind_to_environ(environ).match()
-            with self._lock:
-                response = endpoint(request, **values)
-        except HTTPException as error:
-            response = error.get_response(environ)
-        except (UserError, OSError) as error:
-            response = Response(f"Not saved: {error}", 409)
-        response.headers.extend(HEADERS)
-        return response(environ, start_response)
+        super().__init__([picture, *(Rule(self._home, endpoint=found, methods=[way]) for way, found in routes)])
 
     def _page(self, request: Request) -> Response:
         left = [number for number, path in enumerate(self._queue) if path not in self._answers.labels]
         shown = [number for number in left if self._queue[number] not in self._skipped]
-        nonce = secrets.token_urlsafe(16)
-        text = self._template.render(
+        return page(
+            "label",
+            "page.html.jinja",
             shown=shown[:2],  # the second is loaded ahead
             names=[one_line(str(self._queue[number].relative_to(self._root))) for number in shown[:1]],
             classes=list(dict.fromkeys([*self._classes, *self._answers.labels.values()])),
@@ -80,10 +48,7 @@ class LabelPage:
             labelled=len(self._queue) - len(left),
             skipped=len(left) - len(shown),
             file=one_line(str(self._answers.file)),
-            nonce=nonce,
         )
-        headers = {"Content-Security-Policy": POLICY.format(nonce=nonce), "Cache-Control": "no-store"}
-        return Response(text, mimetype="text/html", headers=headers)
 
     def _picture(self, request: Request, number: int) -> Response:
         if number >= len(self._queue) or not within(self._queue[number], self._root):

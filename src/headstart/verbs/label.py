@@ -2,7 +2,6 @@
 
 import os
 import secrets
-import socket
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,15 +30,10 @@ def label(options: Sequence[str]) -> dict[str, int]:
     given = parser.parse_args(list(options))
     required(given, "--data.root")
     try:
-        from werkzeug.serving import WSGIRequestHandler, make_server
-
         from headstart.label.page import LabelPage, within
+        from headstart.serving import serve
     except ImportError as error:
         raise UserError("label: needs werkzeug: pip install -e '.[label]'") from error
-
-    class Silent(WSGIRequestHandler):
-        def log(self, *message: object) -> None:
-            """Prints nothing, since addresses hold the token."""
 
     source, answers = folder_of_images(given.data.root), Answers(Path(given.labels))
     paths = _queued(given.queue) if given.queue else [source.root / item.path for item in source.listed()]
@@ -50,17 +44,13 @@ def label(options: Sequence[str]) -> dict[str, int]:
         raise UserError(f"--queue={given.queue}: none of its images is in {source.root}")
     token, classes = secrets.token_urlsafe(16), [name.strip() for name in (given.classes or "").split(",")]
     page = LabelPage(queue, source.root, answers, [name for name in classes if name], token)
-    try:
-        listener = socket.create_server(("127.0.0.1", given.port))
-    except OSError as error:
-        raise UserError(f"--port={given.port}: cannot be used ({error.strerror}); 0 finds a free one") from error
-    with listener:
-        server = make_server("127.0.0.1", 0, page, True, request_handler=Silent, fd=listener.fileno())
-    address = f"http://127.0.0.1:{server.port}/{token}/"
-    say(f"page:     {address}    (Ctrl-C ends)")
-    if given.browser:
-        webbrowser.open(address)
-    server.serve_forever()  # Ctrl-C ends it
+
+    def started(address: str) -> None:
+        say(f"page:     {address}/{token}/    (Ctrl-C ends)")
+        if given.browser:
+            webbrowser.open(f"{address}/{token}/")
+
+    serve(page, "127.0.0.1", given.port, started)  # Ctrl-C ends it
     left = sum(path not in answers.labels for path in queue)
     say(f"labels:   {answers.file}, {len(queue) - left} of {len(queue)} images labelled")
     say(f"train:    headstart train --data.csv={answers.file}")
