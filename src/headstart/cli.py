@@ -20,6 +20,7 @@ VERBS = {
     "evaluate": "score a trained head on its test split, or on another folder",
     "predict": "predict the class of each image file",  # wing: deploy
     "export": "export a trained head as one ONNX file, or as weights for torchvision",  # wing: deploy
+    "demo": "try a head on a page in the browser: drop a picture, see what it says and why",  # wing: deploy
     "check": "find duplicates, likely wrong labels, outliers and damaged files in a folder",  # wing: audit
     "domains": "leave out one domain at a time, and score the head of the others on it",  # wing: domains
     "fewshot": "learn new classes from a few examples each: meta-train, compare, save",  # wing: fewshot

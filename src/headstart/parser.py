@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser
 from headstart.config_files import line_of, read_config
 from headstart.errors import UserError
 from headstart.files import flat
-from headstart.ranges import RunName, arguments_of
+from headstart.ranges import OpenFraction, Positive, RunName, Share, arguments_of
 
 # The Trainer's options in the short help.
 SHORT_HELP = ("max_epochs", "accelerator", "devices", "precision")
@@ -172,6 +172,22 @@ def add_options(parser: OptionParser, of: type, group: str, names: Sequence[str]
 def add_checkpoint(parser: OptionParser) -> None:
     """Adds ``--ckpt_path``, a trained head."""
     parser.add_argument("--ckpt_path", type=str | None, help="trained head, such as logs/…/checkpoints/best.ckpt")
+
+
+def add_answers(parser: OptionParser) -> None:
+    """Adds how a head answers: how many classes, where with `unknown`, and with which sets."""
+    parser.add_argument("--top_k", type=Positive, default=5, help="most probable classes per row")
+    parser.add_argument(
+        "--unknown",
+        type=OpenFraction | None,
+        help="answer `unknown` for what is as far from the classes as this share of validation images; None: never",
+    )
+    parser.add_argument("--min_probability", type=Share, default=0.0, help="answer `unknown` below this probability")
+    parser.add_argument(
+        "--coverage",
+        type=OpenFraction | None,
+        help="add the set of classes that holds the true one in this share of cases, such as 0.9; None: no sets",
+    )
 
 
 def add_accelerator(parser: OptionParser) -> None:

@@ -202,7 +202,7 @@ def test_the_command_serves_the_queue_of_next(heap, tmp_path, monkeypatch, refus
             page._answers.add(heap / "red/001.png", "red")
 
     with monkeypatch.context() as patched:
-        patched.setattr("werkzeug.serving.make_server", Server)
+        patched.setattr("headstart.serving.make_server", Server)
         patched.setattr("webbrowser.open", opened.append)
         options = f"--data.root={heap}", "--queue=next.csv", "--classes=red, blue"
         assert main(["label", *options]) == {"labelled": 1, "left": 0}

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from headstart.data.splits import BETWEEN
 from headstart.deploy.explain import explainer, overlay
 from headstart.errors import UserError
+from headstart.features.arithmetic import BATCH
 from headstart.features.extract import Computed
 from headstart.features.stream import FileStream
 from headstart.model.backbone import FrozenBackbone
@@ -122,7 +124,9 @@ class Predictor:
     @torch.no_grad()
     def predictions(self, computed: Computed) -> Iterator[Prediction]:
         """Yields a prediction per image of a batch."""
-        probabilities = self.module.task.probabilities(self.module.head(computed.features))
+        # In batches of one size, so that an image has the same bits whatever is predicted with it.
+        whole = functional.pad(computed.features, (0, 0, 0, BATCH - len(computed.features)))
+        probabilities = self.module.task.probabilities(self.module.head(whole))[: len(computed.features)]
         order = probabilities.argsort(dim=1, descending=True, stable=True)
         known = self.answers.known(computed.features).tolist() if self.answers.known else None
         sets = sets_of(probabilities, self.answers.least) if self.answers.least is not None else None

@@ -24,8 +24,8 @@ from headstart.features.hashes import cache_folder
 from headstart.features.stream import FileStream
 from headstart.files import in_either_form, new_path
 from headstart.model.classifier import TransferClassifier
-from headstart.parser import OptionParser, add_accelerator, add_checkpoint, parser_of, required
-from headstart.ranges import Count, OpenFraction, Positive, Share
+from headstart.parser import OptionParser, add_accelerator, add_answers, add_checkpoint, parser_of, required
+from headstart.ranges import Count, Positive
 from headstart.terminal import images_bar, quiet_libraries, say
 
 FORMATS = (".csv", ".jsonl")
@@ -76,19 +76,8 @@ def _parser() -> OptionParser:
     parser.add_argument("--output", type=str | None, help="new .csv or .jsonl file; None: the standard output")
     formats = Literal["csv", "jsonl"] | None
     parser.add_argument("--format", type=formats, help="csv or jsonl; None: by the output's suffix, else csv")
-    parser.add_argument("--top_k", type=Positive, default=5, help="most probable classes per row")
     parser.add_argument("--probabilities", type=bool, default=False, help="add the probability of every class")
-    parser.add_argument(
-        "--unknown",
-        type=OpenFraction | None,
-        help="answer `unknown` for what is as far from the classes as this share of validation images; None: never",
-    )
-    parser.add_argument("--min_probability", type=Share, default=0.0, help="answer `unknown` below this probability")
-    parser.add_argument(
-        "--coverage",
-        type=OpenFraction | None,
-        help="add the set of classes that holds the true one in this share of cases, such as 0.9; None: no sets",
-    )
+    add_answers(parser)
     parser.add_argument("--explain", type=str | None, help="new folder for maps of where the head looks, one per file")
     parser.add_argument("--num_workers", type=Count | None, help="decoding threads; None: one per core, at most 8")
     parser.add_argument(

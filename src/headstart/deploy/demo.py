@@ -1,0 +1,111 @@
+"""A page to try a head on: drop a picture, and see the classes, where the head looks, and the nearest pictures."""
+
+import io
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from werkzeug.exceptions import RequestEntityTooLarge
+from werkzeug.routing import Rule
+from werkzeug.wrappers import Request, Response
+
+from headstart.data.module import ImageData
+from headstart.data.splits import Item
+from headstart.deploy.predictor import Predictor
+from headstart.errors import UserError
+from headstart.report.page import jpeg
+from headstart.report.tensorboard import thumbnails
+from headstart.search.knn import nearest
+from headstart.serving import LOCAL, Application, page
+from headstart.terminal import one_line
+
+NEAREST = 6
+LARGEST = 20_000_000  # bytes of an upload
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training images of a head, with their features, loaded."""
+
+    data: ImageData
+
+    def like(self, features: Tensor) -> list[dict[str, str]]:
+        """The nearest images to features [1, D]: a thumbnail and the class of each."""
+        items, (matrix, *_) = self.data.items_in("train"), self.data.labelled("train").views
+        _, rows = nearest(features.to(self.data.store.device), matrix, NEAREST)
+        thumbnail = thumbnails(self.data.store, items)
+        return [{"picture": jpeg(thumbnail(row)), "label": self._named(items[row])} for row in rows[0].tolist()]
+
+    def _named(self, item: Item) -> str:
+        return one_line(item.named(self.data.class_names))
+
+
+class DemoPage(Application):
+    """A WSGI application: the page below ``token``, and its API, which takes the bytes of an image.
+
+    The API's answer is the row of `headstart predict --format=jsonl`, without the path. An upload is bounded, lies in a
+    private folder while it is read, and is deleted. Maps are drawn by a predictor with ``maps``.
+    """
+
+    refused = 400
+    largest = LARGEST
+
+    def __init__(
+        self, predictor: Predictor, token: str, training: Training | None, sets: bool, local: bool = True
+    ) -> None:
+        self._predictor, self._training, self._sets = predictor, training, sets
+        rules = [Rule(f"/{token}/", endpoint=self._page, methods=["GET"])]
+        rules += [
+            Rule(f"/{token}/{name}", endpoint=endpoint, methods=["POST"])
+            for name, endpoint in (("predict", self._predict), ("show", self._show))
+        ]
+        super().__init__(rules, LOCAL if local else None)
+
+    def _page(self, request: Request) -> Response:
+        module = self._predictor.module
+        return page(
+            "deploy", "demo.html.jinja", classes=len(module.class_names), method=self._predictor.method, most=LARGEST
+        )
+
+    def _predict(self, request: Request) -> Response:
+        """The API."""
+        return _json(self._answer(request)[0])
+
+    def _show(self, request: Request) -> Response:
+        """The API's answer, with the map and the nearest pictures."""
+        row, features, drawn = self._answer(request)
+        for found in drawn:
+            row["map"] = jpeg(Image.open(io.BytesIO(found)).convert("RGB"))
+        if self._training:
+            row["nearest"] = self._training.like(features)
+        return _json(row)
+
+    @torch.no_grad()
+    def _answer(self, request: Request) -> tuple[dict[str, Any], Tensor, list[bytes]]:
+        """The row of `predict` for the image in the request, its features [1, D], and the file of its map, if any."""
+        if (request.content_length or 0) > LARGEST:  # before it is read
+            raise RequestEntityTooLarge
+        body = request.get_data(cache=False)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "upload")
+            file.write_bytes(body)
+            (computed,) = self._predictor.stream([str(file)])
+            (prediction,) = self._predictor.predictions(computed)
+        drawn = []
+        for place in self._predictor.maps.glob("*.png") if self._predictor.maps else []:
+            drawn.append(place.read_bytes())
+            place.unlink()
+        if prediction.error:
+            raise UserError(f"the image cannot be used: {prediction.error}")
+        row = prediction.as_row(self._sets)
+        del row["path"]
+        return row, computed.features, drawn
+
+
+def _json(row: dict[str, Any]) -> Response:
+    return Response(json.dumps(row), mimetype="application/json", headers={"Cache-Control": "no-store"})

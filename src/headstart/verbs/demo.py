@@ -1,0 +1,96 @@
+"""The `demo` command: a page on this machine to try a head on."""
+
+import contextlib
+import secrets
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from headstart.data.module import ImageData
+from headstart.data.sources import WHERE, open_source
+from headstart.data.splits import repeated
+from headstart.data.store import STORE_OPTIONS
+from headstart.deploy.predictor import Answers, Predictor
+from headstart.device import device_of
+from headstart.errors import UserError
+from headstart.features.arithmetic import as_trained, chosen
+from headstart.features.hashes import cache_folder
+from headstart.features.stream import FileStream
+from headstart.model.classifier import TransferClassifier
+from headstart.parser import OptionParser, add_accelerator, add_answers, add_checkpoint, parser_of, required
+from headstart.ranges import Port
+from headstart.runs.history import Run
+from headstart.terminal import quiet_libraries, say
+
+THIS_MACHINE = ("127.0.0.1", "localhost")
+
+
+def demo(options: Sequence[str]) -> None:
+    """Serves the page until Ctrl-C."""
+    quiet_libraries()
+    given = _parser().parse_args(list(options))
+    required(given, "--ckpt_path")
+    try:
+        from headstart.deploy.demo import DemoPage, Training
+        from headstart.serving import serve
+    except ImportError as error:
+        raise UserError("demo: needs werkzeug: pip install -e '.[demo]'") from error
+    checkpoint, token = Path(given.ckpt_path).expanduser(), secrets.token_urlsafe(16)
+    module = TransferClassifier.load_from_checkpoint(checkpoint).eval()
+    answers = Answers(module, given.unknown, given.coverage, given.min_probability)
+    with predictor_of(module, answers, given) as predictor:
+        data = _training(module, checkpoint, given.accelerator)
+        local = given.host in THIS_MACHINE
+        page = DemoPage(predictor, token, Training(data) if data else None, given.coverage is not None, local)
+
+        def started(address: str) -> None:
+            if not local:
+                say(f"demo:     WARNING: who can reach {given.host} and has the address can send pictures here")
+            say(f"page:     {address}/{token}/    (Ctrl-C ends)")
+            say(f"API:      curl --data-binary @photo.jpg {address}/{token}/predict")
+
+        serve(page, given.host, given.port, started)
+
+
+@contextlib.contextmanager
+def predictor_of(module: TransferClassifier, answers: Answers, given: Any) -> Iterator[Predictor]:
+    """What `predict` uses, with maps where there are any."""
+    device = device_of(given.accelerator)
+    arithmetic = chosen(as_trained("auto", module.arithmetic, device), module.backbone, device, 0, cache_folder())
+    stream = FileStream(module.backbone, device, arithmetic)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            predictor = Predictor(module, stream, given.top_k, Path(folder), answers)
+        except UserError as error:
+            say(f"demo:     without maps: {error}")
+            predictor = Predictor(module, stream, given.top_k, None, answers)
+        yield predictor
+
+
+def _training(module: TransferClassifier, checkpoint: Path, accelerator: str) -> ImageData | None:
+    """The training images of the head's run; None, and said, if they are not there."""
+    run = Run.of(checkpoint)
+    try:
+        if not run.data or not run.splits_file.is_file() or module.finetuned:
+            raise UserError("it is not in the folder of a run, or its backbone was fine-tuned")
+        source = open_source(**{name: run.data.get(name) for name in WHERE})
+        options = {name: run.data[name] for name in STORE_OPTIONS if run.data.get(name) is not None}
+        data = ImageData(source, **options)
+        data.repeat = partial(repeated, file=run.splits_file, only=("train",))
+        data.load(module.backbone, device_of(accelerator))
+    except UserError as error:
+        say(f"demo:     without the nearest training pictures: {error}")
+        return None
+    return data
+
+
+def _parser() -> OptionParser:
+    parser = parser_of("demo")
+    add_checkpoint(parser)
+    parser.add_argument("--port", type=Port, default=0, help="port to listen on; 0: a free one")
+    parser.add_argument("--host", type=str, default="127.0.0.1", help="address to listen on; others reach 0.0.0.0")
+    add_answers(parser)
+    add_accelerator(parser)
+    return parser
