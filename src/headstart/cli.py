@@ -32,6 +32,8 @@ VERBS = {
     "cache": "list, verify or prune the cached features",
 }
 
+SEVERAL_PROCESSES = ("train", "tune", "finetune")  # the others are started once
+
 HELP = Path(__file__).parent / "help"  # the short help of each command, made by docs/help.py
 
 WORKER_KILLED = (
@@ -82,6 +84,8 @@ def _run(arguments: list[str], root: Path | None) -> Any:
     if options in (["--help"], ["-h"]) and (short := HELP / f"{verb}.txt").is_file():
         print(short.read_text(encoding="utf-8"), end="")
         sys.exit()  # as the parser does
+    if verb not in (*SEVERAL_PROCESSES, "runs", "cache") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"headstart {verb}: runs in one process; start it without torchrun")
     # torch takes seconds to import, so a command is imported when it is used.
     run = getattr(import_module(f"headstart.verbs.{verb}"), verb)
     return run(options, root) if verb in ("train", "tune") else run(options)

@@ -228,20 +228,6 @@ def test_runs_take_seconds_of_their_parts(colours, train):
     assert sum(seconds[part] for part in ("scan", "features", "fit", "test")) <= seconds["total"] + 0.01
 
 
-@pytest.mark.gpu
-def test_a_gpu_trains_in_mixed_precision(colours, train):
-    for cache in ("true", "false"):
-        result = train(
-            colours,
-            "--trainer.accelerator=gpu",
-            "--trainer.devices=1",
-            "--trainer.precision=bf16-mixed",
-            f"--data.cache={cache}",
-            "--model.lr=0.02",
-        )
-        assert result["test/acc"] == 1.0
-
-
 def test_a_configuration_from_before_logs_had_that_name_still_runs(colours, train):
     first = train(colours, "--trainer.max_epochs=2")
     config = yaml.safe_load((newest_run() / "config.yaml").read_text())

@@ -2,8 +2,12 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+
+import tomllib
 
 
 def test_a_wheel_trains_from_any_folder(copy, colours, tmp_path):
@@ -40,3 +44,21 @@ def test_a_wheel_trains_from_any_folder(copy, colours, tmp_path):
     ).stdout
     assert where.startswith(str(installed))
     assert where.split()[-1] == "22383160"
+
+
+def test_the_docker_image_trains(copy, colours):
+    """Where docker answers, the image is built and run; else what the Dockerfile names is looked up."""
+    text = (copy / "Dockerfile").read_text()
+    sources = [name for line in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE) for name in line.split()]
+    assert len(sources) >= 7
+    assert not [name for name in sources if not (copy / name).exists()]
+    project = tomllib.loads((copy / "pyproject.toml").read_text())["project"]
+    assert set(re.findall(r"\.\[(\w+)\]", text)) <= set(project["optional-dependencies"])
+    assert json.loads(re.findall(r"^ENTRYPOINT (.*)$", text, re.MULTILINE)[0])[0] in project["scripts"]
+    docker = shutil.which("docker")
+    if docker is None or subprocess.run([docker, "info"], capture_output=True, check=False).returncode:
+        return
+    subprocess.run([docker, "build", "-q", "-t", "headstart-test", str(copy)], check=True)
+    options = ["--data.root=/photos", "--trainer.max_epochs=1", "--report=false"]
+    run = [docker, "run", "--rm", "-v", f"{colours}:/photos:ro", "headstart-test", "train", *options]
+    assert "run:" in subprocess.run(run, capture_output=True, text=True, check=True).stdout

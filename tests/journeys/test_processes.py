@@ -13,7 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from headstart.cli import main
+from headstart.cli import SEVERAL_PROCESSES, VERBS, main
 from headstart.features.matrix import Shard
 from support import REPOSITORY, TINY, draw, features, newest_run
 
@@ -211,3 +211,9 @@ def test_the_demo_reaches_its_floor(tmp_path):
     assert result["images"] == {"train": 412, "val": 84, "test": 94}
     for said in ("test", "run:", "tensorboard --logdir", "--data.root="):
         assert said in done.stdout
+
+
+@pytest.mark.parametrize("verb", sorted({*VERBS} - {*SEVERAL_PROCESSES, "runs", "cache"}))
+def test_a_command_for_one_process_is_refused_under_torchrun(verb, refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert f"headstart {verb}: runs in one process" in refused(verb, "--ckpt_path=x.ckpt")

@@ -1,0 +1,16 @@
+# docker build -t headstart .
+# docker run --rm -v "$PWD/photos:/photos" -v "$PWD/logs:/work/logs" -v headstart:/cache headstart train --data.root=/photos
+# On GPUs add --gpus=all; for processors alone give the smaller torch by the address on PyTorch's page of installations:
+# docker build -t headstart --build-arg TORCH_INDEX=ADDRESS .
+FROM python:3.12-slim
+ARG TORCH_INDEX=""
+WORKDIR /app
+COPY pyproject.toml setup.py MANIFEST.in README.md LICENSE ./
+COPY src ./src
+COPY data ./data
+RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch torchvision \
+    && pip install --no-cache-dir ".[timm]"
+ENV HEADSTART_CACHE=/cache
+WORKDIR /work
+ENTRYPOINT ["headstart"]
+CMD ["--help"]
