@@ -22,7 +22,7 @@ WINGS = {
     "fewshot": (("fewshot",), ("configs/fewshot.yaml", "benchmarks/fewshot.py", "docs/fewshot.md")),
     "audit": (("check",), ("benchmarks/labels.py",)),
     "domains": (("domains",), ("benchmarks/domains.py", "docs/domains.md")),
-    "deploy": (("predict", "export", "demo"), ("docs/deploy.md", "tests/journeys/test_demo.py")),
+    "deploy": (("predict", "export", "demo"), ("docs/deploy.md", "tests/journeys/test_demo_page.py")),
     "label": (
         ("embed", "similar", "next", "label"),
         ("benchmarks/label.py", "docs/label.md", "tests/journeys/test_labelling.py"),

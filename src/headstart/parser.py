@@ -24,6 +24,7 @@ class OptionParser(ArgumentParser):
 
     usage_line = "headstart COMMAND [options]"  # the first line of the help
     last_line = ""  # the last line of the short help; empty: none
+    paths = True  # whether bare words are paths, if there may be any
     full = False  # whether to print jsonargparse's own help, with every option
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -56,7 +57,7 @@ class OptionParser(ArgumentParser):
 
     def _with_dashes(self, args: Sequence[str]) -> list[str]:
         """Reads `model.lr=0.01`, as in other templates, as `--model.lr=0.01`, unless bare words are paths."""
-        if any(action.nargs == "*" for action in self._actions if not action.option_strings):
+        if self.paths and any(action.nargs == "*" for action in self._actions if not action.option_strings):
             return list(args)
         found = []
         for before, word in zip(["", *args], args, strict=False):

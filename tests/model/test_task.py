@@ -76,7 +76,7 @@ def test_platt_is_an_optimum_of_the_smoothed_loss(seed):
     assert (scale[4], shift[4]) == (1, 0)
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([0.6, 0.9, None]))
 def test_thresholds_are_the_best_of_all(seed, wanted):
     logits, truth = problem(seed)

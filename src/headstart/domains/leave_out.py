@@ -50,7 +50,7 @@ def leave_one_out(
         train, val, test = ([item for item in seen if item.split == split] for split in ("train", "val", "test"))
         _check_classes(train, class_names, domain)
         weights = balanced(train) if balance else None
-        l2, head = best_exact(_labelled(train, matrix), _labelled(val, matrix), len(class_names), weights)
+        l2, head = best_exact(_labelled(train, matrix), _labelled(val, matrix), len(class_names), of_images=weights)
         scored = [_evaluation(head.head, part, class_names, matrix) for part in (unseen, test)]
         found.append(LeftOut(domain, len(train), l2, *scored))
         advance(1)

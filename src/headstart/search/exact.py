@@ -73,10 +73,12 @@ def best_exact(
     rank: Rank = by_loss,
     tolerance: float = TOLERANCE,
     passes: int = UNLIMITED,
+    of_images: Tensor | None = None,
 ) -> tuple[float, TrainedHead]:
     """The L2 penalty of standardised features that validates best, and the optimum, for features as they are.
 
-    Weaker and weaker penalties are tried until the validation loss rises. ``weights`` are those of the classes, [C].
+    Weaker and weaker penalties are tried until the validation loss rises. ``weights`` are those of the classes, [C], or
+    ``of_images``, [N].
 
     Raises:
         TooManyPasses: it takes more than ``passes`` passes over the training images.
@@ -84,7 +86,7 @@ def best_exact(
     scale, (weight, bias) = Scale.of(train), _zeros(train, num_classes)
     found: list[tuple[tuple[float, float], float, nn.Linear]] = []
     for l2 in PENALTIES:
-        passes -= _minimize(train, weight, bias, l2, tolerance, scale, weights, passes)
+        passes -= _minimize(train, weight, bias, l2, tolerance, scale, weights, passes, of_images)
         if passes <= 0:
             raise TooManyPasses
         head = as_linear(*scale.fold(weight, bias))
@@ -109,6 +111,7 @@ def _minimize(
     scale: Scale | None = None,
     weights: Tensor | None = None,
     passes: int = UNLIMITED,
+    of_images: Tensor | None = None,
 ) -> int:
     """Moves weight [C, D] and bias [C] to the optimum; returns the passes taken, at least ``passes`` if it gave up."""
     parameters = [weight.requires_grad_(), bias.requires_grad_()]
@@ -122,7 +125,8 @@ def _minimize(
         line_search_fn="strong_wolfe",
     )
     task, device = task_of(train.labels), weight.device
-    shares = torch.split(task.shares(train.labels, weights) * task.problems(train.labels), ROWS_AT_ONCE)
+    share_of = task.shares(train.labels, weights) if of_images is None else of_images / of_images.sum()
+    shares = torch.split(share_of * task.problems(train.labels), ROWS_AT_ONCE)
 
     def closure() -> Tensor:
         optimizer.zero_grad()

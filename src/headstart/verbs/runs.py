@@ -57,6 +57,7 @@ def runs(options: Sequence[str]) -> list[dict[str, Any]]:
 
 def _parser() -> OptionParser:
     parser = parser_of("runs", "[RUN RUN]    (two runs, by name or folder: compares them)")
+    parser.paths = False
     parser.add_argument("runs", nargs="*", type=str, help="two runs to compare")
     parser.add_argument("--logs", type=str, default="logs", help="folder that contains the runs")
     parser.add_argument(
