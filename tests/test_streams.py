@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.numpy
 import safetensors.torch
 import torch
 
@@ -218,6 +219,23 @@ def test_splits_of_another_form_are_refused(content, work, refused):
     best = work / "checkpoints/best.ckpt"
     assert "splits.csv: lacks" in refused("evaluate", f"--ckpt_path={best}")
     assert "splits.csv: lacks" in refused("finetune", f"--ckpt_path={best}")  # wing: finetune
+
+
+@pytest.mark.fault("cache with files of another form")
+def test_an_index_of_another_form_is_made_anew(work, train):
+    shutil.rmtree("cache/index")
+    train(Path("colours"), "--trainer.fast_dev_run=true")
+    (index,) = Path("cache/index").iterdir()
+    checksum, body = index.read_bytes().split(b"\n", 1)
+    known = safetensors.numpy.load(body)
+    forms = [b"", b"{}", b"3", body[:-1], body[8:]]
+    forms += [safetensors.numpy.save(known | {name: known[name][:-1]}) for name in known]
+    forms += [safetensors.numpy.save(known | {name: known[name].astype("f4")}) for name in known if name != "names"]
+    forms += [safetensors.numpy.save({name: known[name] for name in known if name != left}) for left in known]
+    for form in forms:
+        index.write_bytes(hashlib.sha256(form).hexdigest().encode() + b"\n" + form)
+        train(Path("colours"), "--trainer.fast_dev_run=true")
+        assert index.read_bytes().split(b"\n", 1) == [checksum, body]
 
 
 @pytest.mark.fault("cache with files of another form")

@@ -51,9 +51,9 @@ def find(source: Source, skipped: Mapping[str, str], items: Sequence[Item], feat
     """
     names = source.class_names
     labels = labels_of(items, source.multilabel * len(names))
+    scanned = {item.path: item for item in source.scanned if item.path in skipped}
     for path, reason in skipped.items():
-        label = source.label_of[path]
-        yield Finding("damaged", path, names[label] if label >= 0 else "", note=reason)
+        yield Finding("damaged", path, scanned[path].named(names), note=reason)
     identical = _groups([item.digest for item in items])
     yield from _group_findings("duplicate", identical, items, names, [1.0] * len(items))
     found = neighbours(features, [item.digest for item in items], NEIGHBOURS, NEAR)

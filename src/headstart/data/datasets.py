@@ -1,10 +1,12 @@
 """Images that a ``Dataset`` gives, such as torchvision's, as a source and as a data module."""
 
 import hashlib
+import json
 import os
 import random
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,15 @@ from headstart.data.sources import Source
 from headstart.data.splits import Item, Split
 from headstart.decoding import UnreadableImage, content_digest, decode, decode_opened, measured, measured_of
 from headstart.errors import UserError
-from headstart.features.hashes import Entry, index_file, recall, remember
-from headstart.files import patiently, read_regular
+from headstart.features.hashes import index_file
+from headstart.files import patiently, read_regular, write_atomically
 from headstart.images import Preprocessing
 from headstart.terminal import images_bar, listing, say
 
 PROBED = 8  # rows that are hashed a second time in each run
 COLUMNS = ("image", "label")
+
+Entry = tuple[list[int], str, int, float]  # labels of a row, hash, largest value, aspect ratio
 
 
 class DatasetSource(Source):
@@ -87,25 +91,19 @@ class DatasetSource(Source):
             split = None if name == "train" and not (self.has_val and self.has_test) else name
             places |= {f"{name}/{index}": split for index in range(len(dataset))}  # type: ignore[arg-type]
         file = index_file(remembered, f"dataset {self._fingerprint}".encode()) if self._fingerprint else None
-        known = self._still_true(recall(file), places)
+        known = self._still_true(_recall(file), places)
         entries = known | self._hashed([path for path in places if path not in known])
-        labels = {path: entries[path][0] for path in places}
-        self.label_of = {path: -1 if self.multilabel else own[0] for path, own in labels.items()}
+        self.scanned = [self._item(path, entries[path], split) for path, split in places.items()]
         readable = {path: entries[path] for path in places if path not in self._reasons}
         if readable != known:
-            remember(file, readable)
-        self.measured = [entry[2:] for entry in readable.values()]
-        items = [
-            Item(
-                path,
-                self.label_of[path],
-                bytes.fromhex(entry[1]),
-                places[path],
-                tags=tuple(entry[0]) if self.multilabel else None,
-            )
-            for path, entry in readable.items()
-        ]
-        return items, dict(self._reasons)
+            _remember(file, readable)
+        self.measured = np.array([entry[2:] for entry in readable.values()], dtype=float).reshape(-1, 2)
+        return [item for item in self.scanned if item.path in readable], dict(self._reasons)
+
+    def _item(self, path: str, entry: Entry, split: Split | None) -> Item:
+        labels, digest = entry[0], bytes.fromhex(entry[1])
+        tags = tuple(labels) if self.multilabel else None
+        return Item(path, -1 if self.multilabel else labels[0], digest, split, tags=tags)
 
     def read(self, item: Item, preprocessing: Preprocessing, max_pixels: int) -> Image.Image:
         def decoded() -> Image.Image:
@@ -179,6 +177,31 @@ class DatasetSource(Source):
                 f"{where} has the label {label}; labels must be 0 to {len(self.class_names) - 1}, as in class_names"
             )
         return image, [int(label)]
+
+
+def _recall(file: Path | None) -> dict[str, Entry]:
+    """The hashes stored in a file, by path; empty if there are none, or the file is damaged."""
+    if file is None:
+        return {}
+    try:
+        checksum, body = read_regular(file).split(b"\n", 1)
+        if checksum.decode() != hashlib.sha256(body).hexdigest():
+            return {}
+        known: dict[str, Entry] = {}
+        for path, (labels, digest, peak, aspect) in json.loads(body).items():
+            known[path] = labels, digest, int(peak), float(aspect)
+        return {path: entry for path, entry in known.items() if len(bytes.fromhex(entry[1])) == 32}
+    except (OSError, MemoryError, ValueError, TypeError, AttributeError):  # damaged, or another format
+        return {}
+
+
+def _remember(file: Path | None, found: dict[str, Entry]) -> None:
+    """Stores hashes for ``_recall``."""
+    if file is None:
+        return
+    body = json.dumps(found).encode()
+    with suppress(OSError):  # only speed is lost; an unwritable folder is reported with the features
+        write_atomically(file, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 
 
 def _few(paths: Collection[str]) -> list[str]:

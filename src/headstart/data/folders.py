@@ -44,29 +44,37 @@ def images(folder: Path, others: Counter[str] | None = None) -> list[Path]:
 
     Warns of unreadable folders.
     """
-    found, others, closed = [], Counter() if others is None else others, list[OSError]()
+    return list(map(Path, _images(str(folder), Counter() if others is None else others)))
+
+
+def _images(folder: str, others: Counter[str]) -> list[str]:
+    """As ``images``; without objects, since there may be a million files."""
+    found, closed, suffixes = [], list[OSError](), image_suffixes()
     for parent, folders, files in os.walk(folder, onerror=closed.append):
         others.update(f"{name}/" for name in folders if name.lower() in IGNORED_FOLDERS)
         folders[:] = sorted(name for name in folders if not _ignored(name))
+        start = os.path.join(parent, "")  # noqa: PTH118
         for name in sorted(name for name in files if not name.startswith(".")):
-            if _is_image(name):
-                found.append(Path(parent) / name)
+            suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122
+            if suffix in suffixes:
+                found.append(start + name)
             else:
-                others[Path(name).suffix.lower() or "without a suffix"] += 1
+                others[suffix or "without a suffix"] += 1
     if closed:
         first = ", ".join(f"{error.filename} ({error.strerror})" for error in closed[:3])
         say(f"data: {len(closed)} folders cannot be read and are left out: {first}")
     return found
 
 
-def images_of_classes(classes: Sequence[Path]) -> list[list[Path]]:
-    """The image files below each class folder; reports everything else in them."""
+def images_of_classes(classes: Sequence[Path]) -> list[list[str]]:
+    """The paths of the image files below each class folder; reports everything else in them."""
     others = Counter[str]()
-    found = [images(folder, others) for folder in classes]
+    found = [_images(str(folder), others) for folder in classes]
     for parent in {folder.parent for folder in classes}:
         others.update(f"{path.name}/" for path in parent.iterdir() if path.is_dir() and _is_foreign(path))
     say_left_out(others)
-    if nested := sum(path.parent != folder for folder, paths in zip(classes, found, strict=True) for path in paths):
+    starts = [len(os.path.join(folder, "")) for folder in classes]  # noqa: PTH118
+    if nested := sum(os.sep in path[start:] for start, paths in zip(starts, found, strict=True) for path in paths):
         say(f"data: {nested} images are in folders within a class folder; they belong to that class")
     return found
 

@@ -13,14 +13,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from headstart.data import folders
 from headstart.data.splits import Item, Split, refuse_torn_groups
 from headstart.data.table import read_table
-from headstart.decoding import Measured, measured
+from headstart.decoding import measured
 from headstart.errors import UserError
-from headstart.features.hashes import ContentIndex
+from headstart.features.hashes import ContentIndex, Measures
 from headstart.images import Preprocessing
 from headstart.terminal import images_bar, say, say_look_alikes
 
@@ -33,10 +34,10 @@ class Source(ABC):
     options = ""  # which select it on the command line; set by ``open_source``
     has_val = False  # whether images without a split are never assigned to val
     has_test = False  # whether they are never assigned to test
-    label_of: dict[str, int]  # label by path of each image, readable or not; set by ``scan``
+    scanned: Sequence[Item] = ()  # all images, readable or not; set by ``scan``
     all_in: Split | None = None  # the split of all images; None: their own, or assigned
     multilabel = False  # whether an image may have several labels, or none
-    measured: Sequence[Measured] = ()  # largest value and aspect ratio of each image; set by ``scan``
+    measured: Measures = np.empty((0, 2))  # largest value and aspect ratio of each image; set by ``scan``
 
     @abstractmethod
     def scan(self, remembered: Path | None) -> tuple[list[Item], dict[str, str]]:
@@ -63,21 +64,20 @@ class FileSource(Source):
     def in_folders(self, places: Mapping[Path, Callable[[str], Item]]) -> list[Item]:
         """The images below folders, each made by the folder's function from its path below the root."""
         found = folders.images_of_classes(list(places))
-        start = len(os.path.join(self.root, ""))  # noqa: PTH118  # pathlib's `relative_to` takes longer than the walk
+        start = len(os.path.join(self.root, ""))  # noqa: PTH118  # pathlib takes longer than the walk
         return [
-            make(str(path)[start:].replace(os.sep, "/"))
+            make(path[start:].replace(os.sep, "/"))
             for make, paths in zip(places.values(), found, strict=True)
             for path in paths
         ]
 
     def scan(self, remembered: Path | None) -> tuple[list[Item], dict[str, str]]:
         listed = _grouped(self.listed(), self.group) if self.group else self.listed()
-        self.label_of = {item.path: item.label for item in listed}
         with images_bar("scan", len(listed)) as advance:
             index = ContentIndex(self.root, remembered, measured)
             digests, unreadable = index.digests([item.path for item in listed], advance)
-        self.measured = index.measured
-        return [replace(item, digest=digests[item.path]) for item in listed if item.path in digests], unreadable
+        self.measured, self.scanned = index.measured, listed
+        return [item.of(digest) for item, digest in zip(listed, digests, strict=True) if digest], unreadable
 
     def read(self, item: Item, preprocessing: Preprocessing, max_pixels: int) -> Image.Image:
         return folders.read(self.root, item, preprocessing, max_pixels)

@@ -42,6 +42,10 @@ class Item:
         """The class indices."""
         return (self.label,) if self.tags is None else self.tags
 
+    def of(self, digest: bytes) -> "Item":
+        """The image with its content hash; quicker than ``replace``, for a million files."""
+        return Item(self.path, self.label, digest, self.split, self.group, self.domain, self.tags)
+
     def named(self, class_names: Sequence[str]) -> str:
         """The names of its classes, joined by ``|``."""
         return BETWEEN.join([class_names[label] for label in self.labels])

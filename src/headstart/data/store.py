@@ -90,14 +90,14 @@ class FeatureStore:
 
     def _choose_bits(self) -> None:
         """Chooses the scale of images of more than 8 bits by the largest value, unless the checkpoint has one."""
-        preprocessing, largest = self.backbone.preprocessing, max((peak for peak, _ in self.source.measured), default=0)
+        preprocessing, largest = self.backbone.preprocessing, int(self.source.measured[:, 0].max(initial=0))
         preprocessing.bits = preprocessing.bits or bits_of(largest)
         if largest:
             say(f"data: images of more than 8 bits have values up to {largest}; {preprocessing.white} becomes white")
 
     def _say_what_is_cut_off(self) -> None:
         """Reports images of which a centre crop shows less than half, if they are many."""
-        long = sum(aspect >= LONG for _, aspect in self.source.measured)
+        long = int((self.source.measured[:, 1] >= LONG).sum())
         if self.backbone.preprocessing.fit == "crop" and long > MANY_LONG * len(self.source.measured):
             say(
                 f"data: {long} of {len(self.source.measured)} images are at least twice as long as wide, and a centre "
