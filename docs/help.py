@@ -14,15 +14,16 @@ import yaml
 
 from headstart.cli import HELP, VERBS
 from headstart.files import flat
+from headstart.model.weights import DEMO
 from headstart.runs.history import DEFAULTS
 
 
 def help_of(verb: str) -> str:
-    """What the command's own parser prints."""
+    """What the command's own parser prints, on any machine."""
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
         getattr(import_module(f"headstart.verbs.{verb}"), verb)(["--help"])
-    return shown.getvalue()
+    return shown.getvalue().replace(str(DEMO), "the demo")
 
 
 def defaults_of(verb: str) -> dict[str, Any]:

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from headstart import TransferClassifier
 from headstart.cli import main
 from headstart.device import device_of
 from headstart.features.arithmetic import chosen
 from headstart.features.extract import Extractor
 from headstart.features.int8 import network_of
 from headstart.model.backbone import FrozenBackbone
-from support import newest_run
+from support import killed_at, newest_run
 
 pytestmark = pytest.mark.gpu
 ACCELERATOR = os.environ.get("HEADSTART_TEST_ACCELERATOR", "gpu")
@@ -44,15 +45,19 @@ def test_extraction_gives_the_processors_features(tmp_path):
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
 
 
-def test_a_resumed_run_ends_with_the_same_bits(colours, train):
-    train(colours, *GPU, "--trainer.max_epochs=6", "--name=whole")
-    whole = torch.load(newest_run() / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
-    train(colours, *GPU, "--trainer.max_epochs=6", "--trainer.limit_test_batches=0", "--name=parts")
-    run = newest_run()
-    (run / "result.json").unlink()  # as if it had been killed at the end
-    main(["train", f"--data.root={colours}", "--name=parts", "--ckpt_path=last", "--report=false"])
-    parts = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
-    assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+@pytest.mark.parametrize("cache", ["true", "false"])
+def test_a_killed_run_ends_with_the_same_bits(cache, colours, train):
+    options = [*GPU, "--trainer.precision=bf16-mixed", f"--data.cache={cache}", "--trainer.max_epochs=4", "--name=run"]
+    train(colours, *options, "--logs=whole")
+    with killed_at(2, TransferClassifier):
+        train(colours, *options, "--logs=parts")
+    train(colours, *options, "--logs=parts", "--ckpt_path=last")
+    whole, parts = (
+        torch.load(newest_run(Path(logs)) / "checkpoints/last.ckpt", weights_only=True, map_location="cpu")
+        for logs in ("whole", "parts")
+    )
+    assert parts["epoch"] == 3
+    torch.testing.assert_close(parts["state_dict"], whole["state_dict"], rtol=0, atol=0)
 
 
 def test_rows_of_devices_are_never_mixed(colours, train, own_cache):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from headstart.cli import VERBS, main
+from headstart.cli import HELP, VERBS, main
 from support import at_most, draw, newest_run
 
 DRY = ["--model.image_size=32", "--trainer.fast_dev_run=true"]
@@ -157,3 +157,9 @@ def test_typed_both_ways_a_run_is_the_same(tmp_path):
 def test_a_name_stays_below_the_logs(name, refused):
     for verb in ("train", "tune", "evaluate"):
         assert "is not a valid folder name; leave out / and .." in refused(verb, f"--name={name}")
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if "  --accelerator" in (HELP / f"{verb}.txt").read_text()])
+def test_a_command_of_one_device_refuses_several(verb, refused):
+    for option in ("--trainer.devices=2", "--devices=2", "--trainer.num_nodes=2"):
+        assert "this command uses one device" in refused(verb, option)

@@ -84,8 +84,9 @@ def _run(arguments: list[str], root: Path | None) -> Any:
     if options in (["--help"], ["-h"]) and (short := HELP / f"{verb}.txt").is_file():
         print(short.read_text(encoding="utf-8"), end="")
         sys.exit()  # as the parser does
-    if verb not in (*SEVERAL_PROCESSES, "runs", "cache") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"headstart {verb}: runs in one process; start it without torchrun")
+    processes = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or "1"  # torchrun's, srun's
+    if verb not in (*SEVERAL_PROCESSES, "runs", "cache") and processes != "1":
+        raise UserError(f"headstart {verb}: runs in one process; start it without torchrun, or by srun --ntasks=1")
     # torch takes seconds to import, so a command is imported when it is used.
     run = getattr(import_module(f"headstart.verbs.{verb}"), verb)
     return run(options, root) if verb in ("train", "tune") else run(options)

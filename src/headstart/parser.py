@@ -17,6 +17,7 @@ from headstart.ranges import OpenFraction, Positive, RunName, Share, arguments_o
 
 # The Trainer's options in the short help.
 SHORT_HELP = ("max_epochs", "accelerator", "devices", "precision")
+SEVERAL_DEVICES = ("devices", "num_nodes", "strategy")  # the Trainer's, which commands for one device lack
 
 
 class OptionParser(ArgumentParser):
@@ -146,6 +147,8 @@ class OptionParser(ArgumentParser):
         return re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.(?=\w)", r"\1", message)
 
     def _unknown(self, given: str) -> str:
+        if given.split(".")[-1].lstrip("-") in SEVERAL_DEVICES and "--accelerator" in self._options():
+            return f"{given}: this command uses one device, which --accelerator chooses; leave it out"
         names = {f"--{option.split('.')[-1].lstrip('-')}": option for option in self._options()}
         names |= {option: option for option in self._options()}
         near = difflib.get_close_matches(given, names, n=1)

@@ -128,6 +128,13 @@ def test_the_mirror_of_all_layers_is_in_the_key():
     assert keys == ["all", "all, not mirrored"]
 
 
+def test_features_of_another_device_have_another_key():
+    backbone, arguments = FrozenBackbone("timm/test_resnet", "random", 32), (torch.float32, 1000, {"policy": "none"})
+    keys = [cache_key(backbone, torch.device(name), *arguments) for name in ("cpu", "cuda:0", "cuda:1", "mps")]
+    assert keys[1] == keys[2]
+    assert len({str(key) for key in keys}) == 3
+
+
 def test_one_batch_norm_buffer_is_in_the_key(tmp_path):
     backbone = FrozenBackbone(weights="random")
     arguments = torch.device("cpu"), torch.float32, 1000, {"policy": "none"}

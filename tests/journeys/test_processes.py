@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from headstart.cli import SEVERAL_PROCESSES, VERBS, main
 from headstart.features.matrix import Shard
-from support import REPOSITORY, TINY, draw, features, newest_run
+from support import REPOSITORY, RESNET18, TINY, draw, features, newest_run, rows_of
 
 SMALL = [*TINY, "--report=false"]
 
@@ -122,6 +122,44 @@ def test_two_processes_end_with_the_head_of_one(colours, train):
     assert sum(int(cell) for line in text.splitlines()[2:] for cell in line.split("|")[2:-1]) == one["images"]["test"]
 
 
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "train",
+        "tune",
+        "finetune",  # wing: finetune
+    ],
+)
+def test_a_command_on_two_processes_scores_as_on_one(verb, tmp_path, record_property):
+    """The table of docs/cluster.md: the demo, at 64 pixels, three epochs."""
+    options = [verb, "--report=false", "--trainer.max_epochs=3", "--trainer.accelerator=cpu", "--name=run"]
+    data = [f"--data.root={REPOSITORY / 'data/clipart'}", "--data.feature_precision=fp32"]
+    if verb == "finetune":
+        main(["train", *data, *RESNET18, "--model.image_size=64", *options[1:], "--logs=heads"])
+        head = newest_run(Path("heads")) / "checkpoints/best.ckpt"
+        options += [f"--ckpt_path={head}", "--trainer.precision=32-true"]
+    else:
+        options += [*data, *RESNET18, "--model.image_size=64"]
+    main([*options, "--logs=one"])
+    environment = os.environ | {"HEADSTART_CACHE": str(tmp_path / "other"), "PYTHONPATH": str(REPOSITORY / "src")}
+    command = [sys.executable, "-m", "headstart", *options, "--logs=two", "--trainer.devices=2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    runs = [next(Path(logs, "run").iterdir()) for logs in ("one", "two")]
+    one, two = (json.loads((run / "result.json").read_text()) for run in runs)
+    cells = (f"{result['test/acc']:.3f}, {result['test/loss']:.6f}" for result in (one, two))
+    record_property("counts", f"| `{verb}` | {' | '.join(cells)} |")
+    assert {name: two[name] for name in ("test/acc", "val/acc")} == {
+        name: one[name] for name in ("test/acc", "val/acc")
+    }
+    assert (two["test/loss"], two["val/loss"]) == pytest.approx((one["test/loss"], one["val/loss"]), rel=1e-4)
+    heads = [torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in runs]
+    torch.testing.assert_close(*heads, rtol=0, atol=1e-4)
+    predicted = [[(row["path"], row["prediction"]) for row in rows_of(run / "predictions.csv")] for run in runs]
+    assert predicted[0] == predicted[1]
+    assert len(predicted[0]) == one["images"]["test"]
+
+
 def test_two_processes_end_with_the_head_of_one_for_several_labels(colours, train):
     paths = sorted(path.relative_to(colours).as_posix() for path in colours.glob("*/*.png"))
     rows = (f"{path},{Path(path).parent.name}{'|odd' if number % 2 else ''}" for number, path in enumerate(paths))
@@ -214,6 +252,7 @@ def test_the_demo_reaches_its_floor(tmp_path):
 
 
 @pytest.mark.parametrize("verb", sorted({*VERBS} - {*SEVERAL_PROCESSES, "runs", "cache"}))
-def test_a_command_for_one_process_is_refused_under_torchrun(verb, refused, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize("processes", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_a_command_for_one_process_is_refused_under_torchrun_and_srun(verb, processes, refused, monkeypatch):
+    monkeypatch.setenv(processes, "2")
     assert f"headstart {verb}: runs in one process" in refused(verb, "--ckpt_path=x.ckpt")

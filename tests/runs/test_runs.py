@@ -83,7 +83,7 @@ def test_open_prints_the_paths_of_the_reports_alone(colours, train, capsys):
     train(colours, "--trainer.max_epochs=1", "--report=true", "--name=with")
     train(colours, "--trainer.max_epochs=1", "--name=without")
     capsys.readouterr()
-    main(["runs", "--open=true"])
+    main(["runs", "--open"])
     (path,) = capsys.readouterr().out.splitlines()
     assert Path(path).read_text().startswith("<!doctype html>")
 

@@ -64,7 +64,7 @@ def _parser() -> OptionParser:
         "--sort", type=str | None, help="score or setting to sort by, best first; None: the main test score"
     )
     parser.add_argument("--csv", type=str | None, help="new file for all scores and all settings that differ")
-    parser.add_argument("--open", type=bool, default=False, help="print the paths of the reports only")
+    parser.add_argument("--open", action="store_true", help="print the paths of the reports only")
     parser.add_argument("--page", type=str | None, help="new HTML file for two runs side by side")
     return parser
 

@@ -129,6 +129,7 @@ def tune(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
     winner = [f"--config={common}", f"--config={recipe}"]
     os.environ[TUNED] = json.dumps(winner)
     result, score = _train_winner(winner, root), cli.model.task.headline
+    del os.environ[TUNED]
     say(f"recipe:   {recipe}    ({program('train')} --config={recipe})")
     return {
         "settings": [
