@@ -336,6 +336,21 @@ def test_the_command_lists_verifies_and_prunes(colours, train, own_cache, capsys
     assert main(["cache", "prune"])["pruned"] == 0
     assert main(["cache", "prune", "--days=0"])["pruned"] == 1
     assert not list(own_cache.glob("features/*"))
+    for name, days in (
+        ("int8/old.onnx", 40),
+        ("int8/new.onnx", 20),
+        ("arithmetic/old.json", 40),
+        ("int8/old.lock", 40),
+    ):
+        path = own_cache / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"12345")
+        os.utime(path, (time.time() - 86_400 * days,) * 2)
+    assert main(["cache"]) == {"keys": 0, "bytes": 15}
+    assert "2 quantised networks in int8/" in capsys.readouterr().out
+    assert main(["cache", "prune"]) == {"pruned": 0, "bytes": 10}
+    left = {path.name for name in ("int8", "arithmetic") for path in (own_cache / name).iterdir()}
+    assert left == {"new.onnx", "old.lock"}
     assert "--day" in refused("cache", "prune", "--day=0")
 
 

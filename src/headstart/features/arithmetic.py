@@ -105,6 +105,8 @@ def _remembered(file: Path) -> dict[Arithmetic, float]:
     """The speeds that were measured before; empty if there are none."""
     try:
         found = json.loads(read_regular(file))
+        with suppress(OSError):  # of another user
+            file.touch()  # the date of the last use, for pruning
         return {"bf16": float(found["bf16"]), "fp32": float(found["fp32"])}
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return {}

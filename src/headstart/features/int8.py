@@ -177,6 +177,8 @@ def _kept(backbone: FrozenBackbone, folder: Path) -> bytes:
             for path in folder.glob(f"{name}-*.onnx"):
                 with suppress(ValueError):  # damaged
                     verify(path)
+                    with suppress(OSError):  # of another user
+                        path.touch()  # the date of the last use, for pruning
                     return path.read_bytes()
                 path.unlink()
             model = _checked(backbone)

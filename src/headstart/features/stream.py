@@ -31,9 +31,10 @@ class FileStream:
         arithmetic: Arithmetic,
         workers: int = 2,
         max_pixels: int = MAX_PIXELS,
+        cache_dir: Path | None = None,
     ) -> None:
         self._preprocessing, self._max_pixels = backbone.preprocessing, max_pixels
-        self.network = network_of(backbone, arithmetic, device, cache_folder())
+        self.network = network_of(backbone, arithmetic, device, cache_dir or cache_folder())
         self._extractor = Extractor(self.network, self._read, device, workers)
 
     def __call__(self, paths: Iterable[str]) -> Iterator[Computed]:

@@ -1,4 +1,4 @@
-"""The `cache` command: lists, verifies and prunes the features kept between runs. Does not import torch."""
+"""The `cache` command: lists, verifies and prunes what is kept between runs. Does not import torch."""
 
 import json
 import shutil
@@ -16,13 +16,16 @@ from headstart.files import read_regular
 from headstart.parser import parser_of
 from headstart.terminal import images_bar, say, say_all
 
+# The folders beside the features, and what their files are; each is dated by its last use.
+OTHERS = {"int8": "quantised networks", "arithmetic": "measured speeds"}
+
 
 def cache(options: Sequence[str]) -> dict[str, Any]:
     """Lists, verifies or prunes the cache; returns counts by name."""
     parser = parser_of("cache", "[list|verify|prune]")
     parser.add_argument("action", nargs="?", type=Literal["list", "verify", "prune"], default="list", help="what to do")
     parser.add_argument("--cache_dir", type=str | None, help="cache folder; None: $HEADSTART_CACHE, else the user's")
-    parser.add_argument("--days", type=NonNegativeFloat, default=30.0, help="prune features unused for this many days")
+    parser.add_argument("--days", type=NonNegativeFloat, default=30.0, help="prune what is unused for this many days")
     given = parser.parse_args(list(options))
     folder = cache_folder(given.cache_dir)
     features = folder / "features"  # glob would silently skip an unreadable folder
@@ -30,7 +33,7 @@ def cache(options: Sequence[str]) -> dict[str, Any]:
     if given.action == "verify":
         return _verify(keys)
     if given.action == "prune":
-        return _prune(keys, given.days)
+        return _prune(folder, keys, given.days)
     return _list(folder, keys)
 
 
@@ -50,7 +53,17 @@ def _list(folder: Path, keys: Sequence[Path]) -> dict[str, Any]:
         table.add_row(*described, str(images), f"{size / 1e6:.1f}", used)
     say_all(damaged)
     say(table)
+    for name, what in OTHERS.items():
+        sizes = [path.stat().st_size for path in _others(folder / name)]
+        total += sum(sizes)
+        if sizes:
+            say(f"cache: {len(sizes)} {what} in {name}/, {sum(sizes) / 1e6:.1f} MB")
     return {"keys": len(keys), "bytes": total}
+
+
+def _others(folder: Path) -> list[Path]:
+    """The files of a folder beside the features, without locks, which a process may hold."""
+    return [path for path in folder.iterdir() if path.suffix != ".lock"] if folder.is_dir() else []
 
 
 def _described(key: Path) -> list[str]:
@@ -79,19 +92,23 @@ def _verify(keys: Sequence[Path]) -> dict[str, Any]:
     return {"pieces": len(shards), "damaged": damaged}
 
 
-def _prune(keys: Sequence[Path], days: float) -> dict[str, Any]:
-    old = [key for key in keys if (key / "key.json").stat().st_mtime <= time.time() - days * 86_400]
-    size = sum(_size(key) for key in old)
+def _prune(folder: Path, keys: Sequence[Path], days: float) -> dict[str, Any]:
+    before = time.time() - days * 86_400
+    old = [key for key in keys if (key / "key.json").stat().st_mtime <= before]
+    others = [path for name in OTHERS for path in _others(folder / name)]
+    unused = [path for path in others if path.stat().st_mtime <= before]
+    size, freed = sum(_size(key) for key in old), sum(path.stat().st_size for path in unused)
+    for path in unused:
+        path.unlink(missing_ok=True)
     for key in old:
         shutil.rmtree(key, ignore_errors=True)  # a run may be writing into it
-    freed = size - sum(_size(key) for key in old)
+    freed += size - sum(_size(key) for key in old)
     say_all([f"{key}: could not be deleted completely" for key in old if key.exists()])
     for leftover in (path for key in keys for path in key.glob(".*.tmp")):  # left by killed writers
         if leftover.stat().st_mtime <= time.time() - 86_400:
             leftover.unlink()
-    say(
-        f"cache: {len(old)} of {len(keys)} sets of features were not used for {days:g} days; freed {freed / 1e6:.1f} MB"
-    )
+    counts = f"{len(old)} of {len(keys)} sets of features and {len(unused)} of {len(others)} other files"
+    say(f"cache: {counts} were not used for {days:g} days; freed {freed / 1e6:.1f} MB")
     return {"pruned": len(old), "bytes": freed}
 
 

@@ -157,7 +157,7 @@ def _unknown_distances(root: str, known: Known | None, data: ImageData) -> Tenso
     if known is None:
         raise UserError(f"--unknown.root={root}: the head cannot tell; take best.ckpt of a run with the cache")
     arithmetic = store.arithmetic if store.cache else "fp32"  # that of the images evaluated
-    stream = FileStream(store.backbone, store.device, arithmetic, store.workers, store.max_pixels)
+    stream = FileStream(store.backbone, store.device, arithmetic, store.workers, store.max_pixels, store.cache_dir)
     found = torch.cat([torch.empty(0), *(known.distance(part.features) for part in stream(map(str, paths)))])
     if not len(found):
         raise UserError(f"--unknown.root={root}: no readable images in there; give images of none of the classes")

@@ -42,7 +42,9 @@ def similar(options: Sequence[str]) -> list[dict[str, Any]]:
         raise UserError("no PICTURE; give image files")
     source = folder_of_images(given["in"], "--in")
     store, _ = load(source, given)
-    stream = FileStream(store.backbone, store.device, store.arithmetic, store.workers, store.max_pixels)
+    stream = FileStream(
+        store.backbone, store.device, store.arithmetic, store.workers, store.max_pixels, store.cache_dir
+    )
     rows = _rows(given.pictures, _features(stream, given.pictures), store, given.k)
     folder = new_run_folder(Path(given.logs), given.name or f"{source.path.name}-similar")
     table = [list(rows[0]), *([*row.values()] for row in rows)]
