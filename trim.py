@@ -73,6 +73,7 @@ def trim(wings: set[str]) -> None:
     if not any((PACKAGE / wing).exists() for wing in WINGS):  # no wing is left
         wings = wings | {"any"}
         Path(__file__).unlink()
+        (PACKAGE / "serving.py").unlink(missing_ok=True)  # of pages, which are in wings alone
         (ROOT / "tests/journeys/test_trim.py").unlink(missing_ok=True)
     for path in files():
         if path.suffix in (".py", ".md", ".toml", ".yaml", ".jinja", "") and path != Path(__file__).resolve():

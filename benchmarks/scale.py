@@ -15,6 +15,7 @@ files: scans a tree of so many small files in 1,000 class folders, made of links
 heads: trains 64 heads at once and one alone on the demo's features, 25 epochs, without a Trainer.
 """
 
+import ctypes
 import hashlib
 import itertools
 import os
@@ -109,6 +110,7 @@ def rows(count: int) -> None:
         data = ImageData(Rows(count), cache_dir=folder, batch_size=1024)
         model = TransferClassifier(data.class_names)
         write_rows(cache_of(data, model.backbone), count)
+        ctypes.CDLL(None).malloc_trim(0)  # what writing them took is given back
         before, memory, started = Memory.now(), Memory(), time.perf_counter()
         trainer = Trainer(
             max_epochs=10,

@@ -145,6 +145,7 @@ class _Table:
         body = safetensors.numpy.save({"names": names} | arrays)
         with suppress(OSError):  # only speed is lost; an unwritable folder is reported with the features
             write_atomically(file, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+            file.with_suffix(".json").unlink(missing_ok=True)  # of earlier versions
 
     def rows(self, names: bytes, paths: list[str]) -> "np.ndarray[Any, np.dtype[np.int64]]":
         """The row of each path, [N]; -1 without one. ``names`` are the paths as in the table."""
