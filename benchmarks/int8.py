@@ -16,9 +16,8 @@ from pathlib import Path
 
 import torch
 
-from finetune import merged
 from headstart import FrozenBackbone, ImageFolderData
-from headstart.data.folders import images, of_splits
+from headstart.data.folders import images, of_splits, subfolders
 from headstart.decoding import decode
 from headstart.features import int8
 from headstart.images import preprocess
@@ -31,12 +30,12 @@ MOST, PICTURES = 1500, 200
 
 def first(root, folder):
     """One folder per class with links to at most ``MOST`` images."""
-    whole = merged(root, folder / "whole") if len(of_splits(root)) > 1 else root
-    for name in sorted(path.name for path in whole.iterdir() if path.is_dir()):
-        (folder / "first" / name).mkdir(parents=True)
-        for path in images(whole / name)[:MOST]:
-            (folder / "first" / name / path.name).symlink_to(path.resolve())
-    return folder / "first"
+    for part in of_splits(root):
+        for name in subfolders(part):
+            (folder / name).mkdir(exist_ok=True)
+            for path in images(part / name)[: MOST - len(list((folder / name).iterdir()))]:
+                (folder / name / f"{part.name}-{path.name}").symlink_to(path.resolve())
+    return folder
 
 
 def scores(root, backbone, precision, splits):
@@ -58,7 +57,6 @@ def accuracy(folders, lite0, splits):
     for name, make in backbones.items():
         for title, root in folders.items():
             with tempfile.TemporaryDirectory() as folder:
-                (Path(folder) / "whole").mkdir()
                 root = first(root, Path(folder))
                 fp32, in_int8 = (scores(root, make(), precision, splits) for precision in ("fp32", "int8"))
             each = [100 * (after - before) for before, after in zip(fp32, in_int8, strict=True)]
