@@ -91,6 +91,7 @@ def test_figures_are_in_tensorboard_and_in_the_report(run):
     assert "taken for" not in page
 
 
+@pytest.mark.wing("deploy")
 def test_evaluate_and_predict_agree(run, trained, capsys):
     scores = main(["evaluate", f"--ckpt_path={run}/checkpoints/best.ckpt", "--report=false", "--logs=logs"])
     found = json.loads((run / "result.json").read_text())
@@ -111,6 +112,7 @@ def test_evaluate_and_predict_agree(run, trained, capsys):
         assert (name in line["labels"]) == (line["top"][name] >= threshold)
 
 
+@pytest.mark.wing("deploy")
 @pytest.mark.parametrize("suffix", ["onnx", "pth", "pt2"])
 def test_an_export_gives_the_same_probabilities(suffix, run, capsys):
     made = main(["export", f"--ckpt_path={run}/checkpoints/best.ckpt", f"--output=out.{suffix}"])
@@ -127,6 +129,7 @@ def test_an_export_gives_the_same_probabilities(suffix, run, capsys):
         assert ((both > 0) & (both < 1)).all()
 
 
+@pytest.mark.wing("deploy")
 def test_what_needs_one_label_per_image_refuses(run, refused):
     checkpoint = f"--ckpt_path={run}/checkpoints/best.ckpt"
     for option in ("--unknown=0.1", "--coverage=0.9", "--min_probability=0.5"):
@@ -134,6 +137,7 @@ def test_what_needs_one_label_per_image_refuses(run, refused):
     assert "int8 is checked by accuracy" in refused("export", checkpoint, "--output=out.int8.onnx")
 
 
+@pytest.mark.wing("finetune")
 def test_a_search_and_fine_tuning_take_several_labels(tmp_path, capsys):
     file = collages(tmp_path, images=36)
     where = [f"--data.csv={file}", "--data.multilabel=true", *TINY, "--report=false", "--trainer.max_epochs=3"]
@@ -151,6 +155,7 @@ def test_a_search_and_fine_tuning_take_several_labels(tmp_path, capsys):
     assert {"val/ranking_precision", "val/difference"} < set(rows[0])
 
 
+@pytest.mark.wing("audit")
 def test_check_doubts_single_labels(tmp_path, capsys):
     file = collages(tmp_path, images=96)
     rows = rows_of(file)
