@@ -10,6 +10,8 @@ COPY src ./src
 COPY data ./data
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch torchvision \
     && pip install --no-cache-dir ".[timm]"
+RUN useradd --uid 1000 --create-home user && mkdir -p /work /cache && chown user /work /cache
+USER user
 ENV HEADSTART_CACHE=/cache
 WORKDIR /work
 ENTRYPOINT ["headstart"]
