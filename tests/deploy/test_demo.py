@@ -15,7 +15,7 @@ from headstart.cli import main
 from headstart.deploy.demo import LARGEST, DemoPage, Training
 from headstart.deploy.predictor import Answers
 from headstart.model.classifier import TransferClassifier
-from headstart.verbs.demo import _training, predictor_of
+from headstart.verbs.demo import predictor_of, training_of
 
 TOKEN, LOCAL = "secret", "http://127.0.0.1:8000"
 
@@ -24,7 +24,7 @@ TOKEN, LOCAL = "secret", "http://127.0.0.1:8000"
 def client(checkpoint):
     """The page's client, with the nearest pictures, and sets of classes."""
     module = TransferClassifier.load_from_checkpoint(checkpoint).eval()
-    data = _training(module, checkpoint, "cpu")
+    data = training_of(module, checkpoint, "cpu")
     assert data
     with predictor_of(module, Answers(module), SimpleNamespace(accelerator="cpu", top_k=5)) as predictor:
         yield Client(DemoPage(predictor, TOKEN, Training(data), sets=False))
@@ -115,5 +115,5 @@ def test_the_command_says_where_it_listens(checkpoint, monkeypatch, capsys, refu
 def test_without_the_run_there_are_no_nearest_pictures(checkpoint, tmp_path, capsys):
     alone = tmp_path / "alone.ckpt"
     alone.write_bytes(checkpoint.read_bytes())
-    assert _training(TransferClassifier.load_from_checkpoint(alone), alone, "cpu") is None
+    assert training_of(TransferClassifier.load_from_checkpoint(alone), alone, "cpu") is None
     assert "without the nearest training pictures" in capsys.readouterr().out

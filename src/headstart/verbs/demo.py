@@ -41,7 +41,7 @@ def demo(options: Sequence[str]) -> None:
     module = TransferClassifier.load_from_checkpoint(checkpoint).eval()
     answers = Answers(module, given.unknown, given.coverage, given.min_probability)
     with predictor_of(module, answers, given) as predictor:
-        data = _training(module, checkpoint, given.accelerator)
+        data = training_of(module, checkpoint, given.accelerator)
         local = given.host in THIS_MACHINE
         page = DemoPage(predictor, token, Training(data) if data else None, given.coverage is not None, local)
 
@@ -69,7 +69,7 @@ def predictor_of(module: TransferClassifier, answers: Answers, given: Any) -> It
         yield predictor
 
 
-def _training(module: TransferClassifier, checkpoint: Path, accelerator: str) -> ImageData | None:
+def training_of(module: TransferClassifier, checkpoint: Path, accelerator: str) -> ImageData | None:
     """The training images of the head's run; None, and said, if they are not there."""
     run = Run.of(checkpoint)
     try:
