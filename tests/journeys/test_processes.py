@@ -101,8 +101,8 @@ def test_eight_processes_share_one_cold_cache(programs, tmp_path):
     "verb",
     [
         "train",
-        pytest.param("tune", marks=pytest.mark.slow),  # below in a small form
-        "finetune",  # wing: finetune
+        pytest.param("tune", marks=pytest.mark.slow),  # both below in other forms
+        pytest.param("finetune", marks=pytest.mark.slow),  # wing: finetune
     ],
 )
 def test_a_command_on_two_processes_scores_as_on_one(verb, tmp_path, record_property):
