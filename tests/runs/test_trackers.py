@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import wandb
 from PIL import Image
+from pytorch_lightning.loggers import WandbLogger
 
 from headstart.cli import main
 from headstart.runs import trackers
@@ -110,9 +112,26 @@ def test_a_tracker_that_is_not_installed_is_named(colours, refused, monkeypatch)
     for name, extra in (("MLFlowLogger", "mlflow"), ("WandbLogger", "wandb")):
         line = refused("train", f"--data.root={colours}", *TINY, f"--trainer.logger={name}")
         assert f"pip install -e '.[{extra}]'" in line
+    line = refused("train", f"--data.root={colours}", *TINY, "--trainer.logger=CometLogger")
+    assert "CometLogger: Requirement 'comet-ml" in line
+
+
+@pytest.mark.parametrize("given", [{}, {"project": "mine"}])
+def test_wandb_without_a_key_is_offline_and_asks_nothing(given, tmp_path, monkeypatch):
+    for name in ("HEADSTART_OFFLINE", "HF_HUB_OFFLINE", "WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HOME", "NETRC", "WANDB_CONFIG_DIR", "WANDB_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    wandb.teardown()  # what it knows of the environment is forgotten
+    logger = WandbLogger(save_dir=tmp_path, **given)
+    trackers.never_ask([logger])
+    assert logger.experiment.offline
+    logger.experiment.finish()
+    wandb.teardown()
 
 
 def test_a_logger_with_arguments_is_lightnings():
     given = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=here"]
     assert trackers.in_run_folder(given) == given
+    assert trackers.in_run_folder(["--trainer.logger", "CSVLogger"])[1] == "headstart.runs.trackers.CSV"
     assert trackers.in_run_folder(["--trainer.logger=my.CSVLogger"]) == ["--trainer.logger=my.CSVLogger"]

@@ -28,7 +28,7 @@ from headstart.report.collector import EvaluationCollector
 from headstart.runs.folder import RunFolder
 from headstart.runs.history import CONFIG, Run, newest_unfinished
 from headstart.runs.logger import RunLogger
-from headstart.runs.trackers import in_run_folder
+from headstart.runs.trackers import in_run_folder, never_ask
 from headstart.terminal import say
 
 # The other precisions convert the weights, and the backbone's must not change.
@@ -39,6 +39,16 @@ class TrainParser(OptionParser, LightningArgumentParser):
     """Lightning's parser, with short help and one-line errors."""
 
     last_line = "  --help_all                  list every option, with those of Lightning's Trainer"
+
+    def instantiate_classes(self, cfg: Any, **options: Any) -> Any:
+        """As in jsonargparse; a logger or callback that needs a missing package is an error of one line."""
+        try:
+            return super().instantiate_classes(cfg, **options)
+        except ValueError as error:
+            needs = r"class_path '([\w.]+)':\s*(Requirement .+ not met.*|No module named .+)"
+            if missing := re.search(needs, str(error)):
+                raise UserError(f"{missing[1]}: {missing[2]}") from error
+            raise
 
 
 class TrainCLI(LightningCLI):
@@ -181,6 +191,7 @@ class TrainCLI(LightningCLI):
             raise UserError(f"--trainer: {error}; --trainer.accelerator=auto uses what this machine has") from error
 
     def after_instantiate_classes(self) -> None:
+        never_ask(self.trainer.loggers)
         self.datamodule.repeat = self.repeat
         if str(self.config.trainer.precision) in ("16", "16-mixed") and self.trainer.strategy.root_device.type == "cpu":
             raise UserError("--trainer.precision=16-mixed: needs a GPU; on a CPU use bf16-mixed or 32-true")

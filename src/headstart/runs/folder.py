@@ -88,12 +88,12 @@ class RunFolder(Callback):
             self._write_inputs(trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for logger in trainer.loggers if trainer.is_global_zero and not self.resumed else []:
-            if isinstance(logger, RunLogger):
+        for logger in trainer.loggers if trainer.is_global_zero else []:
+            if not isinstance(logger, RunLogger):  # others begin a run of their own when a run is resumed
+                logger.log_hyperparams(settings_in(self.config))
+            elif not self.resumed:
                 logger.compare_by(settings_in(self.config))
                 logger.experiment.add_text("run", self._card(trainer.datamodule))  # type: ignore[attr-defined]
-            else:
-                logger.log_hyperparams(settings_in(self.config))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_there()

@@ -15,7 +15,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger, WandbLogg
 from headstart.errors import UserError
 from headstart.model.weights import offline
 from headstart.runs.logger import RunLogger
-from headstart.terminal import say
+from headstart.terminal import rank, say
 
 
 class Tracker(Logger):
@@ -65,16 +65,15 @@ class MLflow(Tracker):
 
 
 class Wandb(Tracker):
-    """Weights & Biases, offline without a key or a network."""
+    """Weights & Biases in the run's folder."""
 
     needs = ("wandb",)
 
     def made(self, folder: Path) -> Logger:
         import wandb
 
-        alone = "WANDB_MODE" not in os.environ and (offline() or not wandb.api.api_key)
         quiet = wandb.Settings(console="off", silent=True)
-        return WandbLogger(f"{folder.parent.name}-{folder.name}", save_dir=folder, offline=alone, settings=quiet)
+        return WandbLogger(f"{folder.parent.name}-{folder.name}", save_dir=folder, settings=quiet)
 
 
 # Lightning's names, as --trainer.logger takes them without arguments.
@@ -84,6 +83,7 @@ TRACKERS: dict[str, type[Logger]] = {
     "WandbLogger": Wandb,
     "TensorBoardLogger": RunLogger,
 }
+OPTION = re.compile(r"(--)?trainer\.logger\+?(=|$)")
 BARE = re.compile(rf"(?<![\w.])(?:{'|'.join(TRACKERS)})(?![\w.])")
 
 
@@ -91,7 +91,11 @@ def in_run_folder(options: Sequence[str]) -> list[str]:
     """The options with our class for each bare name of a logger; one with arguments is left to Lightning."""
     if any(re.match(r"(--)?trainer\.logger\.", option) for option in options):
         return list(options)
-    return [BARE.sub(_path, each) if re.match(r"(--)?trainer\.logger\+?=", each) else each for each in options]
+    found = []
+    for before, word in zip(["", *options], options, strict=False):
+        named = OPTION.match(word) or OPTION.fullmatch(before)  # the value may be a word of its own
+        found.append(BARE.sub(_path, word) if named else word)
+    return found
 
 
 def _path(found: re.Match[str]) -> str:
@@ -99,6 +103,17 @@ def _path(found: re.Match[str]) -> str:
     if issubclass(kind, Tracker):
         kind.check()
     return f"{kind.__module__}.{kind.__name__}"
+
+
+def never_ask(loggers: Sequence[Logger]) -> None:
+    """Keeps W&B offline if it has no key, for which it would ask, or if the network is forbidden."""
+    wanted = any(isinstance(logger, Wandb | WandbLogger) for logger in loggers)
+    if not wanted or rank() != 0 or "WANDB_MODE" in os.environ:
+        return
+    import wandb
+
+    if offline() or not wandb.login(prompt=False, verify=False):
+        wandb.setup(wandb.Settings(mode="offline"))  # once it has looked for a key, it no longer reads WANDB_MODE
 
 
 def show(logger: Logger, images: Mapping[str, Any], report: Path | None) -> None:
@@ -133,6 +148,8 @@ def say_where(logger: Logger, logs: Path) -> None:
         say(f"inspect:  mlflow ui --backend-store-uri {logger._tracking_uri}")
     if isinstance(logger, WandbLogger):
         run = logger.experiment
-        where = run.url or f"wandb sync {Path(run.dir).parent}    (it is offline: no key or no network)"
+        folder = Path(run.dir).parent
+        where = f"wandb sync {folder}    (it is offline: no key, or told to be)" if run.offline else run.url
         run.finish()
-        say(f"inspect:  {where}")
+        if where:  # there is none where W&B is disabled
+            say(f"inspect:  {where}")
