@@ -14,6 +14,7 @@ from PIL import Image
 from pytorch_lightning.loggers import WandbLogger
 
 from headstart.cli import main
+from headstart.errors import UserError
 from headstart.runs import trackers
 from support import COLOURS, TINY, draw, newest_run
 
@@ -112,6 +113,8 @@ def test_a_tracker_that_is_not_installed_is_named(colours, refused, monkeypatch)
     for name, extra in (("MLFlowLogger", "mlflow"), ("WandbLogger", "wandb")):
         line = refused("train", f"--data.root={colours}", *TINY, f"--trainer.logger={name}")
         assert f"pip install -e '.[{extra}]'" in line
+        with pytest.raises(UserError, match=extra):  # named in a configuration file
+            trackers.prepare([trackers.TRACKERS[name]()])
     line = refused("train", f"--data.root={colours}", *TINY, "--trainer.logger=CometLogger")
     assert "CometLogger: Requirement 'comet-ml" in line
 
@@ -124,7 +127,7 @@ def test_wandb_without_a_key_is_offline_and_asks_nothing(given, tmp_path, monkey
         monkeypatch.setenv(name, str(tmp_path / "none"))
     wandb.teardown()  # what it knows of the environment is forgotten
     logger = WandbLogger(save_dir=tmp_path, **given)
-    trackers.never_ask([logger])
+    trackers.prepare([logger])
     assert logger.experiment.offline
     logger.experiment.finish()
     wandb.teardown()

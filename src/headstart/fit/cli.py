@@ -28,7 +28,7 @@ from headstart.report.collector import EvaluationCollector
 from headstart.runs.folder import RunFolder
 from headstart.runs.history import CONFIG, Run, newest_unfinished
 from headstart.runs.logger import RunLogger
-from headstart.runs.trackers import in_run_folder, never_ask
+from headstart.runs.trackers import in_run_folder, prepare
 from headstart.terminal import say
 
 # The other precisions convert the weights, and the backbone's must not change.
@@ -191,7 +191,7 @@ class TrainCLI(LightningCLI):
             raise UserError(f"--trainer: {error}; --trainer.accelerator=auto uses what this machine has") from error
 
     def after_instantiate_classes(self) -> None:
-        never_ask(self.trainer.loggers)
+        prepare(self.trainer.loggers)
         self.datamodule.repeat = self.repeat
         if str(self.config.trainer.precision) in ("16", "16-mixed") and self.trainer.strategy.root_device.type == "cpu":
             raise UserError("--trainer.precision=16-mixed: needs a GPU; on a CPU use bf16-mixed or 32-true")

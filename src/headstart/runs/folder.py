@@ -159,7 +159,6 @@ def make_loggers(trainer: Trainer, folder: Path) -> None:
     """Makes the loggers that wait for the run's folder, once it is known."""
     for place, logger in enumerate(trainer.loggers):
         if isinstance(logger, Tracker):
-            logger.check()
             trainer.loggers[place] = logger.made(folder)
     for logger in trainer.loggers:
         if isinstance(logger, RunLogger):

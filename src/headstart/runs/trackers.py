@@ -105,8 +105,14 @@ def _path(found: re.Match[str]) -> str:
     return f"{kind.__module__}.{kind.__name__}"
 
 
-def never_ask(loggers: Sequence[Logger]) -> None:
-    """Keeps W&B offline if it has no key, for which it would ask, or if the network is forbidden."""
+def prepare(loggers: Sequence[Logger]) -> None:
+    """Checks their packages; keeps W&B offline without a key, for which it would ask, or if the network is forbidden.
+
+    Also for loggers from a configuration file, whose names were not seen among the options.
+    """
+    for logger in loggers:
+        if isinstance(logger, Tracker):
+            logger.check()
     wanted = any(isinstance(logger, Wandb | WandbLogger) for logger in loggers)
     if not wanted or rank() != 0 or "WANDB_MODE" in os.environ:
         return
