@@ -48,6 +48,8 @@ class Application:
                 response = endpoint(request, **values)
         except HTTPException as error:
             response = error.get_response(environ)
+            if response.status_code >= 400:  # one line of text instead of a page
+                response.data, response.mimetype = f"{error.description}\n", "text/plain"
         except (UserError, OSError) as error:
             response = Response(f"{error}", self.refused)
         response.headers.extend(HEADERS)

@@ -74,10 +74,13 @@ def test_what_is_no_picture_is_refused_in_one_line(client):
         assert answer.status_code == 400
         assert said in answer.text
         assert len(answer.text.splitlines()) == 1
-    assert post(client, bytes(LARGEST + 1)).status_code == 413
     claimed = {"CONTENT_LENGTH": "100000000"}  # refused before it is read
     huge = client.post(f"/{TOKEN}/predict", base_url=LOCAL, environ_overrides=claimed)
-    assert huge.status_code == 413
+    unknown = {"wsgi.input": io.BytesIO(bytes(LARGEST + 1000)), "wsgi.input_terminated": True}  # sent in chunks
+    chunked = client.post(f"/{TOKEN}/predict", base_url=LOCAL, environ_overrides=unknown)
+    for answer in (huge, chunked, post(client, bytes(LARGEST + 1))):
+        assert answer.status_code == 413
+        assert answer.text == "the image has more than 20 MB\n"
 
 
 def test_other_names_and_addresses_are_refused(client, trained):
@@ -105,6 +108,7 @@ def test_the_command_says_where_it_listens(checkpoint, monkeypatch, capsys, refu
         assert "page:     http://127.0.0.1:1234/" in said
         assert "/predict" in said
         assert "WARNING" not in said
+        assert said.endswith("demo:     ended\n")
         main(["demo", f"--ckpt_path={checkpoint}", "--host=0.0.0.0"])
         assert "WARNING: who can reach 0.0.0.0" in capsys.readouterr().out
     assert "cannot be used on no.such.host.invalid" in refused(

@@ -39,6 +39,8 @@ def test_a_dropped_picture_is_answered(checkpoint, trained, tmp_path):
         )
         assert tab.value("document.querySelectorAll('.near img').length") == 6
         assert tab.value("document.querySelectorAll('#bars .row').length") == 3
+        tab("Emulation.setDeviceMetricsOverride", width=400, height=800, deviceScaleFactor=1, mobile=True)
+        assert tab.value("document.documentElement.scrollWidth") == 400  # nothing sticks out of a phone's page
         (tmp_path / "note.txt").write_text("no picture")
         tab("DOM.setFileInputFiles", nodeId=node, files=[str(tmp_path / "note.txt")])
         tab.until("document.querySelector('#said').textContent.includes('cannot be used')")

@@ -28,6 +28,7 @@ class Tab:
         (read, self._to), (self._from, write) = os.pipe(), os.pipe()
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
         options += ["--disable-component-update", "--disable-sync", f"--user-data-dir={folder}"]
+        options += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]  # nothing but this machine
         command = f'exec "$0" "$@" 3<&{read} 4>&{write}'
         self._process = subprocess.Popen(
             ["bash", "-c", command, str(BROWSER), *options, "--remote-debugging-pipe"],

@@ -53,7 +53,7 @@ class DemoPage(Application):
     """
 
     refused = 400
-    largest = LARGEST
+    largest = LARGEST + 1  # a body of unknown length is cut there
 
     def __init__(
         self, predictor: Predictor, token: str, training: Training | None, sets: bool, local: bool = True
@@ -88,9 +88,8 @@ class DemoPage(Application):
     @torch.no_grad()
     def _answer(self, request: Request) -> tuple[dict[str, Any], Tensor, list[bytes]]:
         """The row of `predict` for the image in the request, its features [1, D], and the file of its map, if any."""
-        if (request.content_length or 0) > LARGEST:  # before it is read
-            raise RequestEntityTooLarge
-        body = request.get_data(cache=False)
+        if (request.content_length or 0) > LARGEST or len(body := request.get_data(cache=False)) > LARGEST:
+            raise RequestEntityTooLarge(f"the image has more than {LARGEST // 1_000_000} MB")
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "upload")
             file.write_bytes(body)

@@ -52,6 +52,7 @@ def demo(options: Sequence[str]) -> None:
             say(f"API:      curl --data-binary @photo.jpg {address}/{token}/predict")
 
         serve(page, given.host, given.port, started)
+        say("demo:     ended")
 
 
 @contextlib.contextmanager
@@ -64,7 +65,8 @@ def predictor_of(module: TransferClassifier, answers: Answers, given: Any) -> It
         try:
             predictor = Predictor(module, stream, given.top_k, Path(folder), answers)
         except UserError as error:
-            say(f"demo:     without maps: {error}")
+            int8 = "there are none of int8 features"
+            say(f"demo:     without maps: {int8 if arithmetic == 'int8' else str(error).removeprefix('--explain: ')}")
             predictor = Predictor(module, stream, given.top_k, None, answers)
         yield predictor
 
@@ -74,7 +76,7 @@ def training_of(module: TransferClassifier, checkpoint: Path, accelerator: str) 
     run = Run.of(checkpoint)
     try:
         if not run.data or not run.splits_file.is_file() or module.finetuned:
-            raise UserError("it is not in the folder of a run, or its backbone was fine-tuned")
+            raise UserError("the head is not in the folder of a run, or its backbone was fine-tuned")
         source = open_source(**{name: run.data.get(name) for name in WHERE})
         options = {name: run.data[name] for name in STORE_OPTIONS if run.data.get(name) is not None}
         data = ImageData(source, **options)
