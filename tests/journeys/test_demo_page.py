@@ -2,17 +2,14 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
-from test_labelling import SERVE, Tab
+from browser import BROWSER, SERVE, Tab
 
 from support import REPOSITORY
-
-BROWSER = shutil.which("chromium")
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium")

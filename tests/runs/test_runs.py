@@ -6,7 +6,7 @@ from pathlib import Path
 
 from scipy.stats import binomtest
 
-from headstart.cli import main
+from headstart.cli import VERBS, main
 
 
 def test_runs_are_listed_the_best_first_with_what_differs(colours, train, capsys):
@@ -71,6 +71,8 @@ def test_the_defaults_are_those_of_the_parser():
     from headstart.runs.history import DEFAULTS
 
     for verb, kept in json.loads(DEFAULTS.read_bytes()).items():
+        if verb not in VERBS:  # taken off
+            continue
         shown = StringIO()
         with redirect_stdout(shown), suppress(SystemExit):
             main([verb, "--print_config"])
