@@ -66,6 +66,8 @@ def page(package: str, template: str, **values: Any) -> Response:
 
 
 class _Silent(WSGIRequestHandler):
+    timeout = 30  # seconds to send a request, since one that stalls would hold up the others
+
     def log(self, *message: object) -> None:
         """Prints nothing, since addresses hold the token."""
 
