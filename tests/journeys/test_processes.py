@@ -97,12 +97,13 @@ def test_eight_processes_share_one_cold_cache(programs, tmp_path):
     assert features(tmp_path / "shared") == features(tmp_path / "alone")
 
 
+@pytest.mark.slow  # the tests below have the same in small forms
 @pytest.mark.parametrize(
     "verb",
     [
         "train",
-        pytest.param("tune", marks=pytest.mark.slow),  # both below in other forms
-        pytest.param("finetune", marks=pytest.mark.slow),  # wing: finetune
+        "tune",
+        "finetune",  # wing: finetune
     ],
 )
 def test_a_command_on_two_processes_scores_as_on_one(verb, tmp_path, record_property):
