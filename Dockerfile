@@ -1,5 +1,5 @@
 # docker build -t headstart .
-# docker run --rm -v "$PWD/photos:/photos" -v "$PWD/logs:/work/logs" -v headstart:/cache headstart train --data.root=/photos
+# docker run --rm -v "$PWD/photos:/photos" -v "$PWD/logs:/runs/logs" -v headstart:/cache headstart train --data.root=/photos
 # On GPUs add --gpus=all; for processors alone give the smaller torch by the address on PyTorch's page of installations:
 # docker build -t headstart --build-arg TORCH_INDEX=ADDRESS .
 FROM python:3.12-slim
@@ -10,9 +10,9 @@ COPY src ./src
 COPY data ./data
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch torchvision \
     && pip install --no-cache-dir ".[timm]"
-RUN useradd --uid 1000 --create-home user && mkdir -p /work /cache && chown user /work /cache
+RUN useradd --uid 1000 --create-home user && mkdir -p /runs /cache && chown user /runs /cache
 USER user
 ENV HEADSTART_CACHE=/cache
-WORKDIR /work
+WORKDIR /runs
 ENTRYPOINT ["headstart"]
 CMD ["--help"]
