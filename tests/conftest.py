@@ -17,7 +17,7 @@ import pytest
 from hypothesis import settings
 
 from headstart.terminal import say_once
-from support import TINY, at_most, draw
+from support import TINY, at_most, draw, working_in
 
 # The same examples in each run, since luck should not decide whether a change lands.
 # `pytest tests/test_properties.py --hypothesis-profile=default` searches on.
@@ -91,9 +91,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from headstart.cli import main
 
     folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("HEADSTART_CACHE", str(folder / "cache"))
-        patched.chdir(folder)
+    with working_in(folder):
         main(
             [
                 "train",

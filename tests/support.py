@@ -67,6 +67,15 @@ def headings(page: Path) -> list[str]:
     return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
 
 
+@contextlib.contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Makes a folder the working directory, with a cache in it: for runs that several tests read."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        patched.setenv("HEADSTART_CACHE", str(folder / "cache"))
+        yield
+
+
 def newest_run(logs: Path = Path("logs")) -> Path:
     return max(logs.glob("*/*/"), key=lambda path: path.stat().st_mtime)
 

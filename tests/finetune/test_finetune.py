@@ -19,7 +19,7 @@ from headstart.finetune.cut import cut, learning_names
 from headstart.finetune.module import FineTunedClassifier, layer_of
 from headstart.model.backbone import FrozenBackbone, tensor_digests
 from headstart.model.checkpoints import finetuned_in
-from support import draw, killed_at, newest_run
+from support import draw, killed_at, newest_run, working_in
 
 SMALL = ["--report=false", "--trainer.max_epochs=2"]
 
@@ -37,9 +37,7 @@ def striped(tmp_path_factory) -> Path:
             wave = 60 * np.sin(np.arange(40) * random.uniform(1.2, 2.2) + random.uniform(0, 6))
             pixels = 128 + np.expand_dims(wave, axis).repeat(40, axis)[..., None] + random.normal(0, 40, (40, 40, 3))
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number:02}.png")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("HEADSTART_CACHE", str(root / "cache"))
-        patched.chdir(root)
+    with working_in(root):
         # A tiny backbone: a checkpoint of resnet18's last layers and their moments is 100 MB.
         options = ["--model.backbone=timm/test_resnet", "--model.weights=random", "--model.image_size=32"]
         # One epoch, after which the head has not learnt all that it could.

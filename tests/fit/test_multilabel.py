@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from headstart import DatasetData, FrozenBackbone, ImageFolderData, TransferClassifier
 from headstart.cli import main
 from headstart.data.splits import Item, assign, labels_of, limited
-from support import COLOURS, RESNET18, TINY, draw, newest_run, rows_of
+from support import COLOURS, RESNET18, TINY, draw, newest_run, rows_of, working_in
 
 FIGURES = ("precision_recall", "roc", "calibration", "together", "worst_misses")
 
@@ -52,9 +52,7 @@ def table(folder: Path, *rows: tuple[str, str]) -> str:
 def trained(tmp_path_factory) -> Path:
     """A folder with collages, and a run on them with a report; all tests only read it."""
     folder = tmp_path_factory.mktemp("several")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.chdir(folder)
-        patched.setenv("HEADSTART_CACHE", str(folder / "cache"))
+    with working_in(folder):
         file = collages(folder)
         main(["train", f"--data.csv={file}", "--data.multilabel=true", *RESNET18, "--model.image_size=64"])
     return folder

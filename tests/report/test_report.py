@@ -27,7 +27,7 @@ from headstart.report.learning_curve import PENALTIES, LearningCurve, ridge, str
 from headstart.report.page import common_folder
 from headstart.report.verdict import verdict_of
 from headstart.search.intervals import wilson
-from support import COLOURS, draw, newest_run
+from support import COLOURS, draw, newest_run, working_in
 
 FIGURES = {"coverage", "roc", "precision_recall", "reliability"}
 TILED = ("confusion_matrix", "worst_mistakes", "surest_right")
@@ -57,9 +57,7 @@ def run(tmp_path_factory) -> Path:
     draw(folder / "mixed <i>", images=24)
     draw(folder / "mixed <i>", images=8, seed=1, colours={"red": COLOURS["green"]})
     (folder / "mixed <i>/blue").rename(folder / "mixed <i>/blue & <b>bold")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("HEADSTART_CACHE", str(folder / "cache"))
-        patched.chdir(folder)
+    with working_in(folder):
         main(["train", "--data.root=mixed <i>", "--model.image_size=32", "--trainer.max_epochs=3"])
         return newest_run().resolve()
 

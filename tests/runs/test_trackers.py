@@ -16,7 +16,7 @@ from pytorch_lightning.loggers import WandbLogger
 from headstart.cli import main
 from headstart.errors import UserError
 from headstart.runs import trackers
-from support import COLOURS, TINY, draw, newest_run
+from support import COLOURS, TINY, draw, newest_run, working_in
 
 ALL = "--trainer.logger=[TensorBoardLogger,CSVLogger,MLFlowLogger,WandbLogger]"
 
@@ -25,9 +25,7 @@ ALL = "--trainer.logger=[TensorBoardLogger,CSVLogger,MLFlowLogger,WandbLogger]"
 def run(tmp_path_factory) -> Path:
     """A run that every tracker saw; all tests only read it."""
     folder = tmp_path_factory.mktemp("tracked")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.chdir(folder)
-        patched.setenv("HEADSTART_CACHE", str(folder / "cache"))
+    with working_in(folder), pytest.MonkeyPatch.context() as patched:
         patched.setenv("WANDB_DIR", str(folder))
         root = draw(folder / "mixed", images=12)
         draw(root, images=4, seed=1, colours={"red": COLOURS["green"]})
