@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from threading import Lock
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import Map, Rule
 from werkzeug.serving import WSGIRequestHandler, make_server
 from werkzeug.wrappers import Request, Response
 
 from headstart.errors import UserError
+from headstart.templates import rendered
 
 LOCAL = ("localhost", "127.0.0.1")
 HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}  # the token is in the address
@@ -56,11 +56,10 @@ class Application:
         return response(environ, start_response)
 
 
-def page(package: str, template: str, **values: Any) -> Response:
-    """An HTML page from a template in a folder of headstart; no other site can be asked for anything."""
+def page(template: str, **values: Any) -> Response:
+    """An HTML page from a template; no other site can be asked for anything."""
     nonce = secrets.token_urlsafe(16)
-    environment = Environment(loader=PackageLoader("headstart", package), autoescape=True)
-    text = environment.get_template(template).render(nonce=nonce, **values)
+    text = rendered(template, nonce=nonce, **values)
     headers = {"Content-Security-Policy": POLICY.format(nonce=nonce), "Cache-Control": "no-store"}
     return Response(text, mimetype="text/html", headers=headers)
 

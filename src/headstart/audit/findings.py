@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 
 from headstart.audit.labels import FOLDS, losses, out_of_fold
 from headstart.data.sources import Source
-from headstart.data.splits import Item, labels_of
+from headstart.data.splits import Item, counts_of
 from headstart.search.neighbours import NEAR, neighbours
 
 NEIGHBOURS = 5
@@ -50,7 +50,7 @@ def find(source: Source, skipped: Mapping[str, str], items: Sequence[Item], feat
     ``skipped`` has the reasons for unreadable images, by path; ``features`` [N, D] are those of the others, ``rooted``.
     """
     names = source.class_names
-    labels = labels_of(items, source.multilabel * len(names))
+    labels = source.labels_of(items)
     scanned = {item.path: item for item in source.scanned if item.path in skipped}
     for path, reason in skipped.items():
         yield Finding("damaged", path, scanned[path].named(names), note=reason)
@@ -70,7 +70,7 @@ def find(source: Source, skipped: Mapping[str, str], items: Sequence[Item], feat
             score = float(isolation[number])
             note = f"{score:.1f} robust deviations below the usual similarity"
             yield Finding("outlier", item.path, item.named(names), item.split or "", note, score)
-    counts = (labels.sum(dim=0) if source.multilabel else torch.bincount(labels, minlength=len(names))).tolist()
+    counts = counts_of(labels, len(names)).tolist()
     for name, count in sorted(zip(names, counts, strict=True), key=lambda pair: pair[1]):
         if count < FEW_IMAGES:
             yield Finding("small class", name, name, note=f"{count} images", score=float(FEW_IMAGES - count))
@@ -115,10 +115,9 @@ def _label_findings(
     doubtful = (best > own) & (suggested != labels)
     for number in doubt.argsort(descending=True).tolist():
         if doubtful[number]:
-            item, name = items[number], names[int(suggested[number])]
+            name = names[int(suggested[number])]
             note = f"looks like {name} ({float(best[number]):.2f}, its own class {float(own[number]):.2f})"
-            near, score = tuple(items[place].path for place in nearest[number].tolist()), float(doubt[number])
-            yield Finding("label", item.path, item.named(names), item.split or "", note, score, near=near)
+            yield _doubtful(items, number, names, note, float(doubt[number]), nearest)
 
 
 def _doubts_of_labels(
@@ -134,10 +133,17 @@ def _doubts_of_labels(
     doubt = torch.where(given, -logsigmoid(logits), -logsigmoid(-logits))
     pairs = doubtful.nonzero()
     for row, label in pairs[doubt[doubtful].argsort(descending=True)].tolist():
-        item, share = items[row], float(probabilities[row, label])
+        share = float(probabilities[row, label])
         note = f"looks {'unlike' if given[row, label] else 'like'} {names[label]} ({share:.2f})"
-        near, score = tuple(items[place].path for place in nearest[row].tolist()), float(doubt[row, label])
-        yield Finding("label", item.path, item.named(names), item.split or "", note, score, near=near)
+        yield _doubtful(items, row, names, note, float(doubt[row, label]), nearest)
+
+
+def _doubtful(
+    items: Sequence[Item], number: int, names: Sequence[str], note: str, score: float, nearest: Tensor
+) -> Finding:
+    """The finding that a label of an image may be wrong."""
+    item, near = items[number], tuple(items[place].path for place in nearest[number].tolist())
+    return Finding("label", item.path, item.named(names), item.split or "", note, score, near=near)
 
 
 def _groups(digests: Sequence[bytes]) -> list[list[int]]:

@@ -6,9 +6,10 @@ from typing import Any
 from headstart.audit.findings import KINDS, Finding
 from headstart.data.splits import Item
 from headstart.data.store import FeatureStore
-from headstart.report.page import common_folder, jpeg, rendered
+from headstart.report.page import common_folder, jpeg
 from headstart.report.tensorboard import thumbnails
 from headstart.runs.folder import command_line
+from headstart.templates import rendered
 
 # Rows per kind, pictures per row, and bytes of all pictures, for a page under 5 MB.
 MAX_ROWS, MAX_PICTURES, MAX_BYTES = 30, 6, 3_500_000

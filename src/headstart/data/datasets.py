@@ -20,8 +20,8 @@ from headstart.data.sources import Source
 from headstart.data.splits import Item, Split
 from headstart.decoding import UnreadableImage, content_digest, decode, decode_opened, measured, measured_of
 from headstart.errors import UserError
-from headstart.features.hashes import index_file
-from headstart.files import patiently, read_regular, write_atomically
+from headstart.features.hashes import index_file, read_checked, write_checked
+from headstart.files import patiently, read_regular
 from headstart.images import Preprocessing
 from headstart.terminal import images_bar, listing, say
 
@@ -184,11 +184,8 @@ def _recall(file: Path | None) -> dict[str, Entry]:
     if file is None:
         return {}
     try:
-        checksum, body = read_regular(file).split(b"\n", 1)
-        if checksum.decode() != hashlib.sha256(body).hexdigest():
-            return {}
         known: dict[str, Entry] = {}
-        for path, (labels, digest, peak, aspect) in json.loads(body).items():
+        for path, (labels, digest, peak, aspect) in json.loads(read_checked(file)).items():
             known[path] = labels, digest, int(peak), float(aspect)
         return {path: entry for path, entry in known.items() if len(bytes.fromhex(entry[1])) == 32}
     except (OSError, MemoryError, ValueError, TypeError, AttributeError):  # damaged, or another format
@@ -199,9 +196,8 @@ def _remember(file: Path | None, found: dict[str, Entry]) -> None:
     """Stores hashes for ``_recall``."""
     if file is None:
         return
-    body = json.dumps(found).encode()
     with suppress(OSError):  # only speed is lost; an unwritable folder is reported with the features
-        write_atomically(file, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+        write_checked(file, json.dumps(found).encode())
 
 
 def _few(paths: Collection[str]) -> list[str]:

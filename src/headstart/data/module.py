@@ -131,12 +131,11 @@ class ImageData(LightningDataModule):
 
     def labels(self, split: Split) -> Tensor:
         """The class index of each image of a split -> [N]; with several labels, 0 or 1 for each -> [N, num_classes]."""
-        return splits.labels_of(self.items_in(split), self.multilabel * len(self.class_names))
+        return self.source.labels_of(self.items_in(split))
 
     def counts(self, split: Split) -> Tensor:
         """Images per class in a split -> [num_classes]."""
-        labels = self.labels(split)
-        return labels.sum(dim=0) if self.multilabel else torch.bincount(labels, minlength=len(self.class_names))
+        return splits.counts_of(self.labels(split), len(self.class_names))
 
     @property
     def multilabel(self) -> bool:

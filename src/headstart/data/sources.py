@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from headstart.data import folders
-from headstart.data.splits import Item, Split, refuse_torn_groups
+from headstart.data.splits import Item, Split, labels_of, refuse_torn_groups
 from headstart.data.table import read_table
 from headstart.decoding import measured
 from headstart.errors import UserError
@@ -50,6 +51,10 @@ class Source(ABC):
     def read(self, item: Item, preprocessing: Preprocessing, max_pixels: int) -> Image.Image:
         """Decodes an image to RGB, as ``decoding.decode``; raises ``UnreadableImage``."""
 
+    def labels_of(self, items: Sequence[Item]) -> Tensor:
+        """The labels of its images, as ``splits.labels_of``: [N], or [N, num_classes] if there may be several."""
+        return labels_of(items, self.multilabel * len(self.class_names))
+
 
 class FileSource(Source):
     """Images in files below a root."""
@@ -76,8 +81,9 @@ class FileSource(Source):
         with images_bar("scan", len(listed)) as advance:
             index = ContentIndex(self.root, remembered, measured)
             digests, unreadable = index.digests([item.path for item in listed], advance)
-        self.measured, self.scanned = index.measured, listed
-        return [item.of(digest) for item, digest in zip(listed, digests, strict=True) if digest], unreadable
+        self.measured = index.measured
+        self.scanned = [item.with_digest(digest or b"") for item, digest in zip(listed, digests, strict=True)]
+        return [item for item in self.scanned if item.digest], unreadable
 
     def read(self, item: Item, preprocessing: Preprocessing, max_pixels: int) -> Image.Image:
         return folders.read(self.root, item, preprocessing, max_pixels)
@@ -179,17 +185,14 @@ def _named(module: str) -> Callable[[str], Any]:
     return lambda root: import_module(f"headstart.data.{module}").source(root)
 
 
-# By value of --data.source; called with --data.root.
-SOURCES: dict[str, Callable[[str], Source]] = {
+# By value of --data.source; called with --data.root, a list of images also with --data.multilabel if it is given.
+SOURCES: dict[str, Callable[..., Source]] = {
     "folder": FolderSource,
     "csv": TableSource,
     "domains": DomainSource,
     "torchvision": _named("torchvision"),
     "hf": _named("huggingface"),
 }
-
-
-WHERE = ("root", "csv", "source", "multilabel")  # the options that choose images, without those that only split them
 
 
 def open_source(
@@ -210,7 +213,7 @@ def open_source(
     place = str(root if csv is None else csv)
     if multilabel is not None and kind != "csv":
         raise UserError(f"--data.multilabel={str(multilabel).lower()}: is for a list of images, --data.csv")
-    found = TableSource(place, multilabel) if kind == "csv" else SOURCES[kind](place)
+    found = SOURCES[kind](place) if multilabel is None else SOURCES[kind](place, multilabel=multilabel)
     chosen = "" if kind in ("folder", "csv") else f" --data.source={kind}"
     chosen += "" if multilabel is None else f" --data.multilabel={str(multilabel).lower()}"
     found.options = f"--data.{'csv' if kind == 'csv' else 'root'}={found.path}{chosen}"
@@ -220,3 +223,11 @@ def open_source(
         found.group = _pattern(group)
     say_look_alikes(found.class_names)
     return found
+
+
+WHERE = ("root", "csv", "source", "multilabel")  # the options that choose images, without those that only split them
+
+
+def chosen_source(options: Any) -> Source:
+    """The source that the ``WHERE`` among a command's options, or a run's, give."""
+    return open_source(**{name: options.get(name) for name in WHERE})

@@ -42,7 +42,7 @@ class Item:
         """The class indices."""
         return (self.label,) if self.tags is None else self.tags
 
-    def of(self, digest: bytes) -> "Item":
+    def with_digest(self, digest: bytes) -> "Item":
         """The image with its content hash; quicker than ``replace``, for a million files."""
         return Item(self.path, self.label, digest, self.split, self.group, self.domain, self.tags)
 
@@ -324,6 +324,11 @@ def counts_table(items: Sequence[Item], class_names: Sequence[str]) -> Table:
         table.add_row("labels per image", *(f"{mean:.2f}" for mean in means))
         table.add_row("without a label", *(str(sum(not item.labels for item in found)) for found in images.values()))
     return table
+
+
+def counts_of(labels: Tensor, num_classes: int) -> Tensor:
+    """The number of images of each class, [num_classes], from what ``labels_of`` gives."""
+    return labels.sum(dim=0) if labels.ndim == 2 else torch.bincount(labels, minlength=num_classes)
 
 
 def labels_of(items: Sequence[Item], several: int = 0) -> Tensor:

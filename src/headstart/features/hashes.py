@@ -120,19 +120,15 @@ class _Table:
     @classmethod
     def load(cls, file: Path | None) -> "_Table":
         """The table in a file; an empty one if there is none, or it is damaged."""
+        if file is None:
+            return cls.empty([])
         try:
-            checksum, body = read_regular(file).split(b"\n", 1) if file else (b"", b"")
-            if not file or checksum.decode() != hashlib.sha256(body).hexdigest():
-                return cls.empty([])
-            found = safetensors.numpy.load(body)
+            found = safetensors.numpy.load(read_checked(file))
             table = cls(found["names"].tobytes(), found["stamps"], found["digests"], found["measures"])
             shapes = [(each.dtype.str[1:], *each.shape[1:]) for each in (table.stamps, table.digests, table.measures)]
-            whole = shapes == [("i8", 4), ("u1", 32), ("f8", 2)] and table.names.count(b"\0") == len(table.stamps)
-            return (
-                table
-                if whole and len({len(table.stamps), len(table.digests), len(table.measures)}) == 1
-                else cls.empty([])
-            )
+            rows = {table.names.count(b"\0"), len(table.stamps), len(table.digests), len(table.measures)}
+            whole = shapes == [("i8", 4), ("u1", 32), ("f8", 2)] and len(rows) == 1
+            return table if whole else cls.empty([])
         except (OSError, MemoryError, ValueError, KeyError, SafetensorError):  # damaged, or another format
             return cls.empty([])
 
@@ -142,9 +138,8 @@ class _Table:
             return
         names = np.frombuffer(self.names, np.uint8)
         arrays: dict[str, Any] = {"stamps": self.stamps, "digests": self.digests, "measures": self.measures}
-        body = safetensors.numpy.save({"names": names} | arrays)
         with suppress(OSError):  # only speed is lost; an unwritable folder is reported with the features
-            write_atomically(file, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+            write_checked(file, safetensors.numpy.save({"names": names} | arrays))
             file.with_suffix(".json").unlink(missing_ok=True)  # of earlier versions
 
     def rows(self, names: bytes, paths: list[str]) -> "np.ndarray[Any, np.dtype[np.int64]]":
@@ -158,6 +153,19 @@ class _Table:
         """Fills a row."""
         self.stamps[row], self.measures[row] = stamp, measures
         self.digests[row] = np.frombuffer(digest, np.uint8)
+
+
+def write_checked(file: Path, body: bytes) -> None:
+    """Writes a file with the checksum of its content in its first line."""
+    write_atomically(file, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+
+
+def read_checked(file: Path) -> bytes:
+    """The content of such a file; raises ``ValueError`` if it is damaged."""
+    checksum, body = read_regular(file).split(b"\n", 1)
+    if checksum.decode() != hashlib.sha256(body).hexdigest():
+        raise ValueError("checksum differs")
+    return body
 
 
 def index_file(folder: Path | None, name: bytes, suffix: str = "json") -> Path | None:

@@ -39,8 +39,7 @@ class LabelPage(Application):
         left = [number for number, path in enumerate(self._queue) if path not in self._answers.labels]
         shown = [number for number in left if self._queue[number] not in self._skipped]
         return page(
-            "label",
-            "page.html.jinja",
+            "label/page.html.jinja",
             shown=shown[:2],  # the second is loaded ahead
             names=[one_line(str(self._queue[number].relative_to(self._root))) for number in shown[:1]],
             classes=list(dict.fromkeys([*self._classes, *self._answers.labels.values()])),

@@ -61,11 +61,12 @@ class HeadModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuses data with other classes."""
-        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", self.class_names)
+        data = getattr(self.trainer, "datamodule", None)
+        names = getattr(data, "class_names", self.class_names)
         if list(names) != self.class_names:
             raise UserError(f"class_names: {listing(self.class_names)} (model), {listing(list(names))} (data)")
         several = self.hparams.get("multilabel", False)
-        if getattr(getattr(self.trainer, "datamodule", None), "multilabel", several) != several:
+        if getattr(data, "multilabel", several) != several:
             raise UserError("multilabel: differs between model and data; give the model multilabel=data.multilabel")
 
     def on_fit_start(self) -> None:

@@ -153,17 +153,18 @@ class TransferClassifier(HeadModule):
     def on_validation_epoch_end(self) -> None:
         """Fits the calibration and the decision, which later checkpoints contain."""
         logits, labels = self.logits.compute()
+        self.logits.reset()  # first, since it holds all batches beside them
         self.task.calibrate(logits, labels)
         self.log_dict(self.task.scores("val", logits, labels), logger=self._logger_of_curves())
-        self.logits.reset()
 
     def test_step(self, batch: Batch) -> dict[str, Tensor]:
         return self._evaluate(batch, "test", self.test_metrics, self.test_loss)
 
     def on_test_epoch_end(self) -> None:
         """Logs the scores of calibrated probabilities and of decisions."""
-        self.log_dict(self.task.scores("test", *self.logits.compute()))
+        logits, labels = self.logits.compute()
         self.logits.reset()
+        self.log_dict(self.task.scores("test", logits, labels))
 
     def _evaluate(self, batch: Batch, split: str, scores: MetricCollection, loss: MeanMetric) -> dict[str, Tensor]:
         """Updates and logs the metrics of the split; returns features and logits for callbacks."""

@@ -72,8 +72,7 @@ class MultiLabel(Task):
 
     @staticmethod
     def errors(logits: Tensor, labels: Tensor, smoothing: Tensor, weights: Tensor | None) -> Tensor:
-        smoothing = smoothing[:, None, None]
-        target = (1 - smoothing) * labels + smoothing / 2
+        target = _smoothed(labels, smoothing[:, None, None])
         weighted = target if weights is None else target * weights
         return (logits.sigmoid() * (weighted + 1 - target) - weighted) / labels.numel()
 
@@ -218,5 +217,11 @@ def threshold_scores(predicted: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def _smoothed_loss(logits: Tensor, labels: Tensor, smoothing: float, weights: Tensor | None) -> Tensor:
-    target = (1 - smoothing) * labels.to(logits.dtype) + smoothing / 2
+    target = _smoothed(labels.to(logits.dtype), smoothing)
     return functional.binary_cross_entropy_with_logits(logits, target, pos_weight=weights)
+
+
+def _smoothed(labels: Tensor, smoothing: Any) -> Tensor:
+    """The targets of labels of 0 and 1, by a number or a tensor that is broadcast."""
+    target: Tensor = (1 - smoothing) * labels + smoothing / 2
+    return target

@@ -82,19 +82,25 @@ def reliability_figure(evaluation: Evaluation) -> Drawing:
     series = [Series([(0, 0), (1, 1)], width=1)]
     for when, temperature, colour in (("before", 1.0, ORANGE), ("after", evaluation.temperature, BLUE)):
         confidence = (evaluation.logits / temperature).softmax(dim=1).amax(dim=1)
-        bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
-        counts = torch.bincount(bins, minlength=CALIBRATION_BINS)
-        filled = counts > 0
-        sure, right = (
-            (torch.bincount(bins, values, CALIBRATION_BINS)[filled] / counts[filled]).tolist()
-            for values in (confidence, evaluation.right.float())
-        )
+        sure, right, part = in_bins(confidence, evaluation.right)
         error = evaluation.calibration_error(temperature)
         name = f"{when} scaling (temperature {temperature:.2f}), calibration error {error:.3f}"
         series.append(Series(list(zip(sure, right, strict=True)), colour, name, dots=True))
-        shares = zip(sure, (counts[filled] / len(bins)).tolist(), strict=True)
-        series += [Series([(x, 0), (x, share)], f"{colour}66", width=4) for x, share in shares]
+        bars = zip(sure, part, strict=True)
+        series += [Series([(x, 0), (x, share)], f"{colour}66", width=4) for x, share in bars]
     return chart(series, "confidence", "accuracy (line), share of the images (bar)")
+
+
+def in_bins(probabilities: Tensor, true: Tensor) -> tuple[list[float], list[float], list[float]]:
+    """The mean probability, the share that is true, and the share of all, in each bin of probabilities [N] with any."""
+    bins = (probabilities * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    counts = torch.bincount(bins, minlength=CALIBRATION_BINS)
+    filled = counts > 0
+    mean, share = (
+        (torch.bincount(bins, values, CALIBRATION_BINS)[filled] / counts[filled]).tolist()
+        for values in (probabilities, true.float())
+    )
+    return mean, share, (counts[filled] / len(bins)).tolist()
 
 
 def roc_figure(evaluation: Predictions) -> Drawing:

@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
-import torch
 from PIL import Image
 from rich.table import Table
 from torch import Tensor
@@ -16,8 +15,16 @@ from headstart.data.splits import BETWEEN
 from headstart.model.metrics import aurocs, average_precisions
 from headstart.model.multilabel import MultiLabel
 from headstart.report.drawing import BLUE, ORANGE, Drawing, Series, chart
-from headstart.report.evaluation import CALIBRATION_BINS, Predictions, Row
-from headstart.report.figures import TILES, matrix_figure, precision_recall_figure, roc_figure, short, tiles_figure
+from headstart.report.evaluation import Predictions, Row
+from headstart.report.figures import (
+    TILES,
+    in_bins,
+    matrix_figure,
+    precision_recall_figure,
+    roc_figure,
+    short,
+    tiles_figure,
+)
 from headstart.terminal import one_line, say
 
 SHOWN = 24  # labels in the terminal, the worst first
@@ -128,19 +135,11 @@ def together_figure(evaluation: MultilabelEvaluation) -> Drawing:
 def calibration_figure(evaluation: MultilabelEvaluation) -> Drawing:
     """The share of labels that are there, by their probability, before and after calibration."""
     series = [Series([(0, 0), (1, 1)], width=1)]
-    truth = evaluation.truth.flatten()
     for when, probabilities, colour in (
         ("before", evaluation.task.activation(evaluation.logits), ORANGE),
         ("after", evaluation.probabilities, BLUE),
     ):
-        flat = probabilities.flatten()
-        bins = (flat * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
-        counts = torch.bincount(bins, minlength=CALIBRATION_BINS)
-        filled = counts > 0
-        sure, there = (
-            (torch.bincount(bins, values, CALIBRATION_BINS)[filled] / counts[filled]).tolist()
-            for values in (flat, truth.float())
-        )
+        sure, there, _ = in_bins(probabilities.flatten(), evaluation.truth.flatten())
         series.append(Series(list(zip(sure, there, strict=True)), colour, f"{when} calibration", dots=True))
     return chart(series, "probability of a label", "share of images that have it")
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from PIL import Image
 from pytorch_lightning.loggers import Logger
@@ -31,6 +30,7 @@ from headstart.runs.folder import command_line, versions
 from headstart.runs.history import REPORT
 from headstart.runs.logger import RunLogger
 from headstart.runs.trackers import show
+from headstart.templates import rendered
 from headstart.terminal import score_rows
 
 MAX_SKIPPED_SHOWN = 50
@@ -76,7 +76,7 @@ def write_report(
         assert isinstance(evaluation, Evaluation)
         figures, template = evaluation_figures(evaluation), "report/page.html.jinja"
         own = _sureness(evaluation) | _classes(evaluation, data) | _pictures(evaluation, thumbnail)
-    pictures = pictures_of(evaluation, figures, thumbnail)
+    pictures = pictures_of(evaluation, figures, thumbnail) if loggers else {}
     for logger in loggers:
         if isinstance(logger, RunLogger):
             log_evaluation(logger.experiment, evaluation, pictures, thumbnail, data, module)
@@ -106,12 +106,6 @@ def write_report(
     for logger in loggers:
         show(logger, named, folder / REPORT)
     return folder / REPORT
-
-
-def rendered(template: str, **values: Any) -> bytes:
-    """A page; text from file names is escaped."""
-    environment = Environment(loader=PackageLoader("headstart", ""), autoescape=True, trim_blocks=True)
-    return environment.get_template(template).render(**values).encode(errors="backslashreplace")
 
 
 def jpeg(image: Image.Image) -> Markup:
@@ -155,7 +149,7 @@ def _labels(evaluation: MultilabelEvaluation, data: ImageData, thumbnail: Thumbn
     for label in scores["ap"].nan_to_num(2.0).argsort(stable=True).tolist():
         values = (float(scores[score][label]) for score in shown)
         images = [int(of_split[label]) for of_split in counts.values()]
-        rows.append((evaluation.class_names[label], [*images, *("–" if v != v else f"{v:.3f}" for v in values)]))
+        rows.append((evaluation.class_names[label], [*images, *map(_shown, values)]))
 
     def tile(position: int, label: int) -> dict[str, Any]:
         path = evaluation.items[position].path.removeprefix(common)
@@ -164,6 +158,11 @@ def _labels(evaluation: MultilabelEvaluation, data: ImageData, thumbnail: Thumbn
     misses, alarms = ([tile(*pair) for pair in evaluation.worst(missed, TILES)] for missed in (True, False))
     columns = [*counts, "average precision", "AUROC", "F1", "precision", "recall", "threshold"]
     return {"columns": columns, "labels": rows, "misses": misses, "alarms": alarms, "common": common}
+
+
+def _shown(score: float) -> str:
+    """A score for a table, where undefined ones are NaN."""
+    return "–" if score != score else f"{score:.3f}"
 
 
 def _thresholds(evaluation: Evaluation) -> list[tuple[int, int]]:
@@ -182,7 +181,7 @@ def _classes(evaluation: Evaluation, data: ImageData) -> dict[str, Any]:
         shares = [float(scores[score][label]) for score in ("recall", "precision", "f1")]
         taken = names[int(wrong[label].argmax())] if wrong[label].any() else ""
         images = [int(of_split[label]) for of_split in counts.values()]
-        rows.append((names[label], [*images, *("–" if s != s else f"{s:.3f}" for s in shares), taken]))
+        rows.append((names[label], [*images, *map(_shown, shares), taken]))
     side, shown = 24 if len(names) <= 30 else 15, [short(names[label]) for label in order]
     place = {label: side * number for number, label in enumerate(order)}
     largest = evaluation.confusion.flatten().argsort(descending=True, stable=True)[:MAX_CELLS].tolist()

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from headstart.model.classifier import TransferClassifier
+from headstart.model.multilabel import threshold_scores
 from headstart.report.evaluation import Evaluation, Predictions
 from headstart.report.learning_curve import LearningCurve
 from headstart.report.multilabel import MultilabelEvaluation
@@ -49,11 +50,10 @@ def verdict_of(
     ]
     sure = int((~evaluation.right & (evaluation.confidence >= SURE)).sum())
     few = f"{images} {split} images tell the accuracy to ± {50 * (high - low):.0f} points only"
-    stronger = f"{program('train')} {data} --model.weights=imagenet (better for photographs)"
-    others = f"other features: {program('tune')} {data} --backbones=resnet18,efficientnet_b0"
+    further = _further(module, data, checkpoint)
     steps = [
         (right == images, f"try photos from elsewhere: {program('evaluate')} --ckpt_path={checkpoint} --data.root=…"),
-        (low <= share, others),
+        (low <= share, further[-1][1]),
         (
             sure >= max(FEW_SURE, MANY_SURE * (images - right)),
             f"look at the labels, since {sure} of {images - right} mistakes are {100 * SURE:.0f} % sure or more"
@@ -61,9 +61,7 @@ def verdict_of(
         ),
         (bool(curve and curve.rises), f"add more photos. {curve.advice}" if curve else ""),
         ((high - low) / 2 > WIDE, f"add more photos: {few}"),
-        (module.backbone.weights == "bundled", f"other features: {stronger}"),
-        (not module.finetuned, f"fine-tune: {program('finetune')} --ckpt_path={checkpoint}"),  # wing: finetune
-        (True, others),
+        *further,
     ]
     return Verdict(
         f"{100 * right / images:.1f} % of {images} {split} images are right "
@@ -74,27 +72,28 @@ def verdict_of(
     )
 
 
+def _further(module: TransferClassifier, data: str, checkpoint: str) -> list[tuple[bool, str]]:
+    """Steps that may help any head, each with whether it is to be taken; the last one always is."""
+    stronger = f"{program('train')} {data} --model.weights=imagenet (better for photographs)"
+    return [
+        (module.backbone.weights == "bundled", f"other features: {stronger}"),
+        (not module.finetuned, f"fine-tune: {program('finetune')} --ckpt_path={checkpoint}"),  # wing: finetune
+        (True, f"other features: {program('tune')} {data} --backbones=resnet18,efficientnet_b0"),
+    ]
+
+
 def _multilabel(evaluation: MultilabelEvaluation, module: TransferClassifier, data: str, checkpoint: str) -> Verdict:
     """The verdict on several labels per image."""
     images, precisions = len(evaluation.items), evaluation.by_label["ap"]
     present = (~precisions.isnan()).nonzero()[:, 0].tolist()
     rate = float(evaluation.truth[:, present].float().mean())
-    exact = float((evaluation.predicted == evaluation.truth).all(dim=1).float().mean())
+    exact = threshold_scores(evaluation.predicted, evaluation.labels)["exact_match"]
     worst = sorted(present, key=lambda label: float(precisions[label]))[:SHOWN]
-    others = f"other features: {program('tune')} {data} --backbones=resnet18,efficientnet_b0"
-    steps = [
-        (
-            module.backbone.weights == "bundled",
-            f"other features: {program('train')} {data} --model.weights=imagenet (better for photographs)",
-        ),
-        (not module.finetuned, f"fine-tune: {program('finetune')} --ckpt_path={checkpoint}"),  # wing: finetune
-        (True, others),
-    ]
     return Verdict(
         f"mean average precision {float(precisions.nanmean()):.3f} on {images} images, all labels right for "
         f"{100 * exact:.1f} %",
         f"a random order would reach {rate:.3f}",
         ", ".join(f"{evaluation.class_names[label]} ({float(precisions[label]):.3f})" for label in worst),
-        next(step for fits, step in steps if fits),
+        next(step for fits, step in _further(module, data, checkpoint) if fits),
         "weakest",
     )

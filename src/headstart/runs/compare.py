@@ -8,12 +8,12 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from headstart.errors import UserError
 from headstart.files import read_csv, read_regular
 from headstart.runs.history import PREDICTIONS, Run
+from headstart.templates import rendered
 
 FIGURE = re.compile(r"<figure><figcaption>([^<]+)</figcaption>(<svg .*?</svg>)</figure>", re.DOTALL)
 # The elements of our drawings; nothing else of a report is shown.
@@ -88,9 +88,7 @@ def page(names: Sequence[str], found: Comparison, reports: Sequence[Path]) -> by
     """The comparison as an HTML page, with the figures of both reports side by side."""
     figures = [_figures(report) for report in reports]
     both = {title: [each.get(title, "") for each in figures] for title in dict.fromkeys([*figures[0], *figures[1]])}
-    environment = Environment(loader=PackageLoader("headstart", ""), autoescape=True, trim_blocks=True)
-    template = environment.get_template("runs/compare.html.jinja")
-    return template.render(title=" and ".join(names), names=names, found=found, figures=both).encode()
+    return rendered("runs/compare.html.jinja", title=" and ".join(names), names=names, found=found, figures=both)
 
 
 def _figures(report: Path) -> dict[str, Markup]:

@@ -124,6 +124,8 @@ def prepare(loggers: Sequence[Logger]) -> None:
 
 def show(logger: Logger, images: Mapping[str, Any], report: Path | None) -> None:
     """Gives a tracker the figures, [H, W, 3] of uint8 by name, and the report; TensorBoard has its own."""
+    if isinstance(logger, RunLogger):
+        return
     pictures = {name: Image.fromarray(pixels) for name, pixels in images.items()}
     if isinstance(logger, CSVLogger):
         for name, picture in pictures.items():

@@ -12,7 +12,7 @@ from headstart.audit.findings import KINDS, Finding, csv_rows, find
 from headstart.audit.page import page
 from headstart.data import splits
 from headstart.data.module import ImageFolderData
-from headstart.data.sources import WHERE, Source, open_source
+from headstart.data.sources import WHERE, Source, chosen_source
 from headstart.data.splits import Item
 from headstart.data.store import STORE_OPTIONS, loaded_store
 from headstart.errors import UserError
@@ -36,7 +36,7 @@ def check(options: Sequence[str]) -> dict[str, int]:
     """
     quiet_libraries()
     given = _parser().parse_args(list(options))
-    source = open_source(**{name: given.data[name] for name in WHERE})
+    source = chosen_source(given.data)
     store = loaded_store(source, given)
     if not store.items:
         raise UserError(f"{source.path}: no readable image; {len(store.skipped)} files cannot be read")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headstart.data import folders
 from headstart.data.module import ImageData, ImageFolderData
-from headstart.data.sources import WHERE, ListedSource, open_source
+from headstart.data.sources import WHERE, ListedSource, chosen_source
 from headstart.data.splits import Split, places_of, repeated
 from headstart.device import quiet_trainer
 from headstart.errors import UserError
@@ -105,7 +105,7 @@ def _data(given: Any, checkpoint: Path, class_names: Sequence[str]) -> ImageData
     """All given images, or the test split of the run that the checkpoint belongs to."""
     options, own_test = {name: given.data[name] for name in DATA_OPTIONS}, None
     if given.data.root or given.data.csv:
-        source = open_source(**{name: given.data[name] for name in WHERE})
+        source = chosen_source(given.data)
         source.all_in = "test"
         if source.multilabel and isinstance(source, ListedSource) and set(source.class_names) < set(class_names):
             source.renumber(class_names)
@@ -113,7 +113,7 @@ def _data(given: Any, checkpoint: Path, class_names: Sequence[str]) -> ImageData
         run = Run.of(checkpoint)
         if not run.data:
             raise UserError(f"--data.root is missing: {checkpoint} is not in the folder of a run with a test split")
-        source = open_source(**{name: run.data.get(name) for name in WHERE})
+        source = chosen_source(run.data)
         own_test = partial(repeated, file=run.splits_file, only=("test",))
     if source.class_names != list(class_names):
         raise UserError(f"{source.path}: {difference(class_names, source.class_names)}")

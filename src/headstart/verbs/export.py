@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headstart.data import folders
-from headstart.data.sources import WHERE, Source, open_source
+from headstart.data.sources import Source, chosen_source
 from headstart.data.splits import Item, repeated
 from headstart.decoding import MAX_PIXELS, UnreadableImage, decode
 from headstart.deploy.check import check_files
@@ -116,7 +116,7 @@ def _validation(module: TransferClassifier, root: str | None, checkpoint: Path) 
     where: dict[str, Any] = {"root": root} if root else run.data
     if not where:
         raise UserError("--data.root is missing: the head's run has no images; give a folder of class folders")
-    source = open_source(**{name: where.get(name) for name in WHERE})
+    source = chosen_source(where)
     if source.class_names != module.class_names:
         raise UserError(f"{source.path}: its classes are not those of the head; give --data.root with the same folders")
     items = source.scan(None)[0]

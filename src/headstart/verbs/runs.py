@@ -11,7 +11,6 @@ from rich.table import Table
 from headstart.errors import UserError
 from headstart.files import csv_bytes, flat, write_new
 from headstart.parser import OptionParser, parser_of
-from headstart.runs.compare import compared, page
 from headstart.runs.history import DEFAULTS, REPORT, Run
 from headstart.terminal import HEADLINES, say
 
@@ -84,6 +83,8 @@ def _named(name: str, found: Sequence[Run], logs: Path) -> Run:
 
 def _compare(pair: Sequence[Run], logs: Path, file: str | None) -> list[dict[str, Any]]:
     """Prints two runs side by side, and draws them on a page."""
+    from headstart.runs.compare import compared, page  # a list needs neither templates nor tests
+
     if len(pair) != 2 or pair[0] == pair[1]:
         raise UserError("runs: give two different runs to compare, or none for a list of all")
     rows, names = _rows(pair, logs), [run.folder.relative_to(logs).as_posix() for run in pair]

@@ -15,9 +15,10 @@ from headstart.files import csv_bytes, write_atomically
 from headstart.label.heap import add_features, folder_of_images, load
 from headstart.parser import parser_of, required
 from headstart.ranges import Positive, RunName
-from headstart.report.page import jpeg, rendered
+from headstart.report.page import jpeg
 from headstart.runs.folder import new_run_folder
 from headstart.search.knn import nearest
+from headstart.templates import rendered
 from headstart.terminal import quiet_libraries, say
 
 SIDE = 160  # pixels of a picture on the page

@@ -14,7 +14,7 @@ import yaml
 from pytorch_lightning.cli import LightningArgumentParser
 from rich.table import Table
 
-from headstart.data.splits import check_training, folds_of, labels_of
+from headstart.data.splits import check_training, folds_of
 from headstart.errors import UserError
 from headstart.features.matrix import Labelled
 from headstart.files import csv_bytes, write_atomically
@@ -222,11 +222,11 @@ def _cross_validate(cli: TuneCLI, heads: Heads, best: Trial | None) -> list[floa
     parts = [[item for item, number in zip(items, numbers, strict=True) if number == part] for part in range(folds)]
     if not all(parts):
         raise UserError(f"--folds={folds}: a fold has no image; give fewer")
-    scores, several = [], data.multilabel * len(data.class_names)
+    scores = []
     for part in parts:
         outside = set(part)
         inside = [item for item in items if item not in outside]
-        train, val = (Labelled([data.store.matrix(found)], labels_of(found, several)) for found in (inside, part))
+        train, val = (Labelled([data.store.matrix(found)], data.source.labels_of(found)) for found in (inside, part))
         arguments = [settings], train, val, len(data.class_names), cli.schedule
         (trained,) = train_bank(*arguments, keep_last=True, class_weights=cli.model.loss_weights)
         scores.append(trained.score)
