@@ -26,8 +26,8 @@ def client(checkpoint):
     module = TransferClassifier.load_from_checkpoint(checkpoint).eval()
     data = training_of(module, checkpoint, "cpu")
     assert data
-    with predictor_of(module, Answers(module), SimpleNamespace(accelerator="cpu", top_k=5)) as predictor:
-        yield Client(DemoPage(predictor, TOKEN, Training(data), sets=False))
+    predictor = predictor_of(module, Answers(module), SimpleNamespace(accelerator="cpu", top_k=5))
+    return Client(DemoPage(predictor, TOKEN, Training(data), sets=False))
 
 
 def post(client, data: bytes, name: str = "predict", base_url: str = LOCAL):
@@ -44,13 +44,15 @@ def test_the_api_answers_as_predict_does(client, checkpoint, trained, tmp_path):
         assert answer.json == row  # to the bit
 
 
-def test_the_page_shows_the_map_and_the_nearest_pictures(client, trained):
+def test_the_page_shows_the_map_and_the_nearest_pictures(client, trained, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     row = post(client, (trained / "colours/red/000.png").read_bytes(), "show").json
     assert row["label"] == "red"
     assert row["map"].startswith("data:image/jpeg;base64,")
     assert len(row["nearest"]) == 6
     assert {near["label"] for near in row["nearest"]} == {"red"}
-    assert not list(client.application._predictor.maps.iterdir())
+    assert not list((tmp_path / "temporary").iterdir())
     page = client.get(f"/{TOKEN}/", base_url=LOCAL)
     assert page.status_code == 200
     assert "connect-src 'self'" in page.headers["Content-Security-Policy"]

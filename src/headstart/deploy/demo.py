@@ -1,6 +1,5 @@
 """A page to try a head on: drop a picture, and see the classes, where the head looks, and the nearest pictures."""
 
-import io
 import json
 import tempfile
 from dataclasses import dataclass
@@ -49,7 +48,7 @@ class DemoPage(Application):
     """A WSGI application: the page below ``token``, and its API, which takes the bytes of an image.
 
     The API's answer is the row of `headstart predict --format=jsonl`, without the path. An upload is bounded, lies in a
-    private folder while it is read, and is deleted. Maps are drawn by a predictor with ``maps``.
+    private folder while it is read, and is deleted. Maps are drawn if the predictor explains.
     """
 
     refused = 400
@@ -69,36 +68,33 @@ class DemoPage(Application):
     def _page(self, request: Request) -> Response:
         module = self._predictor.module
         return page(
-            "deploy", "demo.html.jinja", classes=len(module.class_names), method=self._predictor.method, most=LARGEST
+            "deploy/demo.html.jinja", classes=len(module.class_names), method=self._predictor.method, most=LARGEST
         )
 
     def _predict(self, request: Request) -> Response:
         """The API."""
-        return _json(self._answer(request)[0])
+        return _json(self._answer(request, maps=False)[0])
 
     def _show(self, request: Request) -> Response:
         """The API's answer, with the map and the nearest pictures."""
-        row, features, drawn = self._answer(request)
-        for found in drawn:
-            row["map"] = jpeg(Image.open(io.BytesIO(found)).convert("RGB"))
+        row, features, drawn = self._answer(request, maps=True)
+        if drawn:
+            row["map"] = jpeg(drawn)
         if self._training:
             row["nearest"] = self._training.like(features)
         return _json(row)
 
     @torch.no_grad()
-    def _answer(self, request: Request) -> tuple[dict[str, Any], Tensor, list[bytes]]:
-        """The row of `predict` for the image in the request, its features [1, D], and the file of its map, if any."""
+    def _answer(self, request: Request, maps: bool) -> tuple[dict[str, Any], Tensor, Image.Image | None]:
+        """The row of `predict` for the image in the request, its features [1, D], and the picture of its map."""
         if (request.content_length or 0) > LARGEST or len(body := request.get_data(cache=False)) > LARGEST:
             raise RequestEntityTooLarge(f"the image has more than {LARGEST // 1_000_000} MB")
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "upload")
             file.write_bytes(body)
             (computed,) = self._predictor.stream([str(file)])
-            (prediction,) = self._predictor.predictions(computed)
-        drawn = []
-        for place in self._predictor.maps.glob("*.png") if self._predictor.maps else []:
-            drawn.append(place.read_bytes())
-            place.unlink()
+            (prediction,) = self._predictor.predictions(computed, maps)
+            drawn = self._predictor.drawn(prediction) if prediction.heat is not None else None
         if prediction.error:
             raise UserError(f"the image cannot be used: {prediction.error}")
         row = prediction.as_row(self._sets)

@@ -2,13 +2,12 @@
 
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
@@ -36,6 +35,7 @@ class Prediction:
     above: tuple[tuple[str, float], ...] | None = None  # these labels, if there may be several
     probabilities: tuple[float, ...] = ()  # of all classes, if they were asked for
     names: tuple[str, ...] = ()  # the set of classes that holds the truth as often as promised, if it was asked for
+    heat: Tensor | None = None  # where the head looks for the most probable class, [h, w], if it was asked for
     error: str = ""  # why there is no prediction; else empty
 
     def as_row(self, sets: bool = False) -> dict[str, Any]:
@@ -92,8 +92,7 @@ def _check_images(option: str, images: int, needed: int) -> None:
 class Predictor:
     """Maps paths to predictions, in order and in constant memory.
 
-    Each has the ``top_k`` classes; maps of where the head looks are written to the folder ``maps``, if given, under
-    names that say the ``method``.
+    Each has the ``top_k`` classes, and with ``explain`` a map of where the head looks, by a ``method``.
     """
 
     def __init__(
@@ -101,20 +100,19 @@ class Predictor:
         module: TransferClassifier,
         stream: FileStream,
         top_k: int = 5,
-        maps: Path | None = None,
+        explain: bool = False,
         answers: Answers | None = None,
         probabilities: bool = False,
     ) -> None:
-        self.module, self.stream, self.maps, self.probabilities = module, stream, maps, probabilities
+        self.module, self.stream, self.probabilities = module, stream, probabilities
         self.answers = answers or Answers(module)
         self.top_k = min(top_k, len(module.class_names))
         self._explain = None
-        if maps:
+        if explain:
             if not isinstance(stream.network, FrozenBackbone):
                 raise UserError("--explain: there are no maps of int8 features; add --feature_precision=fp32")
             self._explain = explainer(module, stream.network)
         self.method = self._explain.method if self._explain else ""
-        self._done = 0
 
     def __call__(self, paths: Iterable[str]) -> Iterator[Prediction]:
         """Yields a prediction per path."""
@@ -122,8 +120,8 @@ class Predictor:
             yield from self.predictions(computed)
 
     @torch.no_grad()
-    def predictions(self, computed: Computed) -> Iterator[Prediction]:
-        """Yields a prediction per image of a batch."""
+    def predictions(self, computed: Computed, maps: bool = True) -> Iterator[Prediction]:
+        """Yields a prediction per image of the last batch of the stream; ``maps``: with their maps, if it explains."""
         # In batches of one size, so that an image has the same bits whatever is predicted with it.
         whole = functional.pad(computed.features, (0, 0, 0, BATCH - len(computed.features)))
         probabilities = self.module.task.probabilities(self.module.head(whole))[: len(computed.features)]
@@ -131,10 +129,9 @@ class Predictor:
         known = self.answers.known(computed.features).tolist() if self.answers.known else None
         sets = sets_of(probabilities, self.answers.least) if self.answers.least is not None else None
         finite = computed.features.isfinite().all(dim=1)
-        heat = self._explain(order[:, 0]) if self._explain and len(order) else None
+        heat = self._explain(order[:, 0]) if self._explain and maps and len(order) else None
         number = {key: place for place, key in enumerate(computed.rows)}
         for key in computed.keys:
-            self._done += 1
             path, place = os.fsdecode(key), number.get(key)
             if place is None:
                 yield Prediction(path, error=computed.failures[key])
@@ -143,11 +140,10 @@ class Predictor:
             else:
                 labels = order[place].tolist()
                 names, shares = [self.module.class_names[label] for label in labels], probabilities[place, labels]
-                if heat is not None:
-                    self._draw(path, names[0], heat[place])
                 ranked = tuple(zip(names, shares.tolist(), strict=True))
                 every = tuple(probabilities[place].tolist()) if self.probabilities else ()
-                found = Prediction(path, best=ranked[: self.top_k], probabilities=every)
+                own = heat[place] if heat is not None else None
+                found = Prediction(path, best=ranked[: self.top_k], probabilities=every, heat=own)
                 if self.answers.several:
                     reached = (shares >= self.answers.several.thresholds[labels]).tolist()
                     above = tuple(pair for pair, enough in zip(ranked, reached, strict=True) if enough)
@@ -157,7 +153,7 @@ class Predictor:
                 held = tuple(names[: int(sets[place].sum())]) if sets is not None else ()
                 yield replace(found, label=self.answers.label(ranked[0], share), known=share, names=held)
 
-    def _draw(self, path: str, name: str, heat: Tensor) -> None:
-        assert self.maps
-        stem, label, how = (re.sub(r"[^\w.-]+", "_", text)[:60] for text in (Path(path).stem, name, self.method))
-        overlay(self.stream.pixels(path), heat).save(self.maps / f"{self._done:06}-{stem}-{label}-{how}.png")
+    def drawn(self, prediction: Prediction) -> Image.Image:
+        """The picture of a prediction with its map over it."""
+        assert prediction.heat is not None
+        return overlay(self.stream.pixels(prediction.path), prediction.heat)

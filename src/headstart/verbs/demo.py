@@ -1,15 +1,13 @@
 """The `demo` command: a page on this machine to try a head on."""
 
-import contextlib
 import secrets
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from headstart.data.module import ImageData
-from headstart.data.sources import WHERE, open_source
+from headstart.data.sources import chosen_source
 from headstart.data.splits import repeated
 from headstart.data.store import STORE_OPTIONS
 from headstart.deploy.predictor import Answers, Predictor
@@ -40,35 +38,31 @@ def demo(options: Sequence[str]) -> None:
     checkpoint, token = Path(given.ckpt_path).expanduser(), secrets.token_urlsafe(16)
     module = TransferClassifier.load_from_checkpoint(checkpoint).eval()
     answers = Answers(module, given.unknown, given.coverage, given.min_probability)
-    with predictor_of(module, answers, given) as predictor:
-        data = training_of(module, checkpoint, given.accelerator)
-        local = given.host in THIS_MACHINE
-        page = DemoPage(predictor, token, Training(data) if data else None, given.coverage is not None, local)
+    predictor, data = predictor_of(module, answers, given), training_of(module, checkpoint, given.accelerator)
+    local = given.host in THIS_MACHINE
+    page = DemoPage(predictor, token, Training(data) if data else None, given.coverage is not None, local)
 
-        def started(address: str) -> None:
-            if not local:
-                say(f"demo:     WARNING: who can reach {given.host} and has the address can send pictures here")
-            say(f"page:     {address}/{token}/    (Ctrl-C ends)")
-            say(f"API:      curl --data-binary @photo.jpg {address}/{token}/predict")
+    def started(address: str) -> None:
+        if not local:
+            say(f"demo:     WARNING: who can reach {given.host} and has the address can send pictures here")
+        say(f"page:     {address}/{token}/    (Ctrl-C ends)")
+        say(f"API:      curl --data-binary @photo.jpg {address}/{token}/predict")
 
-        serve(page, given.host, given.port, started)
-        say("demo:     ended")
+    serve(page, given.host, given.port, started)
+    say("demo:     ended")
 
 
-@contextlib.contextmanager
-def predictor_of(module: TransferClassifier, answers: Answers, given: Any) -> Iterator[Predictor]:
+def predictor_of(module: TransferClassifier, answers: Answers, given: Any) -> Predictor:
     """What `predict` uses, with maps where there are any."""
     device = device_of(given.accelerator)
     arithmetic = chosen(as_trained("auto", module.arithmetic, device), module.backbone, device, 0, cache_folder())
     stream = FileStream(module.backbone, device, arithmetic)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            predictor = Predictor(module, stream, given.top_k, Path(folder), answers)
-        except UserError as error:
-            int8 = "there are none of int8 features"
-            say(f"demo:     without maps: {int8 if arithmetic == 'int8' else str(error).removeprefix('--explain: ')}")
-            predictor = Predictor(module, stream, given.top_k, None, answers)
-        yield predictor
+    try:
+        return Predictor(module, stream, given.top_k, True, answers)
+    except UserError as error:
+        int8 = "there are none of int8 features"
+        say(f"demo:     without maps: {int8 if arithmetic == 'int8' else str(error).removeprefix('--explain: ')}")
+        return Predictor(module, stream, given.top_k, False, answers)
 
 
 def training_of(module: TransferClassifier, checkpoint: Path, accelerator: str) -> ImageData | None:
@@ -77,7 +71,7 @@ def training_of(module: TransferClassifier, checkpoint: Path, accelerator: str) 
     try:
         if not run.data or not run.splits_file.is_file() or module.finetuned:
             raise UserError("the head is not in the folder of a run, or its backbone was fine-tuned")
-        source = open_source(**{name: run.data.get(name) for name in WHERE})
+        source = chosen_source(run.data)
         options = {name: run.data[name] for name in STORE_OPTIONS if run.data.get(name) is not None}
         data = ImageData(source, **options)
         data.repeat = partial(repeated, file=run.splits_file, only=("train",))

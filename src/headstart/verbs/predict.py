@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -56,17 +57,25 @@ def predict(options: Sequence[str]) -> dict[str, int]:
         precision = as_trained(given.feature_precision, module.arithmetic, device)
         arithmetic = chosen(precision, module.backbone, device, total or 0, cache_folder())
         stream = FileStream(module.backbone, device, arithmetic, workers, given.max_pixels)
-        predictor = Predictor(module, stream, given.top_k, maps, answers, given.probabilities)
+        predictor = Predictor(module, stream, given.top_k, maps is not None, answers, given.probabilities)
         file = stack.enter_context(_open(given.output)) if given.output else rows
         columns = module.class_names if given.probabilities else []
         write = _writer(file, given.output, given.format, predictor, given.coverage is not None, columns)
         with images_bar("predicting", total) as advance:
-            for prediction in predictor(paths):
+            for number, prediction in enumerate(predictor(paths), 1):
+                if maps and prediction.heat is not None:
+                    predictor.drawn(prediction).save(maps / _map_name(number, prediction, predictor.method))
                 write(prediction)
                 counts["errors" if prediction.error else "predicted"] += 1
                 advance(1)
         _finish(counts, given.output, f"{maps} ({predictor.method})" if maps else None)
     return counts
+
+
+def _map_name(number: int, prediction: Prediction, method: str) -> str:
+    texts = Path(prediction.path).stem, prediction.best[0][0], method
+    stem, label, how = (re.sub(r"[^\w.-]+", "_", text)[:60] for text in texts)
+    return f"{number:06}-{stem}-{label}-{how}.png"
 
 
 def _parser() -> OptionParser:
