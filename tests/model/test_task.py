@@ -13,7 +13,7 @@ from headstart.errors import UserError
 from headstart.features.matrix import Labelled
 from headstart.model.classifier import TransferClassifier
 from headstart.model.metrics import aurocs, average_precisions
-from headstart.model.multilabel import MultiLabel, fit_platt, fit_thresholds, task_of, threshold_scores
+from headstart.model.multilabel import MultiLabel, fit_platt, fit_thresholds, task_of
 from headstart.model.task import SingleLabel
 from headstart.search.bank import BETAS, Bank, HeadSettings, Schedule, train_bank
 from headstart.search.exact import PENALTIES, best_exact, fit_exact
@@ -33,10 +33,10 @@ def problem(seed: int, images: int = 80, labels: int = 5, absent: int = 1) -> tu
 def test_scores_are_scikit_learns(seed, absent):
     logits, truth = problem(seed, absent=absent)
     present = truth.bool().any(dim=0)
-    probabilities, decided = logits.sigmoid(), logits > 0.4
-    task = MultiLabel(5)
-    found = {name: float(metric(probabilities, truth)) for name, metric in task.metrics().items()}
-    found |= threshold_scores(decided, truth)
+    decided, task = logits > 0.4, MultiLabel(5)
+    task.thresholds = torch.full((5,), 0.4).sigmoid()
+    found = {name.removeprefix("val/"): value for name, value in task.scores("val", logits, truth).items()}
+    assert tuple(found) == task.whole
     own, scores = truth[:, present].numpy(), logits[:, present].numpy()
     expected = {
         "map": sklearn.average_precision_score(own, scores, average="macro"),
@@ -57,7 +57,7 @@ def test_what_is_undefined_is_nan_and_saturated_probabilities_keep_their_order()
     assert average_precisions(logits, truth)[4:].isnan().all()
     assert aurocs(logits, truth)[4:].isnan().all()
     torch.testing.assert_close(average_precisions(100 * logits, truth)[:4], average_precisions(logits, truth)[:4])
-    assert np.isnan(float(MultiLabel(5).metrics()["map"](logits.sigmoid(), torch.zeros_like(truth))))
+    assert np.isnan(MultiLabel.score(logits, torch.zeros_like(truth)))
 
 
 @given(st.integers(0, 10_000))

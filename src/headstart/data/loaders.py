@@ -15,8 +15,8 @@ from headstart.errors import UserError
 from headstart.features.matrix import Labelled
 from headstart.images import Preprocessing, Views
 
-# Number of batches whose rows are gathered at once; each batch is a slice of them.
-BATCHES_A_BLOCK = 64
+# Number of rows that are gathered at once; each batch is a slice of them.
+ROWS_A_BLOCK = 16_384
 
 
 class BatchOrder(Sampler[list[tuple[int, int]]]):
@@ -112,8 +112,9 @@ class FeatureLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         view = self.views[self.batch_sampler.epoch() % len(self.views)]
         batches = self.batch_sampler.batches()
-        for start in range(0, len(batches), BATCHES_A_BLOCK):
-            block = batches[start : start + BATCHES_A_BLOCK]
+        step = max(1, ROWS_A_BLOCK // self.batch_sampler.batch_size)
+        for start in range(0, len(batches), step):
+            block = batches[start : start + step]
             rows = torch.cat(block)
             sizes = [len(batch) for batch in block]
             yield from zip(torch.split(view.gather(rows), sizes), torch.split(self.labels[rows], sizes), strict=True)

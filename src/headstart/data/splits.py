@@ -227,10 +227,8 @@ def refuse_torn_groups(items: Iterable[Item], given: str) -> None:
 
 def shared_between_splits(items: Iterable[Item]) -> int:
     """The number of different images that are in more than one split."""
-    seen: dict[bytes, set[str | None]] = defaultdict(set)
-    for item in items:
-        seen[item.digest].add(item.split)
-    return sum(len(splits) > 1 for splits in seen.values())
+    first: dict[bytes, Split | None] = {}
+    return len({item.digest for item in items if first.setdefault(item.digest, item.split) != item.split})
 
 
 def check_copies(items: Sequence[Item], strict: bool) -> None:

@@ -114,8 +114,8 @@ class TransferClassifier(HeadModule):
     @property
     def logged(self) -> list[str]:
         """The names of the values logged in each epoch, which callbacks can monitor."""
-        fitted = [f"val/{name}" for name in self.task.fitted]
-        return ["train/loss", "train/grad_norm", "val/loss", *fitted, *map(str, self.val_metrics)]
+        whole = [f"val/{name}" for name in self.task.whole]
+        return ["train/loss", "train/grad_norm", "val/loss", *whole, *map(str, self.val_metrics)]
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Images [B, 3, H, W] uint8, or cached features [B, D] -> logits [B, num_classes]."""
@@ -151,7 +151,7 @@ class TransferClassifier(HeadModule):
         return self._evaluate(batch, "val", self.val_metrics, self.val_loss)
 
     def on_validation_epoch_end(self) -> None:
-        """Fits the calibration and the decision, which later checkpoints contain."""
+        """Fits the calibration and the decision, which later checkpoints contain; logs the scores of all logits."""
         logits, labels = self.logits.compute()
         self.logits.reset()  # first, since it holds all batches beside them
         self.task.calibrate(logits, labels)
@@ -161,7 +161,7 @@ class TransferClassifier(HeadModule):
         return self._evaluate(batch, "test", self.test_metrics, self.test_loss)
 
     def on_test_epoch_end(self) -> None:
-        """Logs the scores of calibrated probabilities and of decisions."""
+        """Logs the scores of all logits, calibrated probabilities and decisions."""
         logits, labels = self.logits.compute()
         self.logits.reset()
         self.log_dict(self.task.scores("test", logits, labels))

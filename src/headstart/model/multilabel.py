@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchmetrics import Metric
 
 from headstart.errors import UserError
-from headstart.model.metrics import MeanAveragePrecision, MultilabelMeanAUROC, average_precisions
+from headstart.model.metrics import aurocs, average_precisions
 from headstart.model.task import SingleLabel, Task
 
 MOST = 20_000  # images that a calibration uses, evenly spread
@@ -28,7 +27,7 @@ class MultiLabel(Task):
 
     headline, paired = "map", "ranking_precision"
     best_by = ("val/loss", "val/map")
-    fitted = ("f1", "f1_micro", "exact_match", "hamming_loss")
+    whole = ("map", "auroc", "f1", "f1_micro", "exact_match", "hamming_loss")
 
     def __init__(self, num_classes: int, min_precision: float | None = None) -> None:
         super().__init__(num_classes)
@@ -89,9 +88,6 @@ class MultiLabel(Task):
     def training_loss(self, smoothing: float, weights: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
         return partial(_smoothed_loss, smoothing=smoothing, weights=weights)
 
-    def metrics(self) -> dict[str, Metric]:
-        return {"map": MeanAveragePrecision(self.num_classes), "auroc": MultilabelMeanAUROC(self.num_classes)}
-
     def calibrate(self, logits: Tensor, labels: Tensor) -> None:
         self.scale, self.shift = fit_platt(logits, labels)
         self.thresholds = fit_thresholds(self.probabilities(logits), labels, self.min_precision)
@@ -106,7 +102,8 @@ class MultiLabel(Task):
         return {"thresholds": self.thresholds.tolist()}
 
     def scores(self, split: str, logits: Tensor, labels: Tensor) -> dict[str, float]:
-        found = threshold_scores(self.probabilities(logits) >= self.thresholds.to(logits.device), labels)
+        found = {"map": self.score(logits, labels), "auroc": float(aurocs(logits, labels).nanmean())}
+        found |= threshold_scores(self.probabilities(logits) >= self.thresholds.to(logits.device), labels)
         return {f"{split}/{name}": value for name, value in found.items()}
 
     def state(self, validated: bool) -> dict[str, Any]:

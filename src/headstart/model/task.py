@@ -17,7 +17,7 @@ from torchmetrics import classification as metrics
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from headstart.model.calibration import fit_temperature
-from headstart.model.metrics import MeanAUROC, MeanF1, MeanRecall
+from headstart.model.metrics import MeanF1, MeanRecall, mean_auroc
 from headstart.model.sets import set_scores, true_probabilities
 
 
@@ -30,7 +30,7 @@ class Task(ABC):
     headline: ClassVar[str]  # the score by which heads are compared, as in val/acc
     paired: ClassVar[str]  # the name of ``per_image``
     best_by: ClassVar[tuple[str, ...]]  # validation scores that may choose the best head
-    fitted: ClassVar[tuple[str, ...]]  # the names of the values that ``scores`` adds to a validation
+    whole: ClassVar[tuple[str, ...]]  # the names of the ``scores`` of a validation
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
@@ -84,9 +84,9 @@ class Task(ABC):
     def training_loss(self, smoothing: float, weights: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
         """The training loss: logits [B, C], labels -> []."""
 
-    @abstractmethod
     def metrics(self) -> dict[str, Metric]:
-        """Scores of uncalibrated probabilities, by name."""
+        """Scores of uncalibrated probabilities that are updated by batches, by name."""
+        return {}
 
     @abstractmethod
     def calibrate(self, logits: Tensor, labels: Tensor) -> None:
@@ -98,7 +98,7 @@ class Task(ABC):
 
     @abstractmethod
     def scores(self, split: str, logits: Tensor, labels: Tensor) -> dict[str, float]:
-        """Scores of a whole split that need what was fitted, by full name."""
+        """Scores of a whole split, which need all logits [N, C] at once or what was fitted, by full name."""
 
     @abstractmethod
     def state(self, validated: bool) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class SingleLabel(Task):
 
     headline = paired = "acc"
     best_by = ("val/loss", "val/balanced_acc", "val/f1")
-    fitted = ("temperature",)
+    whole = ("auroc", "temperature")
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes)
@@ -193,7 +193,6 @@ class SingleLabel(Task):
             "acc": metrics.MulticlassAccuracy(self.num_classes, average="micro"),
             "balanced_acc": MeanRecall(self.num_classes),
             "f1": MeanF1(self.num_classes),
-            "auroc": MeanAUROC(self.num_classes),
             "calibration_error": metrics.MulticlassCalibrationError(self.num_classes, n_bins=15),
         }
 
@@ -211,11 +210,12 @@ class SingleLabel(Task):
         return {"temperature": self.temperature}
 
     def scores(self, split: str, logits: Tensor, labels: Tensor) -> dict[str, float]:
+        found = {f"{split}/auroc": mean_auroc(self.activation(logits), labels)}
         if split == "val":
-            return {"val/temperature": self.temperature}
+            return found | {"val/temperature": self.temperature}
         probabilities = self.probabilities(logits)
         error = multiclass_calibration_error(probabilities, labels, num_classes=self.num_classes, n_bins=15)
-        found = {"test/calibration_error_scaled": float(error)}
+        found["test/calibration_error_scaled"] = float(error)
         return found | set_scores(self.true_probabilities, probabilities, labels)
 
     def state(self, validated: bool) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
 
 from headstart.data.splits import Item, Split
-from headstart.model.metrics import MeanAUROC
+from headstart.model.metrics import mean_auroc
 
 CALIBRATION_BINS = 15
 MAX_ORDERED = 300  # classes; the best order of more takes long
@@ -141,9 +141,7 @@ class Evaluation(Predictions):
     @cached_property
     def auroc(self) -> float:
         """Mean area under the one-vs-rest ROC curve over the classes present; NaN if there is only one."""
-        metric = MeanAUROC(len(self.class_names))
-        metric.update(self.probabilities, self.labels)
-        return float(metric.compute())
+        return mean_auroc(self.probabilities, self.labels)
 
     def calibration_error(self, temperature: float) -> float:
         """Expected calibration error of softmax(logits / temperature), in [0, 1], over 15 bins of confidence."""
