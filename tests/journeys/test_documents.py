@@ -20,7 +20,7 @@ import yaml
 from torchvision import models
 
 from headstart.cli import VERBS
-from support import PAGES, REPOSITORY, blocks, draw
+from support import PAGES, REPOSITORY, blocks, draw, mypy_cache
 
 (HOOKS,) = (group["hooks"] for group in yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"])
 
@@ -104,7 +104,8 @@ def test_a_hook_passes(hook, tmp_path):
     files = ["src", "tests"] if hook.get("pass_filenames", True) else []
     program, *options = hook["entry"].split()
     command = [str(Path(sys.executable).parent / program), *options, *files]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    with mypy_cache():
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert hook["language"] == "system"
 

@@ -81,7 +81,7 @@ HOSTILE = {
 
 def programs_of(*command: str) -> set[str]:
     """The programs that a command starts, itself or by its children; it has to succeed."""
-    strace = ["strace", "-f", "-qq", "-e", "trace=execve,execveat", "-e", "signal=none", "-o", "trace"]
+    strace = ["strace", "-f", "--seccomp-bpf", "-qq", "-e", "trace=execve,execveat", "-e", "signal=none", "-o", "trace"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}
     command = (*strace, sys.executable, "-m", "headstart", *command)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -8,16 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from support import dead_links
+from support import dead_links, mypy_cache
 
 trim = importlib.import_module("trim")
 WINGS = sorted(wing for wing in trim.WINGS if (trim.PACKAGE / wing).exists())
 PACKAGE = trim.PACKAGE.name
-
-
-@pytest.fixture(scope="session")
-def mypy_cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("mypy")
 
 
 def trimmed(copy: Path, run, *arguments: str) -> None:
@@ -27,7 +22,7 @@ def trimmed(copy: Path, run, *arguments: str) -> None:
 
 
 @pytest.mark.parametrize("arguments", [*([wing] for wing in WINGS), ["--keep=train"]], ids=" ".join)
-def test_what_is_left_is_whole(arguments, copy, run, mypy_cache):
+def test_what_is_left_is_whole(arguments, copy, run):
     trimmed(copy, run, *arguments)
     gone = WINGS if arguments == ["--keep=train"] else arguments
     verbs = {verb for wing in gone for verb in trim.WINGS[wing][0]}
@@ -41,9 +36,12 @@ def test_what_is_left_is_whole(arguments, copy, run, mypy_cache):
     for page in [copy / "README.md", *(copy / "docs").glob("*.md")]:
         assert not re.search(rf"{PACKAGE} ({'|'.join(verbs)})\b", page.read_text()), page
     module = [sys.executable, "-m"]
-    for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy", f"--cache-dir={mypy_cache}"]):
+    for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."]):
         done = run(*module, *command)
         assert done.returncode == 0, done.stdout[-3000:]
+    with mypy_cache() as cache:
+        done = run(*module, "mypy", f"--cache-dir={cache}")
+    assert done.returncode == 0, done.stdout[-3000:]
     done = run("lint-imports")
     assert done.returncode == 0, done.stdout[-3000:]
     shown = run(PACKAGE, "--help").stdout
@@ -54,7 +52,7 @@ def test_what_is_left_is_whole(arguments, copy, run, mypy_cache):
         assert "no such command" in run(PACKAGE, verb).stderr
     done = run("python", "train.py", "--data.root=path/to/photos", "--trainer.max_epochs=2", "--model.image_size=32")
     assert done.returncode == 0, done.stderr[-3000:]
-    done = run(*module, "pytest", "-q", "-n0", "--collect-only", "-m", "not slow")
+    done = run("python", "-m", "pytest", "-q", "-n0", "--collect-only", "-m", "not slow")
     assert done.returncode == 0, done.stdout[-3000:]
 
 
