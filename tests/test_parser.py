@@ -123,6 +123,13 @@ def test_options_of_the_wings_may_be_typed_without_dashes(monkeypatch):
         ("train lrr=0.01", "--lrr: no such option; did you mean --model.lr?"),
         ("train model.lrr=0.01", "--model.lrr: no such option; did you mean --model.lr?"),
         ("train --lr=0.01", "--lr: no such option; did you mean --model.lr?"),
+        ("train --epochs=3", "--epochs: no such option; did you mean --trainer.max_epochs?"),
+        ("predict --trainer.max_epochs=3", "--trainer.max_epochs: no such option; --help lists them"),
+        ("train --data=photos", "--data=photos: is a group of options, such as --data.root, or a file of them"),
+        (
+            "train --trainer gpu",
+            "--trainer=gpu: is a group of options, such as --trainer.accelerator, or a file of them",
+        ),
         ("tune lr=0.01", "lr: matches 2 options; give one in full: --model.lr, --tune.lr"),
         ("runs lgs=x", "--lgs: no such option; did you mean --logs?"),
         ("train qqqqqqqqqq=1", "--qqqqqqqqqq: no such option; --help lists them"),

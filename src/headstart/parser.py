@@ -48,8 +48,13 @@ class OptionParser(ArgumentParser):
             whole = name in ("-c", "--config")
             if not whole and not self._is_group(name):
                 self._places.pop(name, None)
-            elif os.path.exists(file):  # noqa: PTH110  # pathlib raises for text that cannot be a path
+            # pathlib raises for text that cannot be a path
+            elif os.path.exists(file) and (whole or not os.path.isdir(file)):  # noqa: PTH110, PTH112
                 self._check_config(Path(file), read_config(Path(file)), "" if whole else f"{name[2:]}.")
+            elif not whole:
+                own = [option for option in self._options() if option.startswith(f"{name}.")]
+                first = next(option for option in own if not option.endswith(".help"))
+                raise UserError(f"{name}={file}: is a group of options, such as {first}, or a file of them")
         try:
             return super().parse_args(args, *others, **options)
         except UnicodeError as error:
@@ -151,7 +156,8 @@ class OptionParser(ArgumentParser):
             return f"{given}: this command uses one device, which --accelerator chooses; leave it out"
         names = {f"--{option.split('.')[-1].lstrip('-')}": option for option in self._options()}
         names |= {option: option for option in self._options()}
-        near = difflib.get_close_matches(given, names, n=1)
+        near = difflib.get_close_matches(given, names, cutoff=0.7)
+        near.sort(key=lambda name: not names[name].endswith(SHORT_HELP))  # --epochs is max_epochs, not min_epochs
         return f"{given}: no such option; {f'did you mean {names[near[0]]}?' if near else '--help lists them'}"
 
 

@@ -75,7 +75,7 @@ class RunFolder(Callback):
         check_limits(trainer)
         chosen: Path | None = None
         if trainer.is_global_zero:
-            chosen = self.resumed.folder if self.resumed else new_run_folder(self.logs, self.name)
+            chosen = self.resumed.folder.resolve() if self.resumed else new_run_folder(self.logs, self.name)
             self._lock(chosen)
             make_loggers(trainer, chosen)  # before those of other ranks, which share a database
         self.folder = trainer.strategy.broadcast(chosen)
