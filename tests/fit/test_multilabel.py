@@ -209,7 +209,7 @@ def test_every_label_is_in_every_split_where_it_can_be(capsys):
         assert {item.split for item in found if label in item.labels} == {"train", "val", "test"}
     assert [item.split for item in found if 3 in item.labels] == ["train"]
     said = capsys.readouterr().out
-    assert "label 'd' has no image in test, since it has too few" in said
+    assert "class 'd' has no image in test, since it has too few" in said
     again = assign([*items, *items_of((0,))[:0]], list("abcde"), 0.2, 0.2, seed=0)
     assert again == found
 

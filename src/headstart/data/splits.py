@@ -71,19 +71,12 @@ def assign(items: Sequence[Item], class_names: Sequence[str], val: float, test: 
         for label in item.labels if item.split is None else ():
             of_classes[label].add(units[_own(item)])
     places = {unit: _place(seed, unit, val, test) for unit in units.values()}
-    if any(item.tags is not None for item in items):
-        say_all(_fill_labels(of_classes, places, needed[::-1], class_names, seed))
-        return [item if item.split else replace(item, split=places[units[_own(item)]]) for item in items]
-    moved: list[str] = []
-    for label, of_class in sorted(of_classes.items()):
-        moved += _fill(of_class, places, needed, class_names[label], seed)
-    say_all(moved)
-    for label, of_class in of_classes.items():  # a group with several classes may have been moved twice
-        if missing := set(needed) - {places[unit] for unit in of_class}:
-            raise UserError(
-                f"class {class_names[label]!r}: its groups leave no image for {', '.join(missing)}; add images, "
-                "or give each image a split"
-            )
+    several = any(item.tags is not None for item in items)
+    # Of several labels, some may be missing from a split; least of all from train.
+    said = _fill(of_classes, places, needed[::-1] if several else needed, class_names, seed)
+    if not several:
+        _refuse_missing(of_classes, places, needed, class_names)
+    say_all(said)
     return [item if item.split else replace(item, split=places[units[_own(item)]]) for item in items]
 
 
@@ -132,57 +125,53 @@ def _place(seed: int, digest: bytes, val: float, test: float) -> Split:
     return "val" if value < test + val else "train"
 
 
-def _fill(of_class: Set[bytes], places: dict[bytes, Split], needed: Sequence[Split], name: str, seed: int) -> list[str]:
-    """Moves the lowest-hashed image that its split can spare into each split that lacks the class.
-
-    Returns one message per image moved.
-    """
-    moved = []
-    if len(of_class) < len(needed):
-        raise UserError(
-            f"class {name!r}: {len(of_class)} different image(s) or group(s), but {len(needed)} are needed, one for "
-            f"each split ({', '.join(needed)}); add images or remove the class"
-        )
-    for split in needed:
-        sizes = Counter(places[digest] for digest in of_class)
-        if not sizes[split]:
-            spare = (digest for digest in of_class if sizes[places[digest]] > 1)
-            places[min(spare, key=lambda digest: _unit_hash(seed, digest))] = split
-            moved.append(f"data: class {name!r} would be missing from {split}; its lowest-hashed image was moved there")
-    return moved
-
-
-def _fill_labels(
-    of_labels: Mapping[int, Set[bytes]],
+def _fill(
+    of_classes: Mapping[int, Set[bytes]],
     places: dict[bytes, Split],
     needed: Sequence[Split],
     class_names: Sequence[str],
     seed: int,
 ) -> list[str]:
-    """As ``_fill``, for several labels per image: moves none that one of its labels needs where it is.
+    """Moves the lowest-hashed unit that can be spared into each split that lacks a class.
 
-    ``needed`` begins with the split that a label needs most. Returns one message per image moved and label missing.
+    It spares no unit that one of its classes needs where it is. Returns one message per unit moved and class missing.
     """
-    said, labels_of = list[str](), defaultdict[bytes, list[int]](list)
-    sizes = {label: Counter(places[unit] for unit in units) for label, units in of_labels.items()}
-    for label, units in of_labels.items():
-        for unit in units:
-            labels_of[unit].append(label)
-    for label, units in sorted(of_labels.items()):
+    said = list[str]()
+    sizes = {label: Counter(places[unit] for unit in units) for label, units in of_classes.items()}
+    for label, units in sorted(of_classes.items()):
         for split in needed:
             if sizes[label][split]:
                 continue
-            spare = [unit for unit in units if all(sizes[own][places[unit]] > 1 for own in labels_of[unit])]
+            owners = {unit: [own for own in sizes if unit in of_classes[own]] for unit in units}
+            spare = [unit for unit, labels in owners.items() if all(sizes[own][places[unit]] > 1 for own in labels)]
             if not spare:
-                said.append(f"data: label {class_names[label]!r} has no image in {split}, since it has too few")
+                said.append(f"data: class {class_names[label]!r} has no image in {split}, since it has too few")
                 continue
             unit = min(spare, key=lambda unit: _unit_hash(seed, unit))
-            for own in labels_of[unit]:
-                sizes[own] += Counter({split: 1})
-                sizes[own] -= Counter({places[unit]: 1})
+            for own in owners[unit]:
+                sizes[own][split] += 1
+                sizes[own][places[unit]] -= 1
             places[unit] = split
-            said.append(f"data: label {class_names[label]!r} would be missing from {split}; an image was moved there")
+            name = class_names[label]
+            said.append(f"data: class {name!r} would be missing from {split}; its lowest-hashed image was moved there")
     return said
+
+
+def _refuse_missing(
+    of_classes: Mapping[int, Set[bytes]], places: Mapping[bytes, Split], needed: Sequence[Split], names: Sequence[str]
+) -> None:
+    """Refuses a class that is missing from a split, as it has too few images or they are in too few groups."""
+    for label, units in sorted(of_classes.items()):
+        if len(units) < len(needed):
+            raise UserError(
+                f"class {names[label]!r}: {len(units)} different image(s) or group(s), but {len(needed)} are needed, "
+                f"one for each split ({', '.join(needed)}); add images or remove the class"
+            )
+        if missing := [split for split in needed if split not in {places[unit] for unit in units}]:
+            raise UserError(
+                f"class {names[label]!r}: its groups leave no image for {', '.join(missing)}; add images, "
+                "or give each image a split"
+            )
 
 
 def limited(items: Sequence[Item], limit: int) -> list[Item]:
