@@ -29,8 +29,7 @@ from headstart.fewshot.data import EpisodeData
 from headstart.fewshot.episodes import TaskSize
 from headstart.fewshot.heads import Prototype, make_head
 from headstart.fewshot.save import fitted
-from headstart.search.bank import HeadSettings, Schedule, train_bank
-from headstart.search.exact import score_and_loss
+from headstart.search.bank import HeadSettings, Schedule, score_and_loss, train_bank
 from headstart.search.intervals import mean_and_half_width
 from headstart.terminal import quiet_libraries
 

@@ -21,7 +21,8 @@ from headstart.data.folders import images, of_splits, subfolders
 from headstart.decoding import decode
 from headstart.features import int8
 from headstart.images import preprocess
-from headstart.search.exact import best_exact, score_and_loss
+from headstart.search.bank import score_and_loss
+from headstart.search.exact import best_exact
 
 DEMO = Path(__file__).parent.parent / "data/clipart"
 NETWORKS = ("resnet18", "resnet50", "efficientnet_b0", "mobilenet_v3_large", "vit_b_16")

@@ -40,8 +40,8 @@ from headstart.features.arithmetic import BATCH, chosen, dtype_of
 from headstart.features.cache import FeatureCache, cache_key
 from headstart.features.matrix import Shard
 from headstart.images import preprocess
-from headstart.search.bank import HeadSettings, Schedule, train_bank
-from headstart.search.exact import fit_exact, score_and_loss
+from headstart.search.bank import HeadSettings, Schedule, score_and_loss, train_bank
+from headstart.search.exact import fit_exact
 from headstart.verbs.tune import LABEL_SMOOTHINGS, LRS, WEIGHT_DECAYS
 
 

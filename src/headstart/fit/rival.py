@@ -11,8 +11,8 @@ from headstart.fit.cli import TrainCLI
 from headstart.model.classifier import TransferClassifier
 from headstart.model.heads import linear_head
 from headstart.model.sealed import SealedCheckpointIO
-from headstart.search.bank import TrainedHead
-from headstart.search.exact import UNLIMITED, TooManyPasses, best_exact, by_loss, logits_of
+from headstart.search.bank import TrainedHead, logits_of
+from headstart.search.exact import UNLIMITED, TooManyPasses, best_exact, by_loss
 from headstart.terminal import say
 
 TOLERANCE = 1e-3  # of the gradient of standardised features; 1e-4 changes no validation loss by 1 %

@@ -76,12 +76,6 @@ class MultiLabel(Task):
         return (logits.sigmoid() * (weighted + 1 - target) - weighted) / labels.numel()
 
     @staticmethod
-    def sums(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        target = labels.to(logits.dtype).expand_as(logits)
-        losses = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
-        return torch.zeros(len(logits), device=logits.device), losses.mean(dim=2).sum(dim=1)
-
-    @staticmethod
     def balanced(counts: Tensor, images: int) -> Tensor:
         return (images - counts).clamp(min=1) / counts.clamp(min=1)
 

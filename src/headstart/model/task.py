@@ -72,11 +72,6 @@ class Task(ABC):
 
     @staticmethod
     @abstractmethod
-    def sums(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The sums over a batch of accuracy (0 if it has no such sum) and loss, of logits [H, B, C] -> [H], [H]."""
-
-    @staticmethod
-    @abstractmethod
     def balanced(counts: Tensor, images: int) -> Tensor:
         """Class weights [C] that make up for rare classes, from the images per class [C] and their total."""
 
@@ -175,11 +170,6 @@ class SingleLabel(Task):
         target = target * weights
         error = logits.softmax(dim=2) * target.sum(dim=2, keepdim=True) - target
         return error / weights[labels].sum()
-
-    @staticmethod
-    def sums(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        right = (logits.argmax(dim=2) == labels).sum(dim=1)
-        return right, -logits.log_softmax(dim=2)[:, torch.arange(len(labels)), labels].sum(dim=1)
 
     @staticmethod
     def balanced(counts: Tensor, images: int) -> Tensor:

@@ -19,8 +19,7 @@ from headstart.features.int8 import network_of
 from headstart.files import csv_bytes, write_atomically
 from headstart.model.backbone import FrozenBackbone
 from headstart.model.multilabel import task_of
-from headstart.search.bank import HeadSettings, TrainedHead
-from headstart.search.exact import logits_of
+from headstart.search.bank import HeadSettings, TrainedHead, logits_of
 from headstart.search.intervals import mean_and_half_width
 from headstart.terminal import Seconds, one_line, say
 

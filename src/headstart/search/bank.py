@@ -1,5 +1,6 @@
 """A bank of linear heads, trained at once on a feature matrix, without a Trainer."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -107,13 +108,13 @@ class Bank:
         corrected = second.sqrt().div_((1 - BETAS[1] ** self.steps) ** 0.5).add_(EPS)
         parameter.sub_(lr / (1 - BETAS[0] ** self.steps) * first / corrected)
 
-    def scores(self, labelled: Labelled) -> tuple[Tensor, Tensor]:
-        """Accuracy, 0 for other tasks, and mean cross entropy of each head -> [H], [H]."""
-        right, loss = torch.zeros_like(self.lr), torch.zeros_like(self.lr)
-        for block, truth in labelled.blocks(max(1, ROWS_AT_ONCE // len(self.lr))):
-            of_block = self.task.sums(self.logits(block), truth)
-            right, loss = right + of_block[0], loss + of_block[1]
-        return right / len(labelled), loss / len(labelled)
+    def losses(self, labelled: Labelled) -> Tensor:
+        """The mean cross entropy of each head, [H]."""
+        total = torch.zeros_like(self.lr)
+        for block, truth in labelled.blocks(max(1, ROWS_AT_ONCE // len(total))):
+            found = self.task.losses(self.logits(block).flatten(0, 1), torch.cat([truth] * len(total)))
+            total += found.view(len(total), -1).sum(dim=1)
+        return total / len(labelled)
 
     def head(self, number: int) -> nn.Linear:
         """A copy of the current state of one head."""
@@ -148,14 +149,21 @@ def train_bank(
         for features, truth in loader:
             bank.step(features, truth.to(features.device), warmup_cosine(bank.steps, warmup_steps, steps))
             advance(len(truth))
-        for number, (score, loss) in enumerate(zip(*(found.tolist() for found in bank.scores(val)), strict=True)):
+        for number, loss in enumerate(bank.losses(val).tolist()):
             if keep_last or number not in best or loss < best[number].loss:
-                best[number] = TrainedHead(bank.head(number), score, loss, epoch)
+                best[number] = TrainedHead(bank.head(number), math.nan, loss, epoch)  # scored below, once
     found = [best[number] for number in range(len(settings))]
-    return found if bank.task is SingleLabel else [_scored(each, val, bank.task) for each in found]
+    return [replace(each, score=score_and_loss(each.head, val)[0]) for each in found]
 
 
-def _scored(found: TrainedHead, val: Labelled, task: type[Task]) -> TrainedHead:
-    """The head with a score that cannot be summed over batches."""
-    logits = torch.cat([found.head(block).cpu() for block, _ in val.blocks(ROWS_AT_ONCE)])
-    return replace(found, score=task.score(logits, val.labels))
+@torch.no_grad()
+def logits_of(head: nn.Module, labelled: Labelled) -> Tensor:
+    """The logits of each image, [N, C], on the CPU."""
+    head = head.to(labelled.sample().device)
+    return torch.cat([head(block).cpu() for block, _ in labelled.blocks(ROWS_AT_ONCE)])
+
+
+def score_and_loss(head: nn.Linear, labelled: Labelled) -> tuple[float, float]:
+    """The headline score, such as accuracy, and the mean cross entropy of a head."""
+    logits, task = logits_of(head, labelled), task_of(labelled.labels)
+    return task.score(logits, labelled.labels), float(task.losses(logits, labelled.labels).mean())

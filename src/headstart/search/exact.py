@@ -10,7 +10,7 @@ from torch.nn import functional
 from headstart.features.matrix import Labelled
 from headstart.model.heads import as_linear
 from headstart.model.multilabel import task_of
-from headstart.search.bank import ROWS_AT_ONCE, TrainedHead
+from headstart.search.bank import ROWS_AT_ONCE, TrainedHead, logits_of, score_and_loss
 
 # L2 penalties of standardised features, from strong to weak: each fit starts from the previous one.
 PENALTIES = [10.0 ** (-power / 2) for power in range(9)]
@@ -145,19 +145,6 @@ def _minimize(
     for parameter in parameters:
         parameter.requires_grad_(False)
     return taken
-
-
-@torch.no_grad()
-def logits_of(head: nn.Module, labelled: Labelled) -> Tensor:
-    """The logits of each image, [N, C], on the CPU."""
-    head = head.to(labelled.sample().device)
-    return torch.cat([head(block).cpu() for block, _ in labelled.blocks(ROWS_AT_ONCE)])
-
-
-def score_and_loss(head: nn.Linear, labelled: Labelled) -> tuple[float, float]:
-    """The headline score, such as accuracy, and the mean cross entropy of a head."""
-    logits, task = logits_of(head, labelled), task_of(labelled.labels)
-    return task.score(logits, labelled.labels), float(task.losses(logits, labelled.labels).mean())
 
 
 def predicted(head: nn.Linear, labelled: Labelled) -> Tensor:

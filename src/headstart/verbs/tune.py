@@ -26,8 +26,7 @@ from headstart.model.weights import DEMO
 from headstart.ranges import Fraction, NonNegative, Positive, Rate
 from headstart.runs.folder import new_run_folder
 from headstart.search.backbones import Heads, Trial, best_of, check_backbones, compare, name_and_weights, reported
-from headstart.search.bank import HeadSettings, Schedule, train_bank
-from headstart.search.exact import score_and_loss
+from headstart.search.bank import HeadSettings, Schedule, score_and_loss, train_bank
 from headstart.search.intervals import mean_and_half_width
 from headstart.search.knn import knn_scores
 from headstart.terminal import SCORES, Seconds, images_bar, program, quiet_libraries, rank, say
