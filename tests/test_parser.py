@@ -75,6 +75,18 @@ def test_a_group_is_read_from_regular_files_alone(options, colours, refused):
         assert "fifo: cannot be read (not a regular file)" in refused("train", f"--data.root={colours}", *options)
 
 
+@pytest.mark.fault("checkpoint or configuration that repeats a value without end")
+def test_aliases_that_stand_for_too_much_are_refused(colours, train, refused, capsys):
+    lines = ["a0: &a0 [x,x,x,x,x,x,x,x,x,x]"]
+    lines += [f"a{number}: &a{number} [{','.join([f'*a{number - 1}'] * 10)}]" for number in range(1, 10)]
+    Path("bomb.yaml").write_text("model:\n  class_weights:\n    " + "\n    ".join(lines))
+    with at_most(30):
+        assert "aliases stand for more than" in refused("train", f"--data.root={colours}", "--config=bomb.yaml")
+        train(colours, "--trainer.max_epochs=1")
+        (newest_run() / "config.yaml").write_bytes(Path("bomb.yaml").read_bytes())
+        assert main(["runs"])[0]["state"] == "finished"
+
+
 def parsed(monkeypatch: pytest.MonkeyPatch, *words: str) -> list[str]:
     """The words as jsonargparse gets them."""
     with monkeypatch.context() as patched:

@@ -8,6 +8,8 @@ import yaml
 from headstart.errors import UserError
 from headstart.files import read_regular
 
+MOST = 100_000  # values of a file whose aliases are replaced by what they stand for
+
 
 def read_config(file: Path) -> yaml.MappingNode:
     """Parses a YAML file into nodes, which keep their line numbers; a duplicate key is an error."""
@@ -24,6 +26,8 @@ def read_config(file: Path) -> yaml.MappingNode:
         line = f", line {mark.line + 1}" if mark else ""
         why = getattr(error, "problem", None) or " ".join(str(error).split())
         raise UserError(f"{file}{line}: not YAML ({why})") from error
+    if written_out(found) > MOST:
+        raise UserError(f"{file}: its aliases stand for more than {MOST:,} values; write it without them")
     if found is None:
         raise UserError(f"{file}: is empty; add options, such as `model: {{lr: 0.01}}`")
     if not isinstance(found, yaml.MappingNode):
@@ -41,10 +45,26 @@ def _below(root: yaml.Node) -> Iterator[yaml.Node]:
             continue
         seen.add(id(node))
         yield node
-        if isinstance(node, yaml.MappingNode):
-            waiting += [child for pair in node.value for child in pair]
-        elif isinstance(node, yaml.SequenceNode):
-            waiting += node.value
+        waiting += _children(node)
+
+
+def _children(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [child for pair in node.value for child in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
+
+
+def written_out(node: yaml.Node | None) -> int:
+    """The number of values if each alias is replaced by what it stands for; one to its own ancestor counts once."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = 1
+            sizes[id(node)] += sum(map(size, _children(node)))
+        return sizes[id(node)]
+
+    return size(node) if node else 0
 
 
 def _check_unique(node: yaml.Node, file: Path) -> None:

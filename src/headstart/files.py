@@ -159,8 +159,11 @@ def read_csv(option: str, file: Path, columns: Sequence[str], errors: str = "str
         if len(set(names)) < len(names):
             raise UserError(f"{option}={file}: a column name appears twice in its first line; rename one")
         rows = [dict(zip(names, (value or "" for value in row.values()), strict=False)) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{option}={file}: cannot be read as CSV ({error})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{option}={file}: not UTF-8; save the file as UTF-8") from error
+    except (OSError, csv.Error) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or error
+        raise UserError(f"{option}={file}: cannot be read as CSV ({why})") from error
     if missing := [name for name in columns if name not in names]:
         raise UserError(f"{option}={file}: lacks {', '.join(missing)}; its first line must name {', '.join(columns)}")
     return rows

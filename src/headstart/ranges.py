@@ -23,7 +23,7 @@ else:
 
     Count = typing.NonNegativeInt
     Seed = typing.restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])  # the seeds numpy accepts
-    Positive = typing.PositiveInt
+    Positive = typing.restricted_number_type("Positive", int, [(">", 0), ("<", 2**31)])
     OpenFraction = typing.OpenUnitInterval
     Share = typing.ClosedUnitInterval
     ImageSize = typing.restricted_number_type("ImageSize", int, [(">=", 32), ("<=", 2048)])

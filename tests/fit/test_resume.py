@@ -10,7 +10,7 @@ from filelock import FileLock
 from headstart.cli import main
 from headstart.model.classifier import TransferClassifier
 from headstart.model.sealed import BEST, SEAL, content_digest
-from support import draw, killed_at, newest_run, rows_of
+from support import TINY, draw, killed_at, newest_run, rows_of
 
 CKPT = "checkpoints/last.ckpt"
 
@@ -111,7 +111,7 @@ def test_a_new_run_from_a_runs_checkpoint_keeps_the_split(own, train, refused):
     main(["train", f"--config={second / 'config.yaml'}", "--report=false"])  # which repeats it on the same images
     assert split_of(newest_run()) == split_of(first)
     (own / "red/000.png").unlink()
-    options = f"--data.root={own}", f"--ckpt_path={first / CKPT}", "--model.image_size=32", "--trainer.max_epochs=4"
+    options = f"--data.root={own}", f"--ckpt_path={first / CKPT}", *TINY, "--trainer.max_epochs=4"
     assert "red/000.png: is missing" in refused("train", *options)
 
 

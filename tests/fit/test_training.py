@@ -148,6 +148,8 @@ def test_a_dry_run_leaves_nothing(colours, train):
         ("--model.weights=missing.pth", "missing.pth"),
         ("--data.augment=light", "--data.views=8, or augment in every epoch with --data.cache=false"),
         ("--data.views=8", "--data.augment=light"),
+        ("--trainer.accumulate_grad_batches=0", "--trainer.accumulate_grad_batches=0: give 1 or more"),
+        ("--data.batch_size=99999999999999999999", "must be a number >0 and <2147483648"),
         ("--data.val_fraction=0.6 --data.test_fraction=0.5", "leave no images to train on"),
         ("--ckpt_path=missing.ckpt", "missing.ckpt: is not a file"),
         ("--ckpt_path=last", "no unfinished run"),

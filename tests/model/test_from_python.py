@@ -14,7 +14,7 @@ from headstart.errors import UserError
 from headstart.images import preprocess
 from headstart.model.calibration import fit_temperature
 from headstart.model.sealed import SealedCheckpointIO
-from support import draw
+from support import at_most, draw
 
 
 class Pairs(Dataset):
@@ -163,6 +163,12 @@ def test_float64_is_for_the_processor(monkeypatch):
         (lambda made: made["headstart"].update(temperature=0.0), "not finite"),
         (lambda made: made["headstart"].update(temperature=torch.inf), "not finite"),
         (lambda made: made.update(headstart=3), "not a headstart checkpoint"),
+        (lambda made: made.update(epoch=[1]), "lacks epoch"),
+        (lambda made: made["headstart"].pop("preprocessing"), "lacks headstart.preprocessing"),
+        (lambda made: made["headstart"].update(digest=None), "lacks headstart.digest"),
+        (lambda made: made["headstart"].update(class_names=[1, 2, 3]), "lacks class names"),
+        (lambda made: made["hyper_parameters"].update(backbone={}), "lacks hyper_parameters.backbone"),
+        (lambda made: made["hyper_parameters"].update(class_names=[]), "lacks class names"),
     ],
 )
 def test_a_forged_checkpoint_is_refused(change, said, checkpoint, refused):
@@ -172,6 +178,19 @@ def test_a_forged_checkpoint_is_refused(change, said, checkpoint, refused):
     change(content)
     io.save_checkpoint(content, checkpoint)  # with a seal that is right
     assert said in refused("evaluate", f"--ckpt_path={checkpoint}")
+
+
+@pytest.mark.fault("checkpoint or configuration that repeats a value without end")
+def test_a_checkpoint_that_holds_itself_hangs_nothing(checkpoint, refused):
+    content = torch.load(checkpoint, weights_only=True)
+    many, own = ["x"] * 10, list[object]()
+    for _ in range(30):
+        many = [many] * 10
+    own.append(own)
+    for value in (many, own):
+        torch.save(content | {"epoch": value}, "bomb.ckpt")
+        with at_most(30):
+            assert "it holds a value again and again" in refused("evaluate", "--ckpt_path=bomb.ckpt")
 
 
 @pytest.mark.fault("same image under two labels")

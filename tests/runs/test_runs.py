@@ -4,9 +4,11 @@ import csv
 import json
 from pathlib import Path
 
+import pytest
 from scipy.stats import binomtest
 
 from headstart.cli import VERBS, main
+from support import TINY, newest_run
 
 
 def test_runs_are_listed_the_best_first_with_what_differs(colours, train, capsys):
@@ -125,3 +127,22 @@ def test_of_older_runs_the_scores_are_compared_and_a_foreign_drawing_is_left_out
     assert "two different runs" in refused("runs", "a")
     assert "c: no such run; choose from a/" in refused("runs", "a", "c")
     assert "--page: is for two runs" in refused("runs", "--page=x.html")
+    assert "--csv: is for the list of runs" in refused("runs", "a", "b", "--csv=x.csv")
+
+
+@pytest.mark.fault("result.json with values of another kind")
+@pytest.mark.parametrize(
+    "content", ['{"seconds": "x"}', '{"seconds": {"total": "x"}}', '{"test/acc": [1]}', "[" * 10**5]
+)
+def test_a_result_of_another_kind_hides_no_run(content, colours, train):
+    for name in ("a", "b"):
+        train(colours, "--trainer.max_epochs=1", f"--name={name}")
+    (newest_run() / "result.json").write_text(content)
+    assert len(main(["runs"])) == 2
+    assert len(main(["runs", "a", "b"])) == 2
+
+
+@pytest.mark.fault("logs in the folder of the images")
+def test_logs_are_not_the_folder_of_the_images(colours, refused):
+    line = refused("train", f"--data.root={colours}", *TINY, f"--logs={colours}")
+    assert f"--logs={colours}: is the folder of the images" in line

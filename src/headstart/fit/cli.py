@@ -1,6 +1,8 @@
 """The LightningCLI: one command line that trains, resumes and repeats runs."""
 
+import os
 import re
+import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -108,6 +110,8 @@ class TrainCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the options; a resumed run starts from its own configuration, which the command line overrides."""
         self.config = parser.parse_args(args)
+        if self.config.seed_everything is True:
+            self.config.seed_everything = int(os.environ.get("PL_GLOBAL_SEED") or secrets.randbelow(2**32))
         if self.config.data.get("csv") is not None and self.config.data.root == str(self.root):
             self.config.data.root = None  # the demo is the default only if no data is given
         if self.config.ckpt_path == "last":
@@ -155,7 +159,7 @@ class TrainCLI(LightningCLI):
         """The run's name."""
         data = self.config.data
         given = Path(data.get("csv") or data.root or "").expanduser().resolve()
-        return str(self.config.name or (given.stem if data.get("csv") or given.is_file() else given.name))
+        return str(self.config.name or (given.stem if data.get("csv") or given.is_file() else given.name) or "images")
 
     @property
     def chosen(self) -> RunCheckpoint:
@@ -188,7 +192,8 @@ class TrainCLI(LightningCLI):
                 default_root_dir=str(self.logs),
             )
         except (ImportError, MisconfigurationException, TypeError, ValueError) as error:
-            raise UserError(f"--trainer: {error}; --trainer.accelerator=auto uses what this machine has") from error
+            remedy = "; --trainer.accelerator=auto uses what this machine has" if given.accelerator != "auto" else ""
+            raise UserError(f"--trainer: {error}{remedy}") from error
 
     def after_instantiate_classes(self) -> None:
         prepare(self.trainer.loggers)
@@ -198,6 +203,9 @@ class TrainCLI(LightningCLI):
         for option in ("max_epochs", "max_steps", "limit_train_batches"):
             if getattr(self.trainer, option) == 0:
                 raise UserError(f"--trainer.{option}=0: leaves nothing to train; give more, or leave it out")
+        for option in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+            if self.config.trainer[option] is not None and self.config.trainer[option] < 1:
+                raise UserError(f"--trainer.{option}={self.config.trainer[option]}: give 1 or more, or leave it out")
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning at run time
             if isinstance(callback, Timer) and not callback.time_remaining():
                 raise UserError("--trainer.max_time=00:00:00:00: leaves no time; give days:hours:minutes:seconds")
@@ -208,7 +216,7 @@ class TrainCLI(LightningCLI):
                     f"choose from {', '.join(self.model.logged)}"
                 )
         if self.checkpoint:
-            self.model.take_bits(self.checkpoint)
+            self.model.on_load_checkpoint(self.checkpoint)  # refuses another head before any work
         made = self.checkpoint["hyper_parameters"] if self.checkpoint else {}
         for name in ("lr", "weight_decay"):
             if name in made and made[name] != self.model.hparams[name]:

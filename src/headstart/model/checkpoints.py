@@ -27,6 +27,22 @@ from headstart.terminal import listing, say
 # Digest of the former bundled weights.
 FIRST_EDITION = "caf123c9de10807f929b849a9b4f292b02712456f4c027e8660a46977aed2d56"
 LAYOUT = 2  # 2: adds the temperature
+# What a checkpoint holds, by its place; a file from elsewhere may hold anything there.
+CONTENT: dict[str, type | tuple[type, ...]] = {
+    "epoch": int,
+    "global_step": int,
+    "state_dict": dict,
+    "hyper_parameters": dict,
+    **dict.fromkeys(("headstart.class_names", "hyper_parameters.class_names"), list),
+    **dict.fromkeys(("headstart.digest", "headstart.backbone", "headstart.weights"), str),
+    "headstart.preprocessing": dict,
+    "headstart.preprocessing.bits": (int, type(None)),
+    "headstart.known": (dict, type(None)),
+    **dict.fromkeys(("hyper_parameters.backbone", "hyper_parameters.weights"), str),
+    "hyper_parameters.head": (str, type(None)),
+    "hyper_parameters.image_size": (int, type(None)),
+    "hyper_parameters.multilabel": (bool, type(None)),
+}
 
 
 class HeadModule(LightningModule):
@@ -226,15 +242,25 @@ def read_checkpoint(path: Path, logs: Path = Path("logs")) -> dict[str, Any]:
     checkpoint = read_sealed(path, logs)
     made = checkpoint.get("headstart")
     made = made if isinstance(made, Mapping) else {}
-    if made.get("layout") != LAYOUT:
+    layout = made.get("layout", "unknown")
+    if not isinstance(layout, int) or layout != LAYOUT:
         raise UserError(
             f"--ckpt_path={path}: not a headstart checkpoint of layout {LAYOUT} (this is headstart {__version__}); its "
-            f"layout is {made.get('layout', 'unknown')} (headstart {made.get('version', 'unknown')}); train it again"
+            f"layout is {layout} (headstart {made.get('version', 'unknown')}); train it again"
         )
-    if lacking := [name for name in ("hyper_parameters", "epoch", "global_step") if name not in checkpoint]:
-        raise UserError(f"--ckpt_path={path}: lacks {', '.join(lacking)}, so it cannot be used; train it again")
+    wrong = [place for place, kind in CONTENT.items() if not isinstance(_at(place, checkpoint), kind)]
+    both = [] if wrong else [made["class_names"], checkpoint["hyper_parameters"]["class_names"]]
+    if not both or not all(names and all(isinstance(name, str) for name in names) for names in both):
+        raise UserError(f"--ckpt_path={path}: lacks {', '.join(wrong[:1]) or 'class names'}; train it again")
     temperature, tensors = made.get("temperature"), checkpoint["state_dict"].values()
     sound = isinstance(temperature, int | float) and math.isfinite(temperature) and temperature > 0
     if not sound or not all(isinstance(tensor, Tensor) and tensor.isfinite().all() for tensor in tensors):
         raise UserError(f"--ckpt_path={path}: its head or temperature is not finite; train it again, with a lower lr")
     return checkpoint
+
+
+def _at(place: str, content: Any) -> Any:
+    """The entry at a dotted place; None if there is none."""
+    for name in place.split("."):
+        content = content.get(name) if isinstance(content, Mapping) else None
+    return content

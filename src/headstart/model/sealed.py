@@ -2,7 +2,9 @@
 
 import hashlib
 import io
-from collections.abc import Mapping
+import math
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +59,12 @@ def read_sealed(path: Path, logs: Path = Path("logs")) -> dict[str, Any]:
         near = f"; try {', '.join(map(str, candidates[:-4:-1]))}" if candidates else ""
         raise UserError(f"--ckpt_path={path}: is not a file{near}")
     try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of odd pickles before it refuses them
+            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         dict(checkpoint["state_dict"])
+    except PermissionError as error:
+        raise UserError(f"--ckpt_path={path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # zip and pickle raise many kinds
         others = sorted(other.name for other in path.parent.glob("*.ckpt") if other.name != path.name)
         there = f"; try {', '.join(others[:3])} in its folder" if others else ""
@@ -70,32 +76,44 @@ def read_sealed(path: Path, logs: Path = Path("logs")) -> dict[str, Any]:
 def check_seal(checkpoint: Mapping[str, Any], path: Path) -> None:
     """Compares a checkpoint's content with its seal, if it has one; those of a plain Trainer have none."""
     content = {name: value for name, value in checkpoint.items() if name != SEAL}
-    if SEAL in checkpoint and checkpoint[SEAL] != content_digest(content):
+    try:
+        found = content_digest(content, most=path.stat().st_size)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is corrupt (it holds a value again and again)") from error
+    if checkpoint.get(SEAL, found) != found:
         raise UserError(f"{path}: is corrupt (its sha256 differs); try another one in {path.parent}")
 
 
-def content_digest(value: Any) -> str:
-    """The sha256 of nested plain values and tensors."""
+def content_digest(value: Any, most: float = math.inf) -> str:
+    """The sha256 of nested plain values and tensors.
+
+    Raises:
+        ValueError: there are more than ``most`` parts: a pickle of so many bytes, which can hold a list many times.
+    """
     digest = hashlib.sha256()
-    _add(digest, value)
+    for number, part in enumerate(_parts(value)):
+        if number > most:
+            raise ValueError
+        digest.update(part)
     return digest.hexdigest()
 
 
-def _add(digest: Any, value: Any) -> None:
+def _parts(value: Any) -> Iterator[Any]:
+    """The bytes of a value, part by part."""
     if isinstance(value, Tensor):
-        digest.update(f"tensor {value.dtype} {tuple(value.shape)} ".encode())
-        digest.update(tensor_bytes(value))
+        yield f"tensor {value.dtype} {tuple(value.shape)} ".encode()
+        yield tensor_bytes(value)
     elif isinstance(value, Mapping):
-        digest.update(f"dict {len(value)} ".encode())
-        for name, entry in value.items():
-            _add(digest, name)
-            _add(digest, entry)
+        yield f"dict {len(value)} ".encode()
+        for pair in value.items():
+            yield from _parts(pair[0])
+            yield from _parts(pair[1])
     elif isinstance(value, list | tuple):
-        digest.update(f"list {len(value)} ".encode())
+        yield f"list {len(value)} ".encode()
         for entry in value:
-            _add(digest, entry)
+            yield from _parts(entry)
     else:
-        digest.update(f"{type(value).__name__} {value!r} ".encode())
+        yield f"{type(value).__name__} {value!r} ".encode()
 
 
 class RunCheckpoint(ModelCheckpoint):

@@ -38,7 +38,7 @@ def compared(first: Run, second: Run, settings: Sequence[Mapping[str, Any]]) -> 
         values = [result.get(name) for result in results]
         numbers = [value for value in values if isinstance(value, int | float)]
         difference = f"{numbers[1] - numbers[0]:+.3f}" if len(numbers) == 2 else ""
-        rows[name] = ["" if value is None else f"{value:.3f}" for value in values], difference
+        rows[name] = [f"{value:.3f}" if value in numbers else str(value or "") for value in values], difference
     for name in dict.fromkeys(name for own in settings for name in own):
         values = [own.get(name) for own in settings]
         if values[0] != values[1]:

@@ -31,8 +31,13 @@ from headstart.runs.trackers import Tracker
 from headstart.terminal import say
 
 
-def new_run_folder(logs: Path, name: str) -> Path:
-    """Creates ``logs/name/<start time>``; ``mkdir`` fails if the folder exists, so no two runs share one."""
+def new_run_folder(logs: Path, name: str, images: Path) -> Path:
+    """Creates ``logs/name/<start time>``; ``mkdir`` fails if the folder exists, so no two runs share one.
+
+    ``images`` is the location of the data: in a folder of class folders, the run would be a class.
+    """
+    if logs.resolve() == images:
+        raise UserError(f"--logs={logs}: is the folder of the images; choose another")
     start = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     name = os.fsencode(name).decode(errors="replace")  # the data's name may not be Unicode, as TensorBoard needs
     attempt = 1
@@ -46,7 +51,9 @@ def new_run_folder(logs: Path, name: str) -> Path:
         except FileExistsError:
             attempt += 1
         except OSError as error:
-            raise UserError(f"{folder}: cannot be created ({error.strerror}); choose another --logs") from error
+            raise UserError(
+                f"{folder}: cannot be created ({error.strerror}); choose another --logs or --name"
+            ) from error
 
 
 class RunFolder(Callback):
@@ -74,8 +81,10 @@ class RunFolder(Callback):
             return
         check_limits(trainer)
         chosen: Path | None = None
+        data = trainer.datamodule  # type: ignore[attr-defined]
         if trainer.is_global_zero:
-            chosen = self.resumed.folder.resolve() if self.resumed else new_run_folder(self.logs, self.name)
+            resumed = self.resumed and self.resumed.folder.resolve()
+            chosen = resumed or new_run_folder(self.logs, self.name, data.source.path)
             self._lock(chosen)
             make_loggers(trainer, chosen)  # before those of other ranks, which share a database
         self.folder = trainer.strategy.broadcast(chosen)
@@ -85,7 +94,7 @@ class RunFolder(Callback):
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.folder / "checkpoints")
         if trainer.is_global_zero and not self.resumed:
-            self._write_inputs(trainer.datamodule)  # type: ignore[attr-defined]
+            self._write_inputs(data)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for logger in trainer.loggers if trainer.is_global_zero else []:

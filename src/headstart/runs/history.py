@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from headstart.config_files import MOST, written_out
 from headstart.errors import UserError
 from headstart.files import read_csv, read_regular
 from headstart.terminal import program
@@ -65,7 +66,7 @@ class Run:
         """The content of ``result.json``; empty if the run is unfinished or the file is damaged."""
         try:
             content = json.loads(read_regular(self.folder / RESULT))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return content if isinstance(content, dict) else {}
 
@@ -76,8 +77,11 @@ class Run:
         if not file.is_file():
             return {}
         try:
-            content = yaml.safe_load(read_regular(file))
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            text = read_regular(file)
+            if b"*" in text and written_out(yaml.compose(text, yaml.SafeLoader)) > MOST:
+                raise ValueError("too many values by aliases")
+            content = yaml.safe_load(text)
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise UserError(f"{file}: is not valid YAML ({' '.join(str(error).split())})") from error
         return content if isinstance(content, dict) else {}
 

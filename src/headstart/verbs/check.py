@@ -42,7 +42,7 @@ def check(options: Sequence[str]) -> dict[str, int]:
         raise UserError(f"{source.path}: no readable image; {len(store.skipped)} files cannot be read")
     items, fault = _in_splits(store.items, source, given.data)
     findings = list(find(source, store.skipped, items, rooted(store.matrix(items).whole().cpu())))
-    folder = new_run_folder(Path(given.logs), given.name or f"{source.path.stem}-check")
+    folder = new_run_folder(Path(given.logs), given.name or f"{source.path.stem}-check", source.path)
     write_atomically(folder / "check.csv", csv_bytes(csv_rows(findings)))
     write_atomically(folder / PAGE, page(f"{folder.parent.name}, {folder.name}", findings, items, store))
     counts = Counter(finding.kind for finding in findings)

@@ -30,6 +30,8 @@ def demo(options: Sequence[str]) -> None:
     quiet_libraries()
     given = _parser().parse_args(list(options))
     required(given, "--ckpt_path")
+    if not given.host:
+        raise UserError("--host is empty; give 127.0.0.1, or 0.0.0.0 for everybody who can reach this machine")
     try:
         from headstart.deploy.demo import DemoPage, Training
         from headstart.serving import serve

@@ -42,7 +42,7 @@ def domains(options: Sequence[str]) -> list[dict[str, Any]]:
     with images_bar("domains", len(names)) as advance:
         found = leave_one_out(items, source.class_names, store.matrix, given.balance, advance)
     rows = [_row(each) for each in found]
-    folder = new_run_folder(Path(given.logs), given.name or f"{source.path.stem}-domains")
+    folder = new_run_folder(Path(given.logs), given.name or f"{source.path.stem}-domains", source.path)
     write_atomically(folder / "domains.csv", csv_bytes([COLUMNS, *(list(row.values()) for row in rows)]))
     roc_by_domain(found).save(folder / "roc.png")
     write_atomically(folder / "domains.json", json.dumps(rows, indent=2).encode())

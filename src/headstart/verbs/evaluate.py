@@ -68,7 +68,8 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     seen = _seen_before(checkpoint, content, data) if given.data.root or given.data.csv else {}
     if seen and given.data.strict:
         raise UserError(f"--data.strict: {len(seen)} of these images were in training or chose the epoch; remove them")
-    folder = logger.folder = new_run_folder(Path(given.logs), given.name or f"{data.source.path.stem}-evaluate")
+    name, path = given.name or f"{data.source.path.stem}-evaluate", data.source.path
+    folder = logger.folder = new_run_folder(Path(given.logs), name, path)
     scores = defined(trainer.test(module, data, verbose=False)[0])
     evaluation = collector.evaluation
     assert evaluation
@@ -153,7 +154,7 @@ def _scores_of_new(module: TransferClassifier, evaluation: Predictions, seen: Ma
 
 def _unknown_distances(root: str, known: Known | None, data: ImageData) -> Tensor:
     """The distances of the images of no class."""
-    store, paths = data.store, folders.images(Path(root).expanduser())
+    store, paths = data.store, folders.images(folders.existing(root, "--unknown.root"))
     if known is None:
         raise UserError(f"--unknown.root={root}: the head cannot tell; take best.ckpt of a run with the cache")
     arithmetic = store.arithmetic if store.cache else "fp32"  # that of the images evaluated

@@ -145,7 +145,7 @@ class _Command:
                 raise UserError(f"--train: {self.given.head} has nothing to meta-train; projection, anil and ridge do")
             logger, folder, scores["val/acc_before"] = self._meta_train(module, data, name)
         else:
-            folder = new_run_folder(self.logs, name)
+            folder = new_run_folder(self.logs, name, tested.store.source.path)
             logger = RunLogger(folder)
             logger.compare_by(settings_in(self.parser.dump(self.given, skip_none=False)))
         trainer = make_trainer(self.given.accelerator, logger=logger)
@@ -178,7 +178,7 @@ class _Command:
             raise UserError(f"--head=all: no class of the test has {min(SHOTS) + COMPARED_QUERIES} images; give more")
         heads: dict[str, nn.Module] = {name: self._module(name, data).head for name in HEADS}
         heads[AS_TRAIN] = AsTrain()
-        folder = new_run_folder(self.logs, _name(self.given))
+        folder = new_run_folder(self.logs, _name(self.given), tested.store.source.path)
         if self.given.train:
             for name in TRAINED:
                 module = self._module(name, data)

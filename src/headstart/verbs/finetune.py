@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pytorch_lightning.cli import LightningArgumentParser
 
+from headstart.data.sources import WHERE
 from headstart.device import COMMON, quiet_trainer
 from headstart.errors import UserError
 from headstart.finetune.module import FineTunedClassifier
@@ -70,7 +71,10 @@ class FinetuneCLI(TrainCLI):
         made, run = self.head["hyper_parameters"], Run.of(head)
         defaults = {f"model.{name}": made[name] for name in INHERITED if name in made}
         if run.data:
-            data = run.data | {"splits": str(run.splits_file)}
+            given = self.config.data
+            other = given.get("root") is not None or given.get("csv") is not None
+            data = {name: value for name, value in run.data.items() if not (other and name in WHERE)}
+            data["splits"] = str(run.splits_file)
             if data.get("feature_precision") == "int8":  # the front's output is computed by torch
                 data["feature_precision"] = "auto"
             defaults |= {f"data.{name}": value for name, value in data.items()}

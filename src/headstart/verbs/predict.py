@@ -107,6 +107,8 @@ def _inputs(given: Sequence[str]) -> tuple[Iterable[str], int | None]:
             raise UserError("no path on the standard input; give one per line, or files and folders as PATH")
         return itertools.chain([first], lines), None
     paths, others = list[str](), Counter[str]()
+    if not all(given):
+        raise UserError("a path is empty; give files, folders, or . for the current one")
     for path in given:
         folder = in_either_form(Path(path))
         is_folder = os.path.isdir(folder)  # noqa: PTH112  # pathlib's raises without permission

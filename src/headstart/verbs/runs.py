@@ -31,6 +31,8 @@ def runs(options: Sequence[str]) -> list[dict[str, Any]]:
     if not found:
         raise UserError(f"--logs={given.logs}: no runs in there; python train.py makes one")
     if given.runs:
+        if given.csv:
+            raise UserError("--csv: is for the list of runs; leave it out, or compare on a --page")
         return _compare([_named(name, found, logs) for name in given.runs], logs, given.page)
     if given.page:
         raise UserError("--page: is for two runs; name them")
@@ -111,7 +113,10 @@ def _rows(found: Sequence[Run], logs: Path) -> list[dict[str, Any]]:
     for run, settings in settings_of.items():
         result = run.result
         scores = {name: value for name, value in result.items() if isinstance(value, float)}
-        about = {"seconds": result.get("seconds", {}).get("total"), "state": "finished" if result else "unfinished"}
+        seconds = result.get("seconds")
+        total = seconds.get("total") if isinstance(seconds, dict) else None
+        total = total if isinstance(total, int | float) else None
+        about = {"seconds": total, "state": "finished" if result else "unfinished"}
         own = {name: settings[name] for name in differing if name in settings}
         rows.append({"run": run.folder.relative_to(logs).as_posix()} | scores | about | own)
     return rows

@@ -47,7 +47,7 @@ def similar(options: Sequence[str]) -> list[dict[str, Any]]:
         store.backbone, store.device, store.arithmetic, store.workers, store.max_pixels, store.cache_dir
     )
     rows = _rows(given.pictures, _features(stream, given.pictures), store, given.k)
-    folder = new_run_folder(Path(given.logs), given.name or f"{source.path.name}-similar")
+    folder = new_run_folder(Path(given.logs), given.name or f"{source.path.name}-similar", source.path)
     table = [list(rows[0]), *([*row.values()] for row in rows)]
     write_atomically(folder / "similar.csv", csv_bytes(table))
     write_atomically(folder / "similar.html", _page(rows, stream))

@@ -121,7 +121,7 @@ def tune(options: Sequence[str], root: Path | None = None) -> dict[str, Any]:
     best = best_of(trials) if trials else None
     heads = best.heads if best else _fit_heads(cli)
     folds = _cross_validate(cli, heads, best) if cli.config.folds else []
-    folder = new_run_folder(cli.logs, f"{cli.name}-tune")
+    folder = new_run_folder(cli.logs, f"{cli.name}-tune", cli.datamodule.source.path)
     common, recipe = _write(folder, cli, heads, best)
     rows = reported(trials, folder) if trials else []
     _say_table(heads, folds, folder, cli.model.task.headline)
