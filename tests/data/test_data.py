@@ -143,7 +143,7 @@ def test_a_splits_file_freezes_the_split(colours, train, tmp_path):
 
 
 @pytest.mark.fault(
-    "JPEG that is cut off",
+    "truncated JPEG",
     "empty file, or text in its place",
     "blanks, line breaks and unicode in names",
     "hidden files",
@@ -204,11 +204,11 @@ def break_(colours: Path, how: str) -> None:
 
 
 @pytest.mark.fault(
-    "one class alone",
-    "images straight in the root",
+    "only one class",
+    "images directly in the root",
     "class folder without images",
-    "class of one image",
-    "other classes in train and val",
+    "class with one image",
+    "different classes in train and val",
 )
 @pytest.mark.parametrize(
     ("how", "said"),

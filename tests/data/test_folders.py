@@ -83,7 +83,7 @@ def test_two_readings_are_refused_with_both(outer, tmp_path, refused):
     assert ImageFolderData(str(tmp_path / "photos")).class_names == sorted(outer)
 
 
-@pytest.mark.fault("class that is called train")
+@pytest.mark.fault("class called train")
 def test_a_class_may_be_called_train(tmp_path):
     draw(tmp_path / "photos", images=4, colours={"train": (1, 2, 3), "test": (90, 9, 9), "bus": (9, 90, 9)})
     (tmp_path / "photos/train/steam").mkdir()
@@ -103,7 +103,7 @@ def test_thumbnails_of_network_disks_are_left_out_and_said(colours, capsys):
     assert "2 System Volume Information/" in out
 
 
-@pytest.mark.fault("folder of runs within the data")
+@pytest.mark.fault("folder of runs inside the data")
 def test_the_folder_of_runs_is_no_class(colours, train, refused, monkeypatch, capsys):
     monkeypatch.chdir(colours)
     for _ in range(2):
@@ -146,7 +146,7 @@ def test_a_refusal_of_names_that_look_alike_tells_the_code_points(tmp_path, refu
     assert f"{DECOMPOSED} ('cafe\\u0301')" in line
 
 
-@pytest.mark.fault("path in the other Unicode form")
+@pytest.mark.fault("path in another Unicode form")
 def test_a_path_is_found_in_either_form(tmp_path, capsys, train):
     """A list that was written on a Mac, of files on Linux; and mixed forms in one path."""
     draw(tmp_path / COMPOSED, images=12)
