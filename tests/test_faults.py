@@ -208,7 +208,7 @@ def test_what_is_changed_or_left_aside_is_said_once(colours, train, capsys):
         assert out.count(said) == 1, said
 
 
-@pytest.mark.fault("blanks, line breaks and unicode in names")
+@pytest.mark.fault("blanks, line breaks and Unicode in names")
 def test_a_name_that_is_no_unicode_keeps_its_bytes(colours, train):
     for number in range(20):  # in every split
         (colours / f"red/{number:03}.png").rename(colours / "red" / os.fsdecode(b"caf\xe9 %d.png" % number))

@@ -83,7 +83,7 @@ def test_other_floats_are_left_out_with_their_reason(value, reason):
         decode(encode(Image.fromarray(values), "TIFF"), SMALL)
 
 
-@pytest.mark.fault("images of a dataset that differ by palette, transparency or orientation alone")
+@pytest.mark.fault("images of a dataset that differ only by palette, transparency or orientation")
 def test_the_hash_of_a_pil_image_is_of_what_is_decoded():
     indices = np.arange(48 * 64, dtype=np.uint8).reshape(48, 64) % 4
 

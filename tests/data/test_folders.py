@@ -49,7 +49,7 @@ def test_the_usual_names_of_splits_are_understood(tmp_path):
     assert all(item.path.startswith("Testing/") == (item.split == "test") for item in data.items)
 
 
-@pytest.mark.fault("train/ beside other folders")
+@pytest.mark.fault("train/ next to other folders")
 @pytest.mark.parametrize("beside", ["unlabeled", "extra/red"])
 def test_a_train_folder_beside_what_is_no_split_is_refused(beside, tmp_path, refused):
     draw(tmp_path / "photos/train", images=4)
@@ -68,7 +68,7 @@ def test_what_is_beside_clear_splits_is_said(tmp_path, capsys):
     assert "folders other than the splits are left out: unlabeled" in capsys.readouterr().out
 
 
-@pytest.mark.fault("class folders that hold the same folders each")
+@pytest.mark.fault("class folders that all hold the same folders")
 @pytest.mark.parametrize("outer", [("2023", "2024"), ("test", "val")])
 def test_two_readings_are_refused_with_both(outer, tmp_path, refused):
     for name in outer:
@@ -90,7 +90,7 @@ def test_a_class_may_be_called_train(tmp_path):
     assert ImageFolderData(str(tmp_path / "photos")).class_names == ["bus", "test", "train"]
 
 
-@pytest.mark.fault("folders of network disks and systems")
+@pytest.mark.fault("folders made by network disks and operating systems")
 def test_thumbnails_of_network_disks_are_left_out_and_said(colours, capsys):
     for name in ("@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN", "System Volume Information", ".thumbnails"):
         draw(colours / "red" / name, images=1, seed=1)
@@ -121,7 +121,7 @@ def test_an_empty_root_is_refused(refused):
     assert "--data.csv=" in refused("train", "--data.csv=")
 
 
-@pytest.mark.fault("class names that differ by case or Unicode form alone")
+@pytest.mark.fault("class names that differ only by case or Unicode form")
 @pytest.mark.parametrize("source", ["folder", "csv"])
 @pytest.mark.parametrize("names", [("Bee", "bee"), (COMPOSED, DECOMPOSED)])
 def test_class_names_that_look_alike_are_said(names, source, tmp_path, capsys):

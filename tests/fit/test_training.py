@@ -128,7 +128,7 @@ def test_a_dry_run_leaves_nothing(colours, train):
     "configuration file that is missing",
     "missing checkpoint, or a folder in its place",
     "no GPU, but one is requested",
-    "16-mixed on a processor",
+    "16-mixed on a CPU",
 )
 @pytest.mark.parametrize(
     ("option", "said"),
