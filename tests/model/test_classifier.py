@@ -198,7 +198,9 @@ def test_other_classes_and_other_weights_are_refused(checkpoint, colours, refuse
 
 
 @pytest.mark.fault(
-    "checkpoint that is truncated, empty or text", "missing checkpoint, or a folder in its place", "code in an input file"
+    "checkpoint that is truncated, empty or text",
+    "missing checkpoint, or a folder in its place",
+    "code in an input file",
 )
 def test_a_damaged_checkpoint_is_one_line(checkpoint, colours, refused):
     path = checkpoint.with_name("last.ckpt")
