@@ -61,7 +61,7 @@ class Evil:
         return (os.system, ("touch executed",))
 
 
-@pytest.mark.fault("code in a file that is given")
+@pytest.mark.fault("code in an input file")
 @pytest.mark.parametrize("forced", [False, True])
 def test_no_file_that_is_given_executes_code(colours, forced, refused, monkeypatch):
     if forced:  # the switch that turns torch's own guard off
@@ -127,7 +127,7 @@ def test_a_killed_run_goes_on_in_a_moved_folder_with_its_best_score_and_no_doubl
     assert json.loads((run / "result.json").read_text())["test/acc"] >= 0
 
 
-@pytest.mark.fault("run that is finished already")
+@pytest.mark.fault("run that has already finished")
 def test_a_run_that_is_finished_is_said_to_be(colours, train, capsys):
     train(colours, "--trainer.max_epochs=2")
     path = newest_run() / "checkpoints/last.ckpt"
@@ -176,10 +176,10 @@ def test_python_users_checkpoints_need_no_seal(colours, tmp_path):
 
 
 @pytest.mark.fault(
-    "16 bits a channel",
+    "16 bits per channel",
     "longer than 20 times its width",
     "animated GIF or WebP",
-    "folders within a class folder",
+    "folders inside a class folder",
     "formats that PIL cannot read",
     "classes of very different size",
 )
@@ -208,7 +208,7 @@ def test_what_is_changed_or_left_aside_is_said_once(colours, train, capsys):
         assert out.count(said) == 1, said
 
 
-@pytest.mark.fault("blanks, line breaks and unicode in names")
+@pytest.mark.fault("blanks, line breaks and Unicode in names")
 def test_a_name_that_is_no_unicode_keeps_its_bytes(colours, train):
     for number in range(20):  # in every split
         (colours / f"red/{number:03}.png").rename(colours / "red" / os.fsdecode(b"caf\xe9 %d.png" % number))
@@ -270,7 +270,7 @@ def test_a_batch_may_be_larger_than_the_data(colours, train):
     assert train(colours, "--data.batch_size=4096", "--trainer.max_epochs=30", "--model.lr=0.05")["test/acc"] == 1.0
 
 
-@pytest.mark.fault("callback that watches what is not logged")
+@pytest.mark.fault("callback that monitors a value that is not logged")
 def test_a_monitor_must_be_logged(colours, refused, train):
     stopping = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor"]
     line = refused("train", f"--data.root={colours}", *SMALL, stopping[0], f"{stopping[1]}=val/los")
@@ -287,7 +287,7 @@ def test_all_that_is_said_to_be_logged_is(colours, train):
     assert set(TransferClassifier(["a", "b"]).logged) <= set(events.Tags()["scalars"])
 
 
-@pytest.mark.fault("another learning rate for a run that goes on")
+@pytest.mark.fault("another learning rate for a resumed run")
 def test_which_learning_rate_wins_is_said(colours, train, capsys):
     train(colours, "--trainer.max_epochs=2", "--model.lr=0.02")
     last = newest_run() / "checkpoints/last.ckpt"
@@ -310,7 +310,7 @@ def test_a_killed_worker_names_the_option(colours, refused, monkeypatch):
     assert "/dev/shm" in line
 
 
-@pytest.mark.fault("cache that is pruned during the run")
+@pytest.mark.fault("cache pruned during the run")
 def test_a_cache_that_is_pruned_meanwhile(colours, train, monkeypatch):
     write, pruned = FeatureCache._write, []
 
@@ -343,7 +343,7 @@ def test_cached_features_that_are_wrong_are_found(colours, train, own_cache, cap
     assert "HIT" in capsys.readouterr().out
 
 
-@pytest.mark.fault("code in a file that is given")
+@pytest.mark.fault("code in an input file")
 def test_no_file_that_lies_about_executes_code(colours, train, refused, own_cache, stand_in_for_imagenet, monkeypatch):
     """The cache, the folder of downloaded weights, files to predict, configurations, a run's splits."""
     monkeypatch.setenv("HEADSTART_OFFLINE", "1")
@@ -374,7 +374,7 @@ def test_no_file_that_lies_about_executes_code(colours, train, refused, own_cach
     assert not Path("executed").exists()
 
 
-@pytest.mark.fault("image that would start a program")
+@pytest.mark.fault("image format that would start a program")
 def test_no_image_starts_a_program(colours, train, monkeypatch):
     started = []
     monkeypatch.setattr("subprocess.Popen.__init__", lambda self, *given, **options: started.append(given))

@@ -33,7 +33,7 @@ def test_any_mode_becomes_rgb(mode, kind):
     assert decode(encode(image, kind), SMALL).mode == "RGB"
 
 
-@pytest.mark.fault("16 bits a channel")
+@pytest.mark.fault("16 bits per channel")
 def test_sixteen_bits_are_scaled_and_not_clipped():
     ramp = np.linspace(0, 65535, 64).astype(np.uint16)[None].repeat(48, 0)
     pixels = np.asarray(decode(encode(Image.fromarray(ramp)), SMALL))
@@ -83,7 +83,7 @@ def test_other_floats_are_left_out_with_their_reason(value, reason):
         decode(encode(Image.fromarray(values), "TIFF"), SMALL)
 
 
-@pytest.mark.fault("images of a dataset that differ by palette, transparency or orientation alone")
+@pytest.mark.fault("images of a dataset that differ only by palette, transparency or orientation")
 def test_the_hash_of_a_pil_image_is_of_what_is_decoded():
     indices = np.arange(48 * 64, dtype=np.uint8).reshape(48, 64) % 4
 
@@ -150,10 +150,10 @@ def test_a_large_jpeg_is_decoded_at_a_reduced_scale():
 
 
 @pytest.mark.fault(
-    "JPEG that is cut off",
+    "truncated JPEG",
     "empty file, or text in its place",
     "PNG with a wrong checksum",
-    "smaller than 8 pixels a side",
+    "smaller than 8 pixels on a side",
 )
 @pytest.mark.parametrize(
     ("data", "reason"),

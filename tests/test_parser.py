@@ -12,7 +12,7 @@ from support import at_most, draw, newest_run
 DRY = ["--model.image_size=32", "--trainer.fast_dev_run=true"]
 
 
-@pytest.mark.fault("configuration with a mistake in it")
+@pytest.mark.fault("configuration with a mistake")
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -171,7 +171,7 @@ def test_typed_both_ways_a_run_is_the_same(tmp_path):
     assert plain.replace("plain", "dashed") == dashed
 
 
-@pytest.mark.fault("name of a run that is no folder's name")
+@pytest.mark.fault("run name that is not a valid folder name")
 @pytest.mark.parametrize("name", ["a/b", "..", ".", "", "/tmp/x", "../x", "a\\b"])
 def test_a_name_stays_below_the_logs(name, refused):
     for verb in ("train", "tune", "evaluate"):

@@ -63,7 +63,7 @@ def test_a_nul_in_a_table_leaves_the_image_out(colours, train, capsys):
 
 
 @pytest.mark.wing("deploy")
-@pytest.mark.fault("nothing on the standard input")
+@pytest.mark.fault("nothing on standard input")
 @pytest.mark.parametrize("data", [b"", b"\n \n", None])
 def test_an_empty_list_is_refused_before_a_file_is_made(data, checkpoint, refused, monkeypatch):
     if data is None:  # `<&-`
@@ -123,7 +123,7 @@ def test_a_root_that_no_configuration_could_hold_is_refused(colours, refused):
 
 
 @linux
-@pytest.mark.fault("file or folder of an option without permission")
+@pytest.mark.fault("file or folder named by an option, without permission")
 def test_options_that_may_not_be_read_or_written_are_named(work, refused):
     for name in ("closed", "full"):
         Path(name).mkdir()
@@ -183,7 +183,7 @@ def test_features_that_may_not_be_deleted_are_said(work, capsys):
     assert "freed 0.0 MB" in out
 
 
-@pytest.mark.fault("run folder that is deleted during the run")
+@pytest.mark.fault("run folder deleted during the run")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard writes in one
 @pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_validation_epoch_end", "on_fit_end", "on_test_end"])
 def test_a_run_folder_that_is_deleted_is_not_made_anew(hook, colours, refused, monkeypatch):
@@ -221,7 +221,7 @@ def test_splits_of_another_form_are_refused(content, work, refused):
     assert "splits.csv: lacks" in refused("finetune", f"--ckpt_path={best}")  # wing: finetune
 
 
-@pytest.mark.fault("cache with files of another form")
+@pytest.mark.fault("cache with invalid files")
 def test_an_index_of_another_form_is_made_anew(work, train):
     shutil.rmtree("cache/index")
     train(Path("colours"), "--trainer.fast_dev_run=true")
@@ -240,7 +240,7 @@ def test_an_index_of_another_form_is_made_anew(work, train):
         assert all(np.array_equal(found[name], known[name]) for name in ("names", "digests", "measures"))
 
 
-@pytest.mark.fault("cache with files of another form")
+@pytest.mark.fault("cache with invalid files")
 @pytest.mark.parametrize("content", ["3", "[]", "{}", '{"backbone": 3, "weights": 3}', "null", "\xff"])
 def test_a_key_of_another_form_is_damaged(content, work, train, capsys):
     (key,) = Path("cache").glob("features/*/key.json")
@@ -256,7 +256,7 @@ def test_a_key_of_another_form_is_damaged(content, work, train, capsys):
 ROWS, META = torch.zeros(60, 32, dtype=torch.uint8), {"failures": "{}", "seconds": "0"}
 
 
-@pytest.mark.fault("cache with files of another form")
+@pytest.mark.fault("cache with invalid files")
 @pytest.mark.parametrize(
     ("tensors", "metadata"),
     [
@@ -279,7 +279,7 @@ def test_a_piece_of_another_form_is_computed_again(tensors, metadata, work, trai
     assert "is damaged and will be recomputed" in capsys.readouterr().out
 
 
-@pytest.mark.fault("message that thousands of classes would repeat")
+@pytest.mark.fault("message that would list thousands of classes")
 def test_repeated_messages_are_five_and_a_count(capsys):
     items = [
         Item(f"{label}/{number}", label, hashlib.sha256(b"%d %d" % (label, number)).digest())

@@ -22,11 +22,11 @@ VERBS = {
     "export": "export a trained head as one ONNX file, or as weights for torchvision",  # wing: deploy
     "demo": "try a head on a page in the browser: drop a picture, see what it says and why",  # wing: deploy
     "check": "find duplicates, likely wrong labels, outliers and damaged files in a folder",  # wing: audit
-    "domains": "leave out one domain at a time, and score the head of the others on it",  # wing: domains
+    "domains": "leave out each domain in turn: train on the others, test on the one left out",  # wing: domains
     "fewshot": "learn new classes from a few examples each: meta-train, compare, save",  # wing: fewshot
     "embed": "write the features of images to a file, for other tools",  # wing: label
     "similar": "find the most similar images of a folder to a picture",  # wing: label
-    "next": "choose which images of a heap to label next",  # wing: label
+    "next": "choose which unlabelled images to label next",  # wing: label
     "label": "label images on a page in the browser",  # wing: label
     "runs": "list runs with their scores and the settings that differ between them",
     "cache": "list, verify or prune the cached features",

@@ -186,17 +186,17 @@ def add_checkpoint(parser: OptionParser) -> None:
 
 def add_answers(parser: OptionParser) -> None:
     """Adds how a head answers: how many classes, where with `unknown`, and with which sets."""
-    parser.add_argument("--top_k", type=Positive, default=5, help="most probable classes per row")
+    parser.add_argument("--top_k", type=Positive, default=5, help="number of most probable classes per row")
     parser.add_argument(
         "--unknown",
         type=OpenFraction | None,
-        help="answer `unknown` for what is as far from the classes as this share of validation images; None: never",
+        help="answer `unknown` if at most this share of validation images is as far from the classes; None: never",
     )
     parser.add_argument("--min_probability", type=Share, default=0.0, help="answer `unknown` below this probability")
     parser.add_argument(
         "--coverage",
         type=OpenFraction | None,
-        help="add the set of classes that holds the true one in this share of cases, such as 0.9; None: no sets",
+        help="add a set of classes that contains the true one for this share of images, such as 0.9; None: no sets",
     )
 
 

@@ -1,4 +1,4 @@
-"""Serves a page on this machine: under a secret address, a request at a time, with nothing from other sites."""
+"""Serves a page on this machine: under a secret address, one request at a time, with nothing from other sites."""
 
 import secrets
 import socket

@@ -1,4 +1,4 @@
-"""Pages from the templates that lie beside the code."""
+"""Pages from the templates that lie next to the code."""
 
 from typing import Any
 

@@ -143,11 +143,11 @@ def test_a_splits_file_freezes_the_split(colours, train, tmp_path):
 
 
 @pytest.mark.fault(
-    "JPEG that is cut off",
+    "truncated JPEG",
     "empty file, or text in its place",
-    "blanks, line breaks and unicode in names",
+    "blanks, line breaks and Unicode in names",
     "hidden files",
-    "folders of tools, such as .ipynb_checkpoints",
+    "folders made by tools, such as .ipynb_checkpoints",
     "broken symbolic link",
 )
 @pytest.mark.parametrize("cache", [True, False])
@@ -204,11 +204,11 @@ def break_(colours: Path, how: str) -> None:
 
 
 @pytest.mark.fault(
-    "one class alone",
-    "images straight in the root",
+    "only one class",
+    "images directly in the root",
     "class folder without images",
-    "class of one image",
-    "other classes in train and val",
+    "class with one image",
+    "different classes in train and val",
 )
 @pytest.mark.parametrize(
     ("how", "said"),
@@ -300,7 +300,7 @@ class Palettes(Squares):
         return image, index % 2
 
 
-@pytest.mark.fault("images of a dataset that differ by palette, transparency or orientation alone")
+@pytest.mark.fault("images of a dataset that differ only by palette, transparency or orientation")
 def test_images_of_a_dataset_that_differ_by_palette_have_rows_of_their_own():
     data = setup(DatasetData(Palettes(40, 0), num_workers=0))
     assert len({item.digest for item in data.items}) == 40

@@ -49,7 +49,7 @@ def test_the_usual_names_of_splits_are_understood(tmp_path):
     assert all(item.path.startswith("Testing/") == (item.split == "test") for item in data.items)
 
 
-@pytest.mark.fault("train/ beside other folders")
+@pytest.mark.fault("train/ next to other folders")
 @pytest.mark.parametrize("beside", ["unlabeled", "extra/red"])
 def test_a_train_folder_beside_what_is_no_split_is_refused(beside, tmp_path, refused):
     draw(tmp_path / "photos/train", images=4)
@@ -68,7 +68,7 @@ def test_what_is_beside_clear_splits_is_said(tmp_path, capsys):
     assert "folders other than the splits are left out: unlabeled" in capsys.readouterr().out
 
 
-@pytest.mark.fault("class folders that hold the same folders each")
+@pytest.mark.fault("class folders that all hold the same folders")
 @pytest.mark.parametrize("outer", [("2023", "2024"), ("test", "val")])
 def test_two_readings_are_refused_with_both(outer, tmp_path, refused):
     for name in outer:
@@ -83,14 +83,14 @@ def test_two_readings_are_refused_with_both(outer, tmp_path, refused):
     assert ImageFolderData(str(tmp_path / "photos")).class_names == sorted(outer)
 
 
-@pytest.mark.fault("class that is called train")
+@pytest.mark.fault("class called train")
 def test_a_class_may_be_called_train(tmp_path):
     draw(tmp_path / "photos", images=4, colours={"train": (1, 2, 3), "test": (90, 9, 9), "bus": (9, 90, 9)})
     (tmp_path / "photos/train/steam").mkdir()
     assert ImageFolderData(str(tmp_path / "photos")).class_names == ["bus", "test", "train"]
 
 
-@pytest.mark.fault("folders of network disks and systems")
+@pytest.mark.fault("folders made by network disks and operating systems")
 def test_thumbnails_of_network_disks_are_left_out_and_said(colours, capsys):
     for name in ("@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN", "System Volume Information", ".thumbnails"):
         draw(colours / "red" / name, images=1, seed=1)
@@ -103,7 +103,7 @@ def test_thumbnails_of_network_disks_are_left_out_and_said(colours, capsys):
     assert "2 System Volume Information/" in out
 
 
-@pytest.mark.fault("folder of runs within the data")
+@pytest.mark.fault("folder of runs inside the data")
 def test_the_folder_of_runs_is_no_class(colours, train, refused, monkeypatch, capsys):
     monkeypatch.chdir(colours)
     for _ in range(2):
@@ -121,7 +121,7 @@ def test_an_empty_root_is_refused(refused):
     assert "--data.csv=" in refused("train", "--data.csv=")
 
 
-@pytest.mark.fault("class names that differ by case or Unicode form alone")
+@pytest.mark.fault("class names that differ only by case or Unicode form")
 @pytest.mark.parametrize("source", ["folder", "csv"])
 @pytest.mark.parametrize("names", [("Bee", "bee"), (COMPOSED, DECOMPOSED)])
 def test_class_names_that_look_alike_are_said(names, source, tmp_path, capsys):
@@ -146,7 +146,7 @@ def test_a_refusal_of_names_that_look_alike_tells_the_code_points(tmp_path, refu
     assert f"{DECOMPOSED} ('cafe\\u0301')" in line
 
 
-@pytest.mark.fault("path in the other Unicode form")
+@pytest.mark.fault("path in another Unicode form")
 def test_a_path_is_found_in_either_form(tmp_path, capsys, train):
     """A list that was written on a Mac, of files on Linux; and mixed forms in one path."""
     draw(tmp_path / COMPOSED, images=12)

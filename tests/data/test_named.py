@@ -102,7 +102,7 @@ def cifar_archive(folder: Path, monkeypatch: pytest.MonkeyPatch, images: int = 1
     return folder
 
 
-@pytest.mark.fault("named dataset that cannot be had")
+@pytest.mark.fault("named dataset that is not available")
 def test_cifar10_by_name_from_its_archive(tmp_path, train, capsys, opened, monkeypatch, refused):
     folder = cifar_archive(tmp_path / "sets", monkeypatch)
     options = "--data.source=torchvision", "--trainer.max_epochs=1", "--data.limit=5"
@@ -152,7 +152,7 @@ def scanned(rows: list[Any], **options: Any) -> list[str]:
     return [item.digest.hex() for item in data.store.items]
 
 
-@pytest.mark.fault("dataset that is not what is remembered of it")
+@pytest.mark.fault("dataset that changed since its hashes were stored")
 def test_hashes_of_a_dataset_are_remembered_under_its_fingerprint(capsys, opened):
     rows = squares()
     first = scanned(rows)
@@ -174,7 +174,7 @@ def test_rows_that_are_dicts_and_bytes(colours):
     assert scanned(rows, columns=("img", "y")) == wanted
 
 
-@pytest.mark.fault("dataset that gives other pixels on a second look")
+@pytest.mark.fault("dataset that returns different pixels when read again")
 def test_a_dataset_that_gives_other_pixels_is_refused():
     images = [image for image, _ in squares(count=2000)]
     random = np.random.default_rng(0)
@@ -183,7 +183,7 @@ def test_a_dataset_that_gives_other_pixels_is_refused():
         scanned(rows)
 
 
-@pytest.mark.fault("dataset that is streamed")
+@pytest.mark.fault("streamed dataset")
 def test_a_streamed_dataset_is_refused():
     with pytest.raises(UserError, match="train is streamed, but an image is split by its content"):
         DatasetData(hub.Dataset.from_dict({"image": [0]}).to_iterable_dataset(), class_names=["a", "b"])
@@ -219,7 +219,7 @@ def test_what_hugging_face_does_not_have_is_one_line(root, refused):
     )
 
 
-@pytest.mark.fault("group that no path names")
+@pytest.mark.fault("group pattern that matches no path")
 def test_groups_by_a_pattern_on_the_path(tmp_path, refused):
     root = draw(tmp_path / "frames", images=30)
     for path in root.glob("*/*.png"):

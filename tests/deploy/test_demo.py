@@ -69,7 +69,7 @@ def bomb() -> bytes:
     return bytes(data)
 
 
-@pytest.mark.fault("upload to the demo that is too large, a text or a bomb")
+@pytest.mark.fault("upload to the demo that is too large, text or a decompression bomb")
 def test_what_is_no_picture_is_refused_in_one_line(client):
     for data, said in ((b"just a text\n", "cannot be used"), (bomb(), "pixels"), (b"", "cannot be used")):
         answer = post(client, data)

@@ -76,7 +76,7 @@ def test_torchvision_alone_loads_the_weights(colours, train):
     torch.testing.assert_close(found, probabilities(checkpoint), rtol=0, atol=1e-5)
 
 
-@pytest.mark.fault("export that computes something else")
+@pytest.mark.fault("export whose outputs differ")
 def test_an_export_that_computes_something_else_is_not_written(checkpoint, refused, monkeypatch):
     monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
     assert "not written" in refused("export", f"--ckpt_path={checkpoint}", "--output=resnet18.pth")
@@ -107,7 +107,7 @@ def by_the_documented_script(paths: list[Path], monkeypatch, capsys) -> list[tup
     return [(label, float(probability)) for label, probability, _ in rows]
 
 
-@pytest.mark.fault("export in another language")
+@pytest.mark.fault("exported model in another language")
 def test_the_check_pictures_tell_another_decoding(checkpoint, refused, monkeypatch, capsys):
     main(["export", f"--ckpt_path={checkpoint}", "--output=model.onnx"])
     folder = Path("model.onnx.check")
@@ -169,7 +169,7 @@ class Lazy(torch.utils.data.Dataset):
         return opened(self.paths[index]), index % 3
 
 
-@pytest.mark.fault("one image by four ways")
+@pytest.mark.fault("the same image decoded in four ways")
 def test_an_image_has_one_answer_by_whichever_way(checkpoint, tmp_path, monkeypatch, capsys):
     """Stored on its side, with 16 bits, transparent, of 6000 x 4000 pixels, with a palette, in CMYK."""
     exif = Image.Exif()

@@ -74,7 +74,7 @@ def test_damaged_files_are_rows_with_their_error(checkpoint, photos, tmp_path):
     assert len(first["top"]) == 2
 
 
-@pytest.mark.fault("files that predict leaves out")
+@pytest.mark.fault("files that predict skips")
 def test_what_a_folder_leaves_out_is_said_and_what_is_named_gets_a_row(checkpoint, photos, tmp_path, capsys):
     folder = shutil.copytree(photos / "red", tmp_path / "mine")
     shutil.copy(photos / "red/000.png", folder / "no suffix")
@@ -153,7 +153,7 @@ def test_sets_and_the_least_probability(checkpoint, photos):
     ]
 
 
-@pytest.mark.fault("`--unknown` or `--coverage` that the validation images are too few for")
+@pytest.mark.fault("too few validation images for `--unknown` or `--coverage`")
 def test_a_promise_that_the_head_cannot_keep_is_refused(checkpoint, photos, refused):
     last, image = checkpoint.with_name("last.ckpt"), str(photos / "red/000.png")
     images = len(TransferClassifier.load_from_checkpoint(checkpoint).known.distances)

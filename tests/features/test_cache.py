@@ -255,7 +255,7 @@ def test_a_thousand_flipped_bits(colours, train, own_cache, capsys):
     assert found == 1000
 
 
-@pytest.mark.fault("lock of a process that died")
+@pytest.mark.fault("lock held by a process that died")
 def test_a_lock_left_by_the_dead_is_taken_over(colours, train, own_cache):
     once(train, colours)
     expected = features(own_cache)

@@ -106,7 +106,7 @@ def test_seeds_and_grids_have_a_range(option, own, refused):
     assert option.split("=")[0] in refused("tune", f"--data.root={own}", "--model.image_size=32", option)
 
 
-@pytest.mark.fault("fewer images than there are, by an option of the Trainer")
+@pytest.mark.fault("fewer images than available, because of a Trainer option")
 @pytest.mark.parametrize(
     ("option", "seen"), [("limit_train_batches=0.4", 8), ("overfit_batches=2", 16), ("limit_val_batches=1.0", None)]
 )

@@ -171,7 +171,7 @@ def test_check_doubts_single_labels(tmp_path, capsys):
     assert all(notes[f"{number}.png"].startswith("looks like" if number % 2 else "looks unlike") for number in hits)
 
 
-@pytest.mark.fault("several labels in one cell, rows of one picture, or empty labels, in a CSV file")
+@pytest.mark.fault("several labels in one cell, several rows for one picture, or empty labels, in a CSV file")
 @pytest.mark.parametrize(
     ("rows", "option", "said"),
     [

@@ -150,7 +150,7 @@ def test_the_newest_unfinished_run_of_the_verb_is_resumed(own, colours, train, s
     assert (second / "result.json").exists()
 
 
-@pytest.mark.fault("a run that another process trains")
+@pytest.mark.fault("a run that another process is training")
 def test_two_processes_do_not_resume_one_run(own, stopped, refused):
     run = stopped(own)
     before = (run / CKPT).read_bytes()

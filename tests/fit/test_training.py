@@ -122,13 +122,13 @@ def test_a_dry_run_leaves_nothing(colours, train):
 
 @pytest.mark.fault(
     "root that is missing",
-    "value of another type, unknown option",
+    "value of the wrong type, unknown option",
     "value out of range",
     "image size out of range",
     "configuration file that is missing",
-    "missing checkpoint, or a folder",
-    "no GPU where one is asked for",
-    "16-mixed on a processor",
+    "missing checkpoint, or a folder in its place",
+    "no GPU, but one is requested",
+    "16-mixed on a CPU",
 )
 @pytest.mark.parametrize(
     ("option", "said"),

@@ -34,7 +34,7 @@ def serve(programs: Path, folder: Path, *options: str) -> tuple[int, str, subpro
     return pid, found[1], client
 
 
-@pytest.mark.fault("kill while pictures are labelled")
+@pytest.mark.fault("kill during labelling")
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium; .ci/run installs it")
 def test_twenty_pictures_are_labelled_by_key_through_a_kill(tab, programs, tmp_path):
     draw(tmp_path / "heap", images=7)

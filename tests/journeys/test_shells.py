@@ -29,7 +29,7 @@ def shell(request):
     return run
 
 
-@pytest.mark.fault("standard input, output or error that is closed")
+@pytest.mark.fault("closed standard input, output or error")
 def test_closed_streams(checkpoint, trained, shell):
     assert "colours" in shell("headstart runs <&-")[1]
     assert "colours" in shell("headstart runs 2>&-")[1]
@@ -57,7 +57,7 @@ def test_a_full_device(checkpoint, trained, shell):
     assert shell("headstart nonsense 2> /dev/full") == (2, "", "")
 
 
-@pytest.mark.fault("reader of the output that has enough")
+@pytest.mark.fault("reader that closes the output early")
 def test_a_reader_that_has_enough(trained, shell):
     for command in (f"train --data.root={trained}/colours {SMALL}", "train --help_all"):
         _, out, errors = shell(f"headstart {command} | head -c 1; echo status ${{PIPESTATUS[0]}}", LC_ALL="C.UTF-8")
@@ -89,7 +89,7 @@ def programs_of(*command: str) -> set[str]:
     return set(re.findall(r'execve(?:at)?\([^"]*"(.*?)"', Path("trace").read_text()))
 
 
-@pytest.mark.fault("image that would start a program")
+@pytest.mark.fault("image format that would start a program")
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 def test_strace_sees_no_program_started(tmp_path):
     """None but those that start without such images: Python itself, and what a library asks for when it is imported."""

@@ -100,7 +100,7 @@ def test_it_resumes_and_rows_that_are_there_stay_byte_for_byte(heap, queue):
     assert again.shown() == 1
 
 
-@pytest.mark.fault("labels.csv that another program changes while pictures are labelled")
+@pytest.mark.fault("labels.csv changed by another program during labelling")
 def test_a_file_that_another_program_changed_is_left_alone(heap, queue):
     page = Page(queue, heap)
     page.post(0, label="ant")
@@ -112,7 +112,7 @@ def test_a_file_that_another_program_changed_is_left_alone(heap, queue):
     assert page.shown() == 1
 
 
-@pytest.mark.fault("full disk while pictures are labelled")
+@pytest.mark.fault("full disk during labelling")
 def test_a_full_disk_loses_nothing_and_is_told(heap, queue, monkeypatch):
     page = Page(queue, heap)
     page.post(0, label="ant")
@@ -148,7 +148,7 @@ def test_only_the_owner_of_the_address_gets_in(heap, queue):
     assert not Path("labels.csv").exists()
 
 
-@pytest.mark.fault("link in a heap to a file elsewhere")
+@pytest.mark.fault("link to a file outside the folder being labelled")
 def test_only_pictures_of_the_heap_are_served_and_only_as_pixels(heap, queue, tmp_path):
     outside = tmp_path / "outside.png"
     outside.write_bytes(queue[0].read_bytes())

@@ -142,7 +142,7 @@ def test_weights_of_another_architecture_are_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.fault("code in a file that is given")
+@pytest.mark.fault("code in an input file")
 @pytest.mark.parametrize("variable", ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None])
 def test_no_pickle_is_executed(variable, tmp_path, monkeypatch):
     if variable:

@@ -185,7 +185,7 @@ def test_a_checkpoint_of_something_else_is_refused(change, said, checkpoint, col
     assert said in refused("train", f"--data.root={colours}", f"--ckpt_path={path}", *options)
 
 
-@pytest.mark.fault("checkpoint of another backbone", "checkpoint of other classes")
+@pytest.mark.fault("checkpoint of another backbone", "checkpoint with other classes")
 def test_other_classes_and_other_weights_are_refused(checkpoint, colours, refused):
     path = checkpoint.with_name("last.ckpt")
     options = f"--data.root={colours}", *TINY, "--trainer.max_epochs=4"
@@ -198,7 +198,9 @@ def test_other_classes_and_other_weights_are_refused(checkpoint, colours, refuse
 
 
 @pytest.mark.fault(
-    "checkpoint that is cut off, empty or text", "missing checkpoint, or a folder", "code in a file that is given"
+    "checkpoint that is truncated, empty or text",
+    "missing checkpoint, or a folder in its place",
+    "code in an input file",
 )
 def test_a_damaged_checkpoint_is_one_line(checkpoint, colours, refused):
     path = checkpoint.with_name("last.ckpt")

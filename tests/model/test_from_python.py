@@ -71,7 +71,7 @@ def test_the_data_refuse(options, said, colours):
         ImageFolderData(str(colours), **options)
 
 
-@pytest.mark.fault("dataset of another form")
+@pytest.mark.fault("dataset of an unexpected form")
 @pytest.mark.parametrize(
     ("dataset", "said"),
     [
@@ -86,7 +86,7 @@ def test_a_dataset_of_another_form_is_refused(dataset, said):
         load(DatasetData(dataset))
 
 
-@pytest.mark.fault("datasets that number their classes otherwise")
+@pytest.mark.fault("datasets that number their classes differently")
 @pytest.mark.parametrize("classes", [["cat", "dog"], ["cat", "dog", "emu"], ["cat", "bee", "dog"]])
 def test_two_datasets_number_their_classes_alike(classes):
     train, val = Pairs([0, 1, 2], ["bee", "cat", "dog"]), Pairs([0, 1], classes)
@@ -95,7 +95,7 @@ def test_two_datasets_number_their_classes_alike(classes):
     assert DatasetData(train, Pairs([0, 1], ["bee", "cat", "dog"])).source.has_val
 
 
-@pytest.mark.fault("datasets that number their classes otherwise")
+@pytest.mark.fault("datasets that number their classes differently")
 def test_a_module_of_swapped_classes_is_refused(colours):
     module = TransferClassifier(["green", "blue", "red"], image_size=32)
     with pytest.raises(UserError, match="class_names"):
@@ -152,7 +152,7 @@ def test_float64_is_for_the_processor(monkeypatch):
     assert fit_temperature(logits.as_subclass(Elsewhere), labels) == fit_temperature(logits, labels)
 
 
-@pytest.mark.fault("checkpoint that lacks something, or holds what is not finite")
+@pytest.mark.fault("checkpoint with missing or non-finite values")
 @pytest.mark.parametrize(
     ("change", "said"),
     [

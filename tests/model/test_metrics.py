@@ -56,7 +56,7 @@ def test_a_perfect_head_has_perfect_scores_where_classes_are_absent():
     assert mean_auroc(probabilities, labels) == 1
 
 
-@pytest.mark.fault("split of one class")
+@pytest.mark.fault("split with one class")
 def test_a_split_of_one_class_has_no_auroc(tmp_path, train, capsys):
     root = draw(tmp_path / "splits/train", images=8).parent
     shutil.copytree(root / "train/red", root / "val/red")

@@ -125,7 +125,7 @@ def hub(tmp_path, monkeypatch) -> Path:
 FIRST, SECOND = "1" * 40, "2" * 40
 
 
-@pytest.mark.fault("timm's weights of another revision, changed or cut off")
+@pytest.mark.fault("timm weights of another revision, changed or truncated")
 def test_a_revision_is_fetched_again_and_checked(hub, colours, refused):
     state = on_the_hub(hub, FIRST, 1)
     backbone = FrozenBackbone("timm/test_vit")
@@ -150,7 +150,7 @@ def test_a_revision_is_fetched_again_and_checked(hub, colours, refused):
         assert said in line
 
 
-@pytest.mark.fault("backbone of timm that cannot be had")
+@pytest.mark.fault("timm backbone that is not available")
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -130,7 +130,7 @@ def test_of_older_runs_the_scores_are_compared_and_a_foreign_drawing_is_left_out
     assert "--csv: is for the list of runs" in refused("runs", "a", "b", "--csv=x.csv")
 
 
-@pytest.mark.fault("result.json with values of another kind")
+@pytest.mark.fault("result.json with values of other types")
 @pytest.mark.parametrize(
     "content", ['{"seconds": "x"}', '{"seconds": {"total": "x"}}', '{"test/acc": [1]}', "[" * 10**5]
 )

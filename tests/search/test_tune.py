@@ -308,7 +308,7 @@ def test_a_mistake_in_the_search_is_one_line(option, said, colours, refused):
     assert said in refused("tune", f"--data.root={colours}", "--model.image_size=32", option)
 
 
-@pytest.mark.fault("images of a group in several folds")
+@pytest.mark.fault("images of one group in several folds")
 def test_images_of_a_group_share_a_fold():
     digests = [hashlib.sha256(bytes([number])).digest() for number in range(60)]
     alone = [Item(f"{number}", 0, digest) for number, digest in enumerate(digests)]

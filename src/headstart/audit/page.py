@@ -1,4 +1,4 @@
-"""The findings as a page with pictures: copies side by side, suspect labels beside their nearest neighbours."""
+"""The findings as a page with pictures: copies side by side, suspect labels next to their nearest neighbours."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Images that a ``Dataset`` gives, such as torchvision's, as a source and as a data module."""
+"""Images from a ``Dataset``, such as torchvision's, as a source and as a data module."""
 
 import hashlib
 import json
@@ -214,7 +214,7 @@ def _content(image: Any) -> Image.Image | bytes:
 
 
 class DatasetData(ImageData):
-    """Any map-style datasets of (PIL image, label) pairs, such as torchvision's, or of dicts, as Hugging Face's.
+    """Map-style datasets of (PIL image, label) pairs, such as torchvision's, or of dicts, such as Hugging Face's.
 
     Images that are opened but not loaded, as by ``ImageFolder(root, loader=Image.open)``, are decoded from their files;
     bytes are decoded like a file.
@@ -224,8 +224,8 @@ class DatasetData(ImageData):
         val: validation dataset; None: split from ``train``.
         test: test dataset; None: split from ``train``.
         class_names: class names by label; None: the ``classes`` of ``train``.
-        columns: where the image and the label are in rows that are dicts.
-        fingerprint: a text that changes with the images; under it their hashes are stored between runs.
+        columns: keys of the image and the label in rows that are dicts.
+        fingerprint: a string that changes with the images; their hashes are stored under it between runs.
         kwargs: as ``ImageData``.
     """
 

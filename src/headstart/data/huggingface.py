@@ -1,4 +1,4 @@
-"""Hugging Face's datasets: by their name there, or a local folder, Parquet or Arrow file."""
+"""Hugging Face datasets: by name from the Hub, or a local folder, Parquet or Arrow file."""
 
 import re
 from collections.abc import Mapping, Sequence

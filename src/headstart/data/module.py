@@ -29,7 +29,7 @@ from headstart.terminal import say
 class ImageData(LightningDataModule):
     """Images of a source, split by content.
 
-    ``setup`` takes the preprocessing from the frozen backbone of the trainer's module. Batches are (features [B, D],
+    ``setup`` gets the preprocessing from the frozen backbone of the trainer's module. Batches are (features [B, D],
     labels [B]) with ``cache``, else (images [B, 3, H, W] uint8, labels [B]).
 
     Args:
@@ -40,7 +40,7 @@ class ImageData(LightningDataModule):
         cache: compute the features of each image once and store them; false: decode the images in every epoch.
         views: number of cached views per training image: the image itself, and views - 1 augmented ones.
         view_seed: random seed of the augmented views.
-        flip: mirror half of the augmented views; false if left and right matter, also for layers=all.
+        flip: mirror half of the augmented views, and use mirror images in layers=all; false if left and right matter.
         cache_dir: where to store features; None: $HEADSTART_CACHE, else the user's cache folder.
         feature_precision: precision of cached features; auto: the faster of bf16 and fp32; int8: by onnxruntime.
         val_fraction: fraction of the images used for validation.
@@ -235,7 +235,7 @@ class ImageFolderData(ImageData):
         root: folder of class folders, or the name of a dataset.
         csv: CSV file that lists images, instead of root; columns: path, label, and optionally split, group, domain.
         source: kind of data at root: folder, domains (folders of class folders), csv, torchvision, hf, …; None: folder.
-        group: pattern on an image's path, whose first bracket is its group, such as the frames of a video.
+        group: regular expression for an image's path; its first capture group is the image's group, such as a video.
         multilabel: whether red|round in the CSV file is two labels; None: yes; true: also several rows, or no label.
         kwargs: as ``ImageData``.
 

@@ -1,4 +1,4 @@
-"""torchvision's classification sets by name, downloaded and checked by its own code."""
+"""torchvision's classification datasets by name, downloaded and checked by its own code."""
 
 import difflib
 import hashlib

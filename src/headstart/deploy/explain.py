@@ -1,4 +1,4 @@
-"""Maps of where the head looks: exact where the features are a mean over places, else by gradients."""
+"""Maps of where the head looks: exact for average-pooled features, otherwise by gradients."""
 
 import copy
 import math

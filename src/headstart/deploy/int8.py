@@ -1,4 +1,4 @@
-"""What an export in int8 costs: both files on the same validation images."""
+"""The cost of an export in int8: both files compared on the same validation images."""
 
 import time
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""What a head says of files: classes and probabilities, sets of classes, `unknown`, and maps of where it looks."""
+"""A head's answers for files: classes and probabilities, sets of classes, `unknown`, and maps of where it looks."""
 
 import math
 import os

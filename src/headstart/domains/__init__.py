@@ -1,4 +1,4 @@
 """A wing: how well a head does on a domain that it was not trained on.
 
-Begin with `leave_out.py`. May import everything but verbs and other wings; only `verbs/domains.py` imports it.
+Start with `leave_out.py`. May import everything but verbs and other wings; only `verbs/domains.py` imports it.
 """

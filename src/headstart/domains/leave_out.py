@@ -1,4 +1,4 @@
-"""Leaves out one domain at a time: the exact head of the other domains is tested on it, and on their own test images.
+"""Leaves out one domain at a time: the exact head of the other domains is tested on it and on their own test images.
 
 This is the leave-one-domain-out protocol of Gulrajani and Lopez-Paz, "In Search of Lost Domain Generalization", ICLR
 2021, on frozen features; the penalty is chosen on validation images of the training domains, never on the one left out.

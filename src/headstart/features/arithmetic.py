@@ -1,4 +1,4 @@
-"""The arithmetic of the features: the one asked for, or the faster of bf16 and fp32."""
+"""The precision of the features: the one asked for, or the faster of bf16 and fp32."""
 
 import hashlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""The feature cache: features are computed once and stored under everything that they depend on.
+"""The feature cache: features are computed once and stored under a key of everything that they depend on.
 
 A folder of immutable shards. Each belongs to one key, which covers everything that the values depend on except the
 image, and stores rows by the hash of the image content. Labels and splits are not part of the key: after relabelling,

@@ -1,7 +1,7 @@
-"""The backbone in int8, run by onnxruntime, which is several times as fast as fp32 on a processor.
+"""The backbone in int8, run by onnxruntime, which is several times as fast as fp32 on a CPU.
 
 Weights are quantised per channel, and activations by their range on pictures that come with the package, so that no
-row depends on the user's other images. The network is quantised once, and kept beside the features.
+row depends on the user's other images. The network is quantised once, and kept next to the features.
 """
 
 import hashlib

@@ -33,21 +33,21 @@ class EpisodeData(LightningDataModule):
             (a folder of domains of class folders); None: folder if a root is given, else glyphs.
         root: folder of classes or domains, or Omniglot's zip files or folders, separated by commas.
         n_way: classes per task.
-        k_shot: examples per class.
-        n_query: images to classify per class.
+        k_shot: support images per class.
+        n_query: query images per class.
         episodes: number of test tasks.
         val_episodes: tasks per validation.
         train_episodes: tasks per epoch.
         batch_size: tasks per step.
         val_fraction: share of the classes for validation.
-        test_fraction: share of the classes for the test; 1: all, if nothing is trained.
-        test_domain: domain, alphabet or script whose classes are the test; None: as test_fraction says.
+        test_fraction: share of the classes for the test; 1: all of them, if nothing is trained.
+        test_domain: domain, alphabet or script whose classes are the test classes; None: use test_fraction.
         split_seed: seed of the split of the classes.
         episode_seed: seed of the episodes.
-        num_workers: threads that decode images; None: one per processor core, at most 8.
-        cache_dir: where to keep features; None: $HEADSTART_CACHE, else the user's cache folder.
+        num_workers: number of threads that decode images; None: one per CPU core, at most 8.
+        cache_dir: where to store features; None: $HEADSTART_CACHE, else the user's cache folder.
         feature_precision: precision of the features; auto: the faster of bf16 and fp32; int8: by onnxruntime.
-        max_pixels: maximum pixels per image; larger images are left out.
+        max_pixels: maximum number of pixels of an image; larger images are left out.
     """
 
     def __init__(

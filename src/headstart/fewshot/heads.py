@@ -1,6 +1,6 @@
 """Heads that learn a task from its support: (support [B, N, K, D], query [B, N, Q, D]) -> logits [B, N * Q, N].
 
-All are vectorised over the B tasks. What is meta-trained is an ``nn.Parameter``; a head without any needs no
+All are vectorised over the B tasks. Whatever is meta-trained is an ``nn.Parameter``; a head without any needs no
 meta-training. What a ``TaskHead`` learns is linear in its prepared features, so it can be saved.
 """
 

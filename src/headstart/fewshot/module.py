@@ -15,7 +15,7 @@ from headstart.search.intervals import mean_and_half_width
 
 
 class MetaLearner(LightningModule):
-    """Meta-trains a few-shot head on tasks, so that it does well on tasks of new classes.
+    """Meta-trains a few-shot head on tasks, so that it does well on tasks with new classes.
 
     Args:
         n_way: classes per task.

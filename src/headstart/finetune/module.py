@@ -1,4 +1,4 @@
-"""The fine-tuning module: the backbone's last layers are trained with the head, the rest stays frozen."""
+"""The fine-tuning module: the backbone's last layers are trained with the head; the rest stays frozen."""
 
 from typing import Any, Literal
 
@@ -32,8 +32,8 @@ class FineTunedClassifier(TransferClassifier):
         lr: peak learning rate of the backbone's last layer.
         head_lr: peak learning rate of the head.
         layer_decay: ratio of each layer's learning rate to that of the next layer; 1: the same rate for all.
-        batch_norm: mode of the trained batch norm layers: eval keeps the running statistics, train updates them.
-        warmup: share of the steps in which the learning rate rises, before cosine decay.
+        batch_norm: mode of the trained BatchNorm layers: eval keeps the running statistics, train updates them.
+        warmup: fraction of the steps in which the learning rate warms up, before cosine decay.
         kwargs: arguments of ``TransferClassifier``; the backbone is the one that the head was trained on.
     """
 

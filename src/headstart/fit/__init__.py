@@ -1,4 +1,4 @@
 """What the training commands share: the LightningCLI, and the steps from the fit to the result.
 
-Begin with `run.py`. May import: report, and what report may.
+Start with `run.py`. May import: report, and what report may.
 """

@@ -1,4 +1,4 @@
-"""The last step of a fit: how familiar images are to the head, added to the best checkpoint."""
+"""The last step of a fit: adds to the best checkpoint what measures how familiar an image looks."""
 
 import torch
 from torch import Tensor

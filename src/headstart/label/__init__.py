@@ -1,4 +1,4 @@
-"""A wing: from a heap of images without classes to labelled ones. Begin with ``choose``: which images to label next.
+"""A wing: from unlabelled images to labelled ones. Start with ``choose.py``: which images to label next.
 
-May import everything below it, but no other wing; only its verbs import it.
+May import everything but verbs and other wings; only its commands import it.
 """

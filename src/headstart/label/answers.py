@@ -1,4 +1,4 @@
-"""The labels of images in a CSV file, as `--data.csv` takes it."""
+"""The labels of images in a CSV file, in the form that `--data.csv` reads."""
 
 import csv
 import os

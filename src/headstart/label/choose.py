@@ -1,4 +1,4 @@
-"""Which images of a heap to label next."""
+"""Which unlabelled images to label next."""
 
 import itertools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A heap: images of no class, with their features from the cache."""
+"""A heap: unlabelled images, with their features from the cache."""
 
 from collections import Counter
 from collections.abc import Sequence

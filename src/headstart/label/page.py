@@ -1,4 +1,4 @@
-"""The labelling page: one picture at a time, on this machine alone."""
+"""The labelling page: one picture at a time, only on this machine."""
 
 import io
 import os

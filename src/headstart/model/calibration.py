@@ -1,4 +1,4 @@
-"""Temperature scaling: calibrates confidence by one number, fitted on the validation split."""
+"""Temperature scaling: calibrates confidence with one number, fitted on the validation split."""
 
 from torch import Tensor
 from torchmetrics import Metric

@@ -42,9 +42,9 @@ class TransferClassifier(HeadModule):
         label_smoothing: label smoothing of the training loss.
         class_weights: weights of classes: none, balanced (inverse to the class frequency), or by name: {rare: 5}.
         warmup: fraction of the steps in which the learning rate warms up, before cosine decay.
-        best_by: validation score that chooses the best head; all but the loss move in steps if images are few.
+        best_by: validation score that chooses the best head; with few images, all but the loss change in coarse steps.
         multilabel: whether an image may have several labels, or none.
-        min_precision: precision that the thresholds of several labels aim at; None: they maximise F1.
+        min_precision: precision to reach with the thresholds of several labels; None: maximise F1.
 
     Raises:
         UserError: an argument is invalid, or as for ``FrozenBackbone``.

@@ -1,4 +1,4 @@
-"""Families of backbones: which networks there are, how one is built, and which weights are its own."""
+"""Families of backbones: which networks there are, how to build one, and which weights it comes with."""
 
 import difflib
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Several labels per image, or none: each label is a problem of its own."""
+"""Several labels per image, or none: each label is a binary problem of its own."""
 
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -1,4 +1,4 @@
-"""Sets of classes that hold the truth as often as was promised: split conformal prediction."""
+"""Sets of classes that contain the true one as often as promised: split conformal prediction."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Files of weights: where they are, their download, their checks, and how they fill a network."""
+"""Weight files: where they are, how they are downloaded, checked and loaded into a network."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
 """A head's predictions on a split: as figures, in TensorBoard and as one HTML page.
 
-Begin with `evaluation.py`. May import: search, runs, and what those may.
+Start with `evaluation.py`. May import: search, runs, and what those may.
 """

@@ -1,4 +1,4 @@
-"""How sure is sure enough: accuracy against the share of images that are answered."""
+"""How sure is sure enough: accuracy against the share of images answered."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Figures of an evaluation and of a run, for TensorBoard and the report alike."""
+"""Figures of an evaluation and of a run, for both TensorBoard and the report."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Are images of the validation or the test also in training, nearly? Their scores would be too good."""
+"""Are validation or test images near-duplicates of training images? Their scores would be too good."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Predictions of several labels per image: scores and curves of each label, which come together, what is missed."""
+"""Predictions of several labels per image: scores and curves of each label, which occur together, what is missed."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The verdict on a head: how good it is, beside what is easily had, what it confuses, and what to do next."""
+"""The verdict on a head: how good it is compared with a trivial baseline, what it confuses, and what to do next."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ class Verdict:
     """What the numbers say, in words."""
 
     accuracy: str
-    usual: str  # what one answer for all would reach
+    usual: str  # what a trivial baseline would reach
     confused: str
     advice: str  # the next step
     weak: str = "confused"  # what ``confused`` lists

@@ -1,4 +1,4 @@
-"""Other trackers beside or instead of TensorBoard: Weights & Biases, MLflow and CSV files, in a run's folder."""
+"""Trackers besides TensorBoard, or instead of it: Weights & Biases, MLflow and CSV files, in a run's folder."""
 
 import logging
 import os

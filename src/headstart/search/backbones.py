@@ -1,4 +1,4 @@
-"""Backbones compared on the same images and the same split, each by the best head on its features."""
+"""Compares backbones on the same images and the same split, each by the best head on its features."""
 
 import statistics
 import time

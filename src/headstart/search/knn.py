@@ -1,4 +1,4 @@
-"""The nearest rows of a matrix, and the k-NN head: needs no training, and shows whether the features fit."""
+"""The nearest rows of a matrix, and the k-NN head: needs no training, and shows whether the features suit the data."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The commands, one file each: its options, what it calls, what it prints.
+"""The commands, one file each: their options, what they call, what they print.
 
-Begin with `train.py`. May import everything but another command.
+Start with `train.py`. May import everything but another command.
 """

@@ -1,4 +1,4 @@
-"""The `cache` command: lists, verifies and prunes what is kept between runs. Does not import torch."""
+"""The `cache` command: lists, verifies and prunes the files cached between runs. Does not import torch."""
 
 import json
 import shutil
@@ -24,8 +24,10 @@ def cache(options: Sequence[str]) -> dict[str, Any]:
     """Lists, verifies or prunes the cache; returns counts by name."""
     parser = parser_of("cache", "[list|verify|prune]")
     parser.add_argument("action", nargs="?", type=Literal["list", "verify", "prune"], default="list", help="what to do")
-    parser.add_argument("--cache_dir", type=str | None, help="cache folder; None: $HEADSTART_CACHE, else the user's")
-    parser.add_argument("--days", type=NonNegativeFloat, default=30.0, help="prune what is unused for this many days")
+    parser.add_argument(
+        "--cache_dir", type=str | None, help="cache folder; None: $HEADSTART_CACHE, else the user's cache folder"
+    )
+    parser.add_argument("--days", type=NonNegativeFloat, default=30.0, help="prune files not used for this many days")
     given = parser.parse_args(list(options))
     folder = cache_folder(given.cache_dir)
     features = folder / "features"  # glob would silently skip an unreadable folder
@@ -62,7 +64,7 @@ def _list(folder: Path, keys: Sequence[Path]) -> dict[str, Any]:
 
 
 def _others(folder: Path) -> list[Path]:
-    """The files of a folder beside the features, without locks, which a process may hold."""
+    """The files of a folder other than features, except locks, which a process may hold."""
     return [path for path in folder.iterdir() if path.suffix != ".lock"] if folder.is_dir() else []
 
 

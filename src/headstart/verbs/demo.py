@@ -68,7 +68,7 @@ def predictor_of(module: TransferClassifier, answers: Answers, given: Any) -> Pr
 
 
 def training_of(module: TransferClassifier, checkpoint: Path, accelerator: str) -> ImageData | None:
-    """The training images of the head's run; None, and said, if they are not there."""
+    """The training images of the head's run; None, with a message, if they are missing."""
     run = Run.of(checkpoint)
     try:
         if not run.data or not run.splits_file.is_file() or module.finetuned:
@@ -88,7 +88,9 @@ def _parser() -> OptionParser:
     parser = parser_of("demo")
     add_checkpoint(parser)
     parser.add_argument("--port", type=Port, default=0, help="port to listen on; 0: a free one")
-    parser.add_argument("--host", type=str, default="127.0.0.1", help="address to listen on; others reach 0.0.0.0")
+    parser.add_argument(
+        "--host", type=str, default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines connect"
+    )
     add_answers(parser)
     add_accelerator(parser)
     return parser

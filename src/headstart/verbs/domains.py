@@ -1,4 +1,4 @@
-"""The `domains` command: leaves out one domain at a time, and scores the head of the others on it."""
+"""The `domains` command: leaves out each domain in turn, trains on the others, and tests on the one left out."""
 
 import json
 import statistics
@@ -76,6 +76,6 @@ def _parser() -> OptionParser:
     parser = parser_of("domains")
     add_options(parser, ImageFolderData, "data", ("root", "csv", "source", *STORE_OPTIONS, *SPLIT_OPTIONS))
     add_options(parser, TransferClassifier, "model", BACKBONE_OPTIONS)
-    parser.add_argument("--balance", type=bool, default=False, help="weigh domains equally, whatever their size")
+    parser.add_argument("--balance", type=bool, default=False, help="weight domains equally, whatever their size")
     add_run(parser, "<data folder>-domains")
     return parser

@@ -17,7 +17,11 @@ def embed(options: Sequence[str]) -> dict[str, int]:
     quiet_libraries()
     parser = parser_of("embed", "PATH…")
     parser.add_argument("paths", nargs="*", type=str, help="files and folders")
-    parser.add_argument("--output", type=str | None, help="new .parquet, .npy or .safetensors file; .csv: the paths")
+    parser.add_argument(
+        "--output",
+        type=str | None,
+        help="new .parquet, .npy or .safetensors file; the last two write a .csv of paths too",
+    )
     add_features(parser)
     given = parser.parse_args(list(options))
     required(given, "--output")

@@ -50,7 +50,9 @@ def evaluate(options: Sequence[str]) -> dict[str, Any]:
     add_checkpoint(parser)
     add_options(parser, ImageFolderData, "data", (*WHERE, *DATA_OPTIONS))
     add_run(parser, "<data folder>-evaluate")
-    parser.add_argument("--unknown.root", type=str | None, help="folder of images of no class, to measure `known` on")
+    parser.add_argument(
+        "--unknown.root", type=str | None, help="folder of images of none of the classes, to measure `known` on"
+    )
     parser.add_argument("--report", type=bool, default=True, help="draw the figures and write report.html")
     given = parser.parse_args(list(options))
     required(given, "--ckpt_path")
@@ -153,7 +155,7 @@ def _scores_of_new(module: TransferClassifier, evaluation: Predictions, seen: Ma
 
 
 def _unknown_distances(root: str, known: Known | None, data: ImageData) -> Tensor:
-    """The distances of the images of no class."""
+    """The distances of the images of none of the classes."""
     store, paths = data.store, folders.images(folders.existing(root, "--unknown.root"))
     if known is None:
         raise UserError(f"--unknown.root={root}: the head cannot tell; take best.ckpt of a run with the cache")
@@ -166,7 +168,7 @@ def _unknown_distances(root: str, known: Known | None, data: ImageData) -> Tenso
 
 
 def _scores_of_unknown(known: Known, own: Tensor, far: Tensor) -> dict[str, float]:
-    """How well the distances of the own images differ from those of images of no class."""
+    """How well the distances separate images of the classes from images of none of them."""
     scores = unknown_scores(own, far)
     refused = [float((known.share(distances) <= REFUSED).float().mean()) for distances in (far, own)]
     say(

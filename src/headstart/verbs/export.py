@@ -44,7 +44,7 @@ MAKERS = {
 def export(options: Sequence[str]) -> dict[str, Any]:
     """Writes a model file if its probabilities on real images match the checkpoint's.
 
-    A file in int8 is written if it loses next to no accuracy on all validation images.
+    A file in int8 is written if it loses almost no accuracy on all validation images.
     Next to it goes a folder of five pictures with their expected probabilities.
 
     Returns the `output`, the number of `images` compared, and the largest `difference` of a probability, or for int8
@@ -84,7 +84,7 @@ def export(options: Sequence[str]) -> dict[str, Any]:
 def _exact(
     module: TransferClassifier, output: Path, root: str | None, checkpoint: Path
 ) -> tuple[bytes, dict[str, float]]:
-    """The file whose probabilities are the head's."""
+    """The file with the head's exact probabilities."""
     images = _real_images(module, root, checkpoint)
     make, run = MAKERS[output.suffix]
     data = make(module)
@@ -98,7 +98,7 @@ def _exact(
 def _in_int8(
     module: TransferClassifier, output: Path, root: str | None, checkpoint: Path
 ) -> tuple[bytes, dict[str, float]]:
-    """The file in int8, compared with that in fp32 on the validation images."""
+    """The file in int8, compared with the one in fp32 on the validation images."""
     batches = _validation(module, root, checkpoint)
     data = to_int8_onnx(module, Int8Backbone(module.backbone, cache_folder()).model)
     fp32, int8 = compared(to_onnx(module), data, batches)

@@ -104,7 +104,7 @@ class _Command:
         return result
 
     def _other(self, source: SourceName, root: str | None) -> EpisodeData:
-        """All classes of a source, on which nothing is trained."""
+        """All classes of a source that is not trained on."""
         return self._data(source, root, test_fraction=1.0, test_domain=None)
 
     def _data(self, source: SourceName, root: str | None, **changed: Any) -> EpisodeData:
@@ -202,7 +202,7 @@ class _Command:
         return result
 
     def _few(self) -> EpisodeData:
-        """The pictures to learn from for --save, all of a folder."""
+        """All pictures of a folder, from which --save learns."""
         given = self.given
         if given.head not in SAVED:
             raise UserError(f"--save: {given.head} cannot be saved; {', '.join(SAVED)} can")
@@ -240,7 +240,7 @@ class _Command:
 
 
 def _apart(few: EpisodeData, data: EpisodeData) -> None:
-    """Refuses a class to save that is also one to meta-train on, by its name or by an image."""
+    """Refuses to save a class that is also meta-trained on, by its name or by an image."""
     names, seen = {Path(name).name for name in data.class_names}, {item.digest for item in data.items}
     both = {name for name in few.class_names if Path(name).name in names}
     both |= {few.class_names[item.label] for item in few.items if item.digest in seen}
@@ -262,21 +262,21 @@ def _parser() -> OptionParser:
     parser.add_argument("--head", type=heads, default="prototype", help=compared)
     parser.add_argument("--train", action="store_true", help="meta-train the head first, on other classes")
     parser.add_argument("--n_way", type=Positive, default=5, help="classes per task")
-    parser.add_argument("--k_shot", type=Positive, default=1, help="examples per class")
-    parser.add_argument("--n_query", type=Positive, default=15, help="images to classify per class")
+    parser.add_argument("--k_shot", type=Positive, default=1, help="support images per class")
+    parser.add_argument("--n_query", type=Positive, default=15, help="query images per class")
     parser.add_argument("--episodes", type=Positive, default=1000, help="number of test tasks")
     parser.add_argument("--test_source", type=SourceName | None, help="source to test on; None: --data.source")
     parser.add_argument("--test_root", type=str | None, help="folder or files of --test_source")
-    third = "source of validation tasks of a third domain, which decide how much of meta-training to keep"
+    third = "source of validation tasks from a third domain, which decide how much of the meta-training to keep"
     parser.add_argument("--val_source", type=SourceName | None, help=third)
     parser.add_argument("--val_root", type=str | None, help="folder or files of --val_source")
-    parser.add_argument("--save", type=str | None, help="new checkpoint, learnt from all images of --save_root")
-    parser.add_argument("--save_root", type=str | None, help="folder of classes to save; None: --data.root")
+    parser.add_argument("--save", type=str | None, help="new checkpoint, trained on all images of --save_root")
+    parser.add_argument("--save_root", type=str | None, help="folder of the classes to save; None: --data.root")
     add_options(parser, EpisodeData, "data", DATA_OPTIONS)
     add_options(parser, TransferClassifier, "model", BACKBONE_OPTIONS)
     add_options(parser, MetaLearner, "model", HEAD_OPTIONS)
-    parser.add_argument("--max_epochs", type=Positive, default=20, help="maximum epochs of meta-training")
-    parser.add_argument("--patience", type=Positive, default=5, help="maximum epochs without better validation")
+    parser.add_argument("--max_epochs", type=Positive, default=20, help="maximum number of meta-training epochs")
+    parser.add_argument("--patience", type=Positive, default=5, help="stop after this many epochs without improvement")
     parser.add_argument("--seed_everything", type=Seed, default=0, help="seed of the initial values")
     parser.add_argument("--ckpt_path", type=str | None, help="checkpoint to resume; `last`: the newest run's")
     add_run(parser, "fewshot-<source>-<head>")

@@ -16,15 +16,19 @@ from headstart.terminal import say
 
 
 def label(options: Sequence[str]) -> dict[str, int]:
-    """Opens the page, and serves it until Ctrl-C; an answer is on the disk before the next picture is shown.
+    """Opens the page, and serves it until Ctrl-C; an answer is on disk before the next picture is shown.
 
     Returns the number of images of the queue that are `labelled`, and of those `left`.
     """
     parser = parser_of("label")
-    parser.add_argument("--data.root", type=str | None, help="folder of images, with or without folders in it")
-    parser.add_argument("--queue", type=str | None, help="CSV file of paths, as of `headstart next`; None: all images")
-    parser.add_argument("--labels", type=str, default="labels.csv", help="CSV file to write; continued if it is there")
-    parser.add_argument("--classes", type=str | None, help="class names, such as ant,bee; others are typed on the page")
+    parser.add_argument("--data.root", type=str | None, help="folder of images, with or without subfolders")
+    parser.add_argument(
+        "--queue", type=str | None, help="CSV file of paths, such as that of `headstart next`; None: all images"
+    )
+    parser.add_argument("--labels", type=str, default="labels.csv", help="CSV file to write; continued if it exists")
+    parser.add_argument(
+        "--classes", type=str | None, help="class names, such as ant,bee; others can be typed on the page"
+    )
     parser.add_argument("--port", type=Port, default=0, help="port on localhost; 0: a free one")
     parser.add_argument("--browser", type=bool, default=True, help="open the page in a browser")
     given = parser.parse_args(list(options))

@@ -1,4 +1,4 @@
-"""The `next` command: which images of a heap to label next."""
+"""The `next` command: which unlabelled images to label next."""
 
 import os
 from collections.abc import Sequence
@@ -26,9 +26,11 @@ def next(options: Sequence[str]) -> dict[str, int]:
     """
     quiet_libraries()
     parser = parser_of("next")
-    parser.add_argument("--data.root", type=str | None, help="folder of images, with or without folders in it")
-    parser.add_argument("--labels", type=str | None, help="CSV file of path and label, as of `headstart label`")
-    parser.add_argument("--n", type=Positive, default=50, help="images to choose")
+    parser.add_argument("--data.root", type=str | None, help="folder of images, with or without subfolders")
+    parser.add_argument(
+        "--labels", type=str | None, help="CSV file of path and label, such as that of `headstart label`"
+    )
+    parser.add_argument("--n", type=Positive, default=50, help="number of images to choose")
     parser.add_argument("--output", type=str, default="next.csv", help="new CSV file of path and an empty label")
     parser.add_argument("--seed", type=Seed, default=0, help="seed of clusters and samples")
     add_features(parser)

@@ -1,4 +1,4 @@
-"""The `predict` command: streams files and writes the class of each."""
+"""The `predict` command: streams files and writes the class of each one."""
 
 import contextlib
 import csv
@@ -33,7 +33,7 @@ FORMATS = (".csv", ".jsonl")
 
 
 def predict(options: Sequence[str]) -> dict[str, int]:
-    """Writes a row per file, to a CSV or JSON Lines file or to the standard output.
+    """Writes a row per file, to a CSV or JSON Lines file or to standard output.
 
     Returns the number of files `predicted` and of `errors`.
     """
@@ -79,26 +79,33 @@ def _map_name(number: int, prediction: Prediction, method: str) -> str:
 
 
 def _parser() -> OptionParser:
-    parser = parser_of("predict", "PATH…    (files and folders; none: paths from the standard input, one per line)")
+    parser = parser_of("predict", "PATH…    (files and folders; none: paths from standard input, one per line)")
     parser.add_argument("paths", nargs="*", type=str, help="files and folders")
     add_checkpoint(parser)
-    parser.add_argument("--output", type=str | None, help="new .csv or .jsonl file; None: the standard output")
+    parser.add_argument("--output", type=str | None, help="new .csv or .jsonl file; None: standard output")
     formats = Literal["csv", "jsonl"] | None
     parser.add_argument("--format", type=formats, help="csv or jsonl; None: by the output's suffix, else csv")
     parser.add_argument("--probabilities", type=bool, default=False, help="add the probability of every class")
     add_answers(parser)
     parser.add_argument("--explain", type=str | None, help="new folder for maps of where the head looks, one per file")
-    parser.add_argument("--num_workers", type=Count | None, help="decoding threads; None: one per core, at most 8")
+    parser.add_argument(
+        "--num_workers", type=Count | None, help="number of decoding threads; None: one per CPU core, at most 8"
+    )
     parser.add_argument(
         "--feature_precision", type=FeaturePrecision, default="auto", help="bf16, fp32, int8 or auto: as in training"
     )
-    parser.add_argument("--max_pixels", type=Positive, default=MAX_PIXELS, help="pixel limit; larger images are errors")
+    parser.add_argument(
+        "--max_pixels",
+        type=Positive,
+        default=MAX_PIXELS,
+        help="maximum number of pixels of an image; larger images are errors",
+    )
     add_accelerator(parser)
     return parser
 
 
 def _inputs(given: Sequence[str]) -> tuple[Iterable[str], int | None]:
-    """The paths of all files, and their number; None for the standard input."""
+    """The paths of all files, and their number; None for standard input."""
     if not given:
         if sys.stdin.isatty():
             raise UserError("no PATH; give files or folders, or paths on the standard input")

@@ -64,14 +64,14 @@ def _parser() -> OptionParser:
     parser.add_argument(
         "--sort", type=str | None, help="score or setting to sort by, best first; None: the main test score"
     )
-    parser.add_argument("--csv", type=str | None, help="new file for all scores and all settings that differ")
-    parser.add_argument("--open", action="store_true", help="print the paths of the reports only")
-    parser.add_argument("--page", type=str | None, help="new HTML file for two runs side by side")
+    parser.add_argument("--csv", type=str | None, help="new CSV file for all scores and all settings that differ")
+    parser.add_argument("--open", action="store_true", help="print only the paths of the reports")
+    parser.add_argument("--page", type=str | None, help="new HTML file that shows two runs side by side")
     return parser
 
 
 def _named(name: str, found: Sequence[Run], logs: Path) -> Run:
-    """The run with this folder, or the only one whose name begins like this; of several of one name, the newest."""
+    """The run with this folder, or the only one whose name starts with this; of several with one name, the newest."""
     folder = Path(name)
     same = [run for run in found if run.folder.resolve() == folder.resolve()]
     names = {run.folder.relative_to(logs).as_posix(): run for run in found}

@@ -33,7 +33,7 @@ def similar(options: Sequence[str]) -> list[dict[str, Any]]:
     parser = parser_of("similar", "PICTURE…")
     parser.add_argument("pictures", nargs="*", type=str, help="image files")
     parser.add_argument("--in", type=str | None, help="folder of the images to search")
-    parser.add_argument("--k", type=Positive, default=20, help="images to find for each picture")
+    parser.add_argument("--k", type=Positive, default=20, help="number of images to find for each picture")
     add_features(parser)
     parser.add_argument("--name", type=RunName | None, help="name of the run; None: <folder>-similar")
     parser.add_argument("--logs", type=str, default="logs", help="where to write the folder of the run")
@@ -81,7 +81,7 @@ def _rows(pictures: Sequence[str], features: torch.Tensor, store: FeatureStore, 
 
 
 def _page(rows: Sequence[dict[str, Any]], stream: FileStream) -> bytes:
-    """The found images beside each picture; one file without links to others."""
+    """The images found, next to each picture; one self-contained file."""
 
     def tile(path: str, text: str) -> dict[str, Any]:
         image = stream.image(path)

@@ -55,12 +55,12 @@ class TuneCLI(TrainCLI):
         parser.add_argument(
             "--tune.draws",
             type=Positive | None,
-            help="settings to draw between the grid's ends; None: use the grid",
+            help="number of settings to draw at random within the grid's range; None: use the grid",
         )
         parser.add_argument(
             "--backbones",
             type=str | None,
-            help="backbones to compare, such as resnet18,resnet50@random, instead of --model.backbone; None: just that",
+            help="backbones to compare, such as resnet18,resnet50@random, instead of --model.backbone; None: that one",
         )
         parser.add_argument("--folds", type=Positive | None, help="number of folds to cross-validate the winner")
 
@@ -180,7 +180,7 @@ def _train_winner(options: Sequence[str], root: Path | None) -> dict[str, Any]:
 
 
 def _settings(grid: Any, seed: int) -> list[HeadSettings]:
-    """The grid, or random draws between its ends: log-uniform, or uniform from a low end of 0."""
+    """The grid, or random draws within its range: log-uniform, or uniform from a low end of 0."""
     if grid.draws is None:
         product = itertools.product(grid.lr, grid.weight_decay, grid.label_smoothing)
         return [HeadSettings(*map(float, values)) for values in product]
