@@ -457,7 +457,7 @@ def test_a_list_may_give_splits(splits, counts, bursts, tmp_path):
         ("path,label,split,group\na.png,x,train,g\nb.png,y,val,g\n", "group 'g' is in several splits"),
         ("path,label,label\na.png,x,y,z\n", "a column name appears twice in its first line"),
         ("path,label\na.png,x\nb.png,y\n", "2 of 2 images"),
-        ("\xff\xfe", "cannot be read as CSV"),
+        ("\xff\xfe", "not UTF-8"),
     ],
 )
 def test_a_list_that_cannot_be_used_names_the_line(text, said, tmp_path, refused):

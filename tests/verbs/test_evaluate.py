@@ -39,7 +39,7 @@ def test_unknown_images_are_told_from_the_own(checkpoint, tmp_path, capsys, refu
     said = capsys.readouterr().out
     assert "unknown:  AUROC 1.000, false positives at 95 % 0.000" in said
     assert "how sure is sure enough" in said
-    assert f"--unknown.root={tmp_path}/none: no readable images" in refused(*options, f"--unknown.root={tmp_path}/none")
+    assert f"--unknown.root={tmp_path}/none: no such folder" in refused(*options, f"--unknown.root={tmp_path}/none")
     checkpoint.unlink()
     last = checkpoint.with_name("last.ckpt")
     assert "take best.ckpt" in refused("evaluate", f"--ckpt_path={last}", f"--unknown.root={pink}")

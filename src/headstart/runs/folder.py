@@ -84,7 +84,7 @@ class RunFolder(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if trainer.is_global_zero:
             resumed = self.resumed and self.resumed.folder.resolve()
-            chosen = resumed or new_run_folder(self.logs, self.name, data.source.path)
+            chosen = resumed or new_run_folder(self.logs, self.name, data.store.source.path)
             self._lock(chosen)
             make_loggers(trainer, chosen)  # before those of other ranks, which share a database
         self.folder = trainer.strategy.broadcast(chosen)
