@@ -104,7 +104,7 @@ def new_path(option: str, given: str | Path) -> Path:
     """The path of a file to write, which must not exist yet."""
     path = Path(given).expanduser()
     if path.exists():
-        raise UserError(f"{option}={path}: is there already; give another name")
+        raise UserError(f"{option}={path}: already exists; give another name")
     return path
 
 

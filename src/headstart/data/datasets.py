@@ -120,7 +120,7 @@ class DatasetSource(Source):
         """What is remembered, unless a few random rows contradict it."""
         if all(path in places and self._entry(path) == known[path] for path in _few(known)):
             return known
-        say("data: the dataset differs from what is remembered of it, so that all its images are hashed anew")
+        say("data: the dataset changed since its hashes were stored, so all its images are hashed again")
         return {}
 
     def _hashed(self, paths: list[str]) -> dict[str, Entry]:
@@ -136,8 +136,8 @@ class DatasetSource(Source):
         for path in _few(found):
             if self._entry(path) != found[path]:
                 raise UserError(
-                    f"{self._named}: {path} has other pixels when it is read again: remove the random transform, and "
-                    "augment with --data.augment; or the dataset cannot be read in threads"
+                    f"{self._named}: {path} has different pixels when it is read again: remove the random transform, "
+                    "and augment with --data.augment; or the dataset cannot be read in threads"
                 )
         return found
 

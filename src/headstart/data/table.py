@@ -22,7 +22,7 @@ def read_table(file: Path, multilabel: bool | None = None) -> tuple[list[str], l
     rows = [{name: value.strip() for name, value in row.items()} for row in read_csv("--data.csv", file, NEEDED)]
     several = any(BETWEEN in row["label"] for row in rows) if multilabel is None else multilabel
     if several and multilabel is None:
-        say("data: an image may have several labels, since | divides some; --data.multilabel=false keeps them whole")
+        say("data: an image may have several labels, since some contain |; --data.multilabel=false keeps them whole")
     for line, row in enumerate(rows, start=2):
         if empty := [name for name in NEEDED if not row.get(name)]:
             remedy = ", or add --data.multilabel=true if images may have no label" if empty == ["label"] else ""

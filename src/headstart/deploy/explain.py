@@ -108,7 +108,7 @@ class GradientActivation:
             found = None if gradient is None else _as_map(gradient, self._prefix)
             if found is not None and found.any():
                 return layer
-        raise UserError(f"--explain: no layer of {self._backbone.name} has places that its features depend on")
+        raise UserError(f"--explain: no layer of {self._backbone.name} has a spatial map that its features depend on")
 
     def _normalised(self, images: Tensor) -> Tensor:
         return ((images.float() - self._backbone.mean) / self._backbone.std).requires_grad_()

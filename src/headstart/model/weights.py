@@ -52,7 +52,7 @@ def imagenet_or_bundled(url: str) -> str:
         download(url)
     except Unreachable as error:
         say_once(
-            f"weights:  the bundled ones, since ImageNet's cannot be had ({error}); on photographs ImageNet's "
+            f"weights:  the bundled ones, since ImageNet's are not available ({error}); on photographs ImageNet's "
             f"are better: try --model.weights=imagenet, or put the file into {path.parent}"
         )
         return "bundled"

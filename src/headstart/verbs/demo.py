@@ -44,7 +44,7 @@ def demo(options: Sequence[str]) -> None:
 
     def started(address: str) -> None:
         if not local:
-            say(f"demo:     WARNING: who can reach {given.host} and has the address can send pictures here")
+            say(f"demo:     WARNING: anyone who can reach {given.host} and has the address can send pictures here")
         say(f"page:     {address}/{token}/    (Ctrl-C ends)")
         say(f"API:      curl --data-binary @photo.jpg {address}/{token}/predict")
 
