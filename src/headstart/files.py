@@ -151,7 +151,7 @@ def csv_bytes(rows: Iterable[Iterable[object]]) -> bytes:
 
 
 def read_csv(option: str, file: Path, columns: Sequence[str], errors: str = "strict") -> list[dict[str, str]]:
-    """Reads a CSV file with at least ``columns``, as rows by column name; ``errors`` is that of ``bytes.decode``."""
+    """Reads a CSV file with at least ``columns``, as rows by column name; ``errors`` is as for ``bytes.decode``."""
     try:
         text = read_regular(file).decode("utf-8-sig", errors)
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)

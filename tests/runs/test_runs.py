@@ -101,7 +101,7 @@ def test_two_runs_are_compared_on_the_images_that_both_tested(colours, train, ca
     capsys.readouterr()
     main(["runs", "none", str(tables[1].parent), "--page=both.html"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert f"on {len(pairs)} test images in common, {gained} are right in the second run alone and {lost}" in shown
+    assert f"on {len(pairs)} test images in common, {gained} are right only in the second run and {lost}" in shown
     chance = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     assert f"p = {chance:.3f}" in shown
     assert "model.lr" in shown

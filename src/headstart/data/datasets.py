@@ -34,12 +34,12 @@ Entry = tuple[list[int], str, int, float]  # labels of a row, hash, largest valu
 class DatasetSource(Source):
     """Map-style datasets of rows (image, label), or dicts with the two ``columns``, by their split.
 
-    A label is a number, or of several labels 0 or 1 for each class.
+    A label is a number or, for several labels, 0 or 1 for each class.
 
-    An image is a PIL image, or the bytes of a file, also as Hugging Face's dict of ``bytes`` and ``path``. The content
-    of bytes is their sha256, as of a file; that of a PIL image is found by decoding. Under a ``fingerprint`` it is
-    stored between runs; a few random rows are hashed again in each run. ``class_names`` defaults to the ``classes`` of
-    the training dataset; ``named`` begins the messages about the data.
+    An image is a PIL image, or the bytes of a file, also as Hugging Face's dict of ``bytes`` and ``path``. Bytes are
+    identified by their sha256, like a file, and a PIL image by a hash of its decoded content. Hashes are stored between runs
+    under a ``fingerprint``; a few random rows are hashed again in each run. ``class_names`` defaults to the ``classes``
+    of the training dataset; ``named`` begins the messages about the data.
 
     Raises:
         UserError: the datasets are streamed, lack class names, or number their classes otherwise.

@@ -16,8 +16,8 @@ NEEDED = ("path", "label")
 def read_table(file: Path, multilabel: bool | None = None) -> tuple[list[str], list[Item]]:
     """The sorted class names, and the images, from the columns path and label, and optionally split, group and domain.
 
-    An empty split is assigned by hash; if no image is in val, so are those of train. A label such as red|round is two
-    labels, unless ``multilabel`` is false; if it is true, an image may also have several rows, or an empty label.
+    An empty split is assigned by hash; if no image is in val, train is split by hash too. A label such as red|round is
+    two labels, unless ``multilabel`` is false; if it is true, an image may also have several rows, or an empty label.
     """
     rows = [{name: value.strip() for name, value in row.items()} for row in read_csv("--data.csv", file, NEEDED)]
     several = any(BETWEEN in row["label"] for row in rows) if multilabel is None else multilabel

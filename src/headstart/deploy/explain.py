@@ -34,7 +34,7 @@ class ClassActivation:
 
     @classmethod
     def find(cls, backbone: FrozenBackbone, weight: Tensor, prefix: int | None) -> "ClassActivation | None":
-        """Follows the last tensor whose mean over places is the features; None where there is none."""
+        """Follows the last tensor whose spatial mean is the features; None if there is none."""
         side = backbone.preprocessing.crop_size
         images = torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8, device=backbone.mean.device)
         with torch.no_grad():

@@ -114,7 +114,7 @@ def _remembered(file: Path) -> dict[Arithmetic, float]:
 
 @torch.no_grad()
 def images_per_second(backbone: FrozenBackbone, seconds: float = SECONDS) -> dict[Arithmetic, float]:
-    """The speed of the backbone alone on the CPU, in each arithmetic; the fastest of interleaved passes."""
+    """The speed of only the backbone on the CPU, in each precision; the fastest of interleaved passes."""
     side = backbone.preprocessing.crop_size
     images = torch.randint(0, 256, (BATCH, 3, side, side), dtype=torch.uint8)
     kinds: tuple[Arithmetic, ...] = ("bf16", "fp32")

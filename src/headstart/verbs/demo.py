@@ -53,7 +53,7 @@ def demo(options: Sequence[str]) -> None:
 
 
 def predictor_of(module: TransferClassifier, answers: Answers, given: Any) -> Predictor:
-    """What `predict` uses, with maps where there are any."""
+    """The predictor of `predict`, with maps if possible."""
     device = device_of(given.accelerator)
     arithmetic = chosen(as_trained("auto", module.arithmetic, device), module.backbone, device, 0, cache_folder())
     stream = FileStream(module.backbone, device, arithmetic)
