@@ -37,9 +37,9 @@ class DatasetSource(Source):
     A label is a number or, for several labels, 0 or 1 for each class.
 
     An image is a PIL image, or the bytes of a file, also as Hugging Face's dict of ``bytes`` and ``path``. Bytes are
-    identified by their sha256, like a file, and a PIL image by a hash of its decoded content. Hashes are stored between runs
-    under a ``fingerprint``; a few random rows are hashed again in each run. ``class_names`` defaults to the ``classes``
-    of the training dataset; ``named`` begins the messages about the data.
+    identified by their sha256, like a file, and a PIL image by a hash of its decoded content. Hashes are stored between
+    runs under a ``fingerprint``; a few random rows are hashed again in each run. ``class_names`` defaults to the
+    ``classes`` of the training dataset; ``named`` begins the messages about the data.
 
     Raises:
         UserError: the datasets are streamed, lack class names, or number their classes otherwise.
