@@ -104,7 +104,7 @@ def new_path(option: str, given: str | Path) -> Path:
     """The path of a file to write, which must not exist yet."""
     path = Path(given).expanduser()
     if path.exists():
-        raise UserError(f"{option}={path}: is there already; give another name")
+        raise UserError(f"{option}={path}: already exists; give another name")
     return path
 
 
@@ -151,7 +151,7 @@ def csv_bytes(rows: Iterable[Iterable[object]]) -> bytes:
 
 
 def read_csv(option: str, file: Path, columns: Sequence[str], errors: str = "strict") -> list[dict[str, str]]:
-    """Reads a CSV file with at least ``columns``, as rows by column name; ``errors`` is that of ``bytes.decode``."""
+    """Reads a CSV file with at least ``columns``, as rows by column name; ``errors`` is as for ``bytes.decode``."""
     try:
         text = read_regular(file).decode("utf-8-sig", errors)
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)

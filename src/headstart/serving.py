@@ -25,7 +25,7 @@ POLICY = (
 class Application:
     """A WSGI application; ``rules`` lead to functions of the request.
 
-    Requests are answered one at a time, and under the names ``hosts`` alone, since another site's name could be made
+    Requests are answered one at a time, and only under the names ``hosts``, since another site's name could be made
     to lead here; None: any. ``refused`` is the status of a ``UserError``, and ``largest`` the most bytes of a body.
     """
 

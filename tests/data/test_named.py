@@ -119,7 +119,7 @@ def test_cifar10_by_name_from_its_archive(tmp_path, train, capsys, opened, monke
     (folder / CIFAR10.base_folder / "data_batch_1").write_bytes(b"changed")
     (folder / CIFAR10.filename).unlink()
     line = refused("train", f"--data.root={folder / 'CIFAR10'}", "--data.source=torchvision")
-    assert "cannot be had (the environment forbids the network)" in line
+    assert "is not available (the environment forbids the network)" in line
     assert "try CIFAR10" in refused("train", "--data.root=CIFAR11", "--data.source=torchvision")
 
 
@@ -164,7 +164,7 @@ def test_hashes_of_a_dataset_are_remembered_under_its_fingerprint(capsys, opened
     assert "hashed in each run" not in capsys.readouterr().out
     others = squares(seed=1)
     assert scanned(others, fingerprint="a") == scanned(others)
-    assert "the dataset differs from what is remembered of it" in capsys.readouterr().out
+    assert "the dataset changed since its hashes were stored" in capsys.readouterr().out
 
 
 def test_rows_that_are_dicts_and_bytes(colours):
@@ -179,7 +179,7 @@ def test_a_dataset_that_gives_other_pixels_is_refused():
     images = [image for image, _ in squares(count=2000)]
     random = np.random.default_rng(0)
     rows = [lambda label=label: (images[random.integers(2000)], label) for label in [0, 1] * 20]
-    with pytest.raises(UserError, match="other pixels when it is read again: remove the random transform"):
+    with pytest.raises(UserError, match="different pixels when it is read again: remove the random transform"):
         scanned(rows)
 
 
@@ -232,9 +232,9 @@ def test_groups_by_a_pattern_on_the_path(tmp_path, refused):
         places.setdefault(item.path.rsplit("_", 1)[0], set()).add(str(item.split))
     assert len(places) == 30
     assert all(len(found) == 1 for found in places.values())
-    assert "in no path, such as blue/" in refused("train", f"--data.root={root}", "--data.group=(x)")
+    assert "matches no path, such as blue/" in refused("train", f"--data.root={root}", "--data.group=(x)")
     assert "put what names the group in brackets" in refused("train", f"--data.root={root}", "--data.group=x")
-    assert "is no regular expression" in refused("train", f"--data.root={root}", "--data.group=(")
+    assert "is not a valid regular expression" in refused("train", f"--data.root={root}", "--data.group=(")
 
 
 # A red square of 16 pixels, compressed.

@@ -112,7 +112,7 @@ def test_the_command_says_where_it_listens(checkpoint, monkeypatch, capsys, refu
         assert "WARNING" not in said
         assert said.endswith("demo:     ended\n")
         main(["demo", f"--ckpt_path={checkpoint}", "--host=0.0.0.0"])
-        assert "WARNING: who can reach 0.0.0.0" in capsys.readouterr().out
+        assert "WARNING: anyone who can reach 0.0.0.0" in capsys.readouterr().out
     assert "cannot be used on no.such.host.invalid" in refused(
         "demo", f"--ckpt_path={checkpoint}", "--host=no.such.host.invalid"
     )

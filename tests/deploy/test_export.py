@@ -85,7 +85,7 @@ def test_an_export_that_computes_something_else_is_not_written(checkpoint, refus
 
 def test_what_cannot_be_done_is_refused(checkpoint, refused, monkeypatch):
     Path("mine.pth").write_text("mine")
-    assert "is there already" in refused("export", f"--ckpt_path={checkpoint}", "--output=mine.pth")
+    assert "already exists" in refused("export", f"--ckpt_path={checkpoint}", "--output=mine.pth")
     assert "name it" in refused("export", f"--ckpt_path={checkpoint}", "--output=model.h5")
     assert "--output is missing" in refused("export", f"--ckpt_path={checkpoint}")
     Path("empty").mkdir()
@@ -128,7 +128,7 @@ def test_the_check_pictures_tell_another_decoding(checkpoint, refused, monkeypat
         assert abs(probability - max(wanted[path.name])) > expected["tolerance"]
     Path("second.onnx.check").mkdir()
     line = refused("export", f"--ckpt_path={checkpoint}", "--output=second.onnx")
-    assert "second.onnx.check: is there already" in line
+    assert "second.onnx.check: already exists" in line
     assert not Path("second.onnx").exists()
 
 

@@ -174,7 +174,7 @@ def test_a_class_named_unknown_is_not_taken_for_a_refusal():
 def test_what_cannot_be_done_is_refused(checkpoint, photos, refused):
     image = str(photos / "red/000.png")
     Path("there.csv").write_text("mine")
-    assert "is there already" in refused("predict", f"--ckpt_path={checkpoint}", image, "--output=there.csv")
+    assert "already exists" in refused("predict", f"--ckpt_path={checkpoint}", image, "--output=there.csv")
     assert Path("there.csv").read_text() == "mine"
     assert "name it" in refused("predict", f"--ckpt_path={checkpoint}", image, "--output=p.xls")
     Path("maps").mkdir()

@@ -81,7 +81,7 @@ def test_auto_is_int8_only_for_a_head_of_int8(quantised, tmp_path, monkeypatch, 
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert as_trained("auto", "int8", cpu) == "int8"
     assert chosen("int8", quantised[0], cpu, 10, tmp_path) == "int8"
-    with pytest.raises(UserError, match="is for processors, not for cuda"):
+    with pytest.raises(UserError, match="is for CPUs, not for cuda"):
         chosen("int8", quantised[0], cuda, 10, tmp_path)
     assert as_trained("auto", "int8", cuda) == "fp32"
     monkeypatch.setattr("headstart.features.arithmetic.INT8_NEEDS", ("not_installed",))

@@ -118,11 +118,11 @@ def test_what_next_cannot_do_is_refused(tmp_path, refused):
     options = "next", f"--data.root={heap}", *TINY
     assert "--data.root is missing" in refused("next")
     (tmp_path / "nothing").mkdir()
-    assert "no images in there" in refused("next", f"--data.root={tmp_path / 'nothing'}")
+    assert "contains no images" in refused("next", f"--data.root={tmp_path / 'nothing'}")
     Path("next.csv").write_text("mine")
-    assert "is there already" in refused(*options)
+    assert "already exists" in refused(*options)
     assert Path("next.csv").read_text() == "mine"
-    wrong = {"": "no label in there", "heap/red/000.png,": "line 2: no label", "a,b\na,c": "listed twice"}
+    wrong = {"": "contains no label", "heap/red/000.png,": "line 2: no label", "a,b\na,c": "listed twice"}
     for row, said in wrong.items():
         Path("labels.csv").write_text(f"path,label\n{row}")
         assert said in refused(*options, "--labels=labels.csv", "--output=other.csv")

@@ -62,11 +62,11 @@ def test_nothing_is_overwritten_and_no_file_begun_in_vain(checkpoint, photos, re
     assert "--output is missing" in refused(*command)
     assert "name it *.parquet" in refused(*command, "--output=features.txt")
     Path("features.csv").write_text("mine")
-    assert "features.csv: is there already" in refused(*command, "--output=features.npy")
+    assert "features.csv: already exists" in refused(*command, "--output=features.npy")
     assert Path("features.csv").read_text() == "mine"
     assert not Path("features.npy").exists()
     assert "leave out --model" in refused(*command, "--output=f.npy", "--model.image_size=64")
-    assert "no images in there" in refused("embed", str(Path.cwd() / "logs"), *command[2:], "--output=f.npy")
+    assert "contains no images" in refused("embed", str(Path.cwd() / "logs"), *command[2:], "--output=f.npy")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "pip install -e '.[parquet]'" in refused(*command, "--output=features.parquet")
 

@@ -222,7 +222,7 @@ def test_auto_takes_the_bundled_weights_where_imagenets_cannot_be_had(
 ):
     """It asks once an hour, and never where the environment forbids it; a run keeps what was decided."""
     assert train(colours, *AUTO, "--trainer.max_epochs=1")["weights"] == "bundled"
-    assert "the bundled ones, since ImageNet's cannot be had" in capsys.readouterr().out
+    assert "the bundled ones, since ImageNet's are not available" in capsys.readouterr().out
     config = newest_run() / "config.yaml"
     assert "weights: bundled" in config.read_text()
     assert FrozenBackbone().weights == "bundled"

@@ -43,11 +43,11 @@ def test_losses_are_best_when_low(colours, train):
 
 
 def test_a_mistake_is_one_line(colours, train, refused):
-    assert "no runs in there" in refused("runs")
+    assert "contains no runs" in refused("runs")
     train(colours, "--trainer.max_epochs=1")
     assert "--sort=speed: no such column; choose from run, " in refused("runs", "--sort=speed")
     Path("runs.csv").write_text("mine")
-    assert "is there already" in refused("runs", "--csv=runs.csv")
+    assert "already exists" in refused("runs", "--csv=runs.csv")
     assert Path("runs.csv").read_text() == "mine"
 
 
@@ -103,7 +103,7 @@ def test_two_runs_are_compared_on_the_images_that_both_tested(colours, train, ca
     capsys.readouterr()
     main(["runs", "none", str(tables[1].parent), "--page=both.html"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert f"on {len(pairs)} test images in common, {gained} are right in the second run alone and {lost}" in shown
+    assert f"on {len(pairs)} test images in common, {gained} are right only in the second run and {lost}" in shown
     chance = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     assert f"p = {chance:.3f}" in shown
     assert "model.lr" in shown
@@ -123,7 +123,7 @@ def test_of_older_runs_the_scores_are_compared_and_a_foreign_drawing_is_left_out
     main(["runs", "a", "b", "--page=both.html"])
     assert "not tested, since" in capsys.readouterr().out
     assert "alert" not in Path("both.html").read_text()
-    assert "is there already" in refused("runs", "a", "b", "--page=both.html")
+    assert "already exists" in refused("runs", "a", "b", "--page=both.html")
     assert "two different runs" in refused("runs", "a")
     assert "c: no such run; choose from a/" in refused("runs", "a", "c")
     assert "--page: is for two runs" in refused("runs", "--page=x.html")

@@ -281,8 +281,8 @@ def test_images_that_change_during_the_comparison_stop_it(colours):
         ("resnet18,", "give names"),
         ("resnet18@", "give names"),
         ("resnet18,lenet", "no such backbone"),
-        ("resnet18@random,resnet18@random", "is there twice"),
-        ("resnet18,resnet18@bundled", "is there twice"),
+        ("resnet18@random,resnet18@random", "is given twice"),
+        ("resnet18,resnet18@bundled", "is given twice"),
         ("resnet18,resnet18@missing.pth", "missing.pth"),
     ],
 )

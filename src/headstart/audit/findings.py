@@ -123,9 +123,10 @@ def _label_findings(
 def _doubts_of_labels(
     items: Sequence[Item], labels: Tensor, logits: Tensor, names: Sequence[str], nearest: Tensor
 ) -> Iterator[Finding]:
-    """Yields single labels that an image probably lacks, or has although they are not given.
+    """Yields single labels that an image has but probably should not, or lacks but probably should have.
 
-    They are at least as probable as on average for images that have the label, or at most as for those without.
+    A missing label is at least as probable as on average for images that have it; a wrong one is at most as probable as
+    on average for images without it.
     """
     given, probabilities = labels.bool(), logits.sigmoid()
     usual = [(probabilities * chosen).sum(dim=0) / chosen.sum(dim=0).clamp(min=1) for chosen in (given, ~given)]

@@ -34,12 +34,12 @@ Entry = tuple[list[int], str, int, float]  # labels of a row, hash, largest valu
 class DatasetSource(Source):
     """Map-style datasets of rows (image, label), or dicts with the two ``columns``, by their split.
 
-    A label is a number, or of several labels 0 or 1 for each class.
+    A label is a number or, for several labels, 0 or 1 for each class.
 
-    An image is a PIL image, or the bytes of a file, also as Hugging Face's dict of ``bytes`` and ``path``. The content
-    of bytes is their sha256, as of a file; that of a PIL image is found by decoding. Under a ``fingerprint`` it is
-    stored between runs; a few random rows are hashed again in each run. ``class_names`` defaults to the ``classes`` of
-    the training dataset; ``named`` begins the messages about the data.
+    An image is a PIL image, or the bytes of a file, also as Hugging Face's dict of ``bytes`` and ``path``. Bytes are
+    identified by their sha256, like a file, and a PIL image by a hash of its decoded content. Hashes are stored between
+    runs under a ``fingerprint``; a few random rows are hashed again in each run. ``class_names`` defaults to the
+    ``classes`` of the training dataset; ``named`` begins the messages about the data.
 
     Raises:
         UserError: the datasets are streamed, lack class names, or number their classes otherwise.
@@ -120,7 +120,7 @@ class DatasetSource(Source):
         """What is remembered, unless a few random rows contradict it."""
         if all(path in places and self._entry(path) == known[path] for path in _few(known)):
             return known
-        say("data: the dataset differs from what is remembered of it, so that all its images are hashed anew")
+        say("data: the dataset changed since its hashes were stored, so all its images are hashed again")
         return {}
 
     def _hashed(self, paths: list[str]) -> dict[str, Entry]:
@@ -136,8 +136,8 @@ class DatasetSource(Source):
         for path in _few(found):
             if self._entry(path) != found[path]:
                 raise UserError(
-                    f"{self._named}: {path} has other pixels when it is read again: remove the random transform, and "
-                    "augment with --data.augment; or the dataset cannot be read in threads"
+                    f"{self._named}: {path} has different pixels when it is read again: remove the random transform, "
+                    "and augment with --data.augment; or the dataset cannot be read in threads"
                 )
         return found
 

@@ -97,7 +97,7 @@ def _loaded(name: str, root: str, chosen: Mapping[str, str]) -> Any:
 
 
 def _splits(loaded: Any, root: str) -> dict[Split, Any]:
-    """The rows of each split; a dataset without splits, or with one alone, is split by content."""
+    """The rows of each split; a dataset without splits, or with only one, is split by content."""
     if not isinstance(loaded, dict) or len(loaded) == 1:
         return {"train": next(iter(loaded.values())) if isinstance(loaded, dict) else loaded}
     named: dict[Split, Any] = {}

@@ -163,7 +163,7 @@ def _grouped(items: list[Item], pattern: re.Pattern[str]) -> list[Item]:
     items = [replace(item, group=item.group or found.get(item.path, "")) for item in items]
     alone = sum(not item.group for item in items)
     if alone == len(items):
-        raise UserError(f"--data.group={pattern.pattern}: in no path, such as {items[0].path if items else ''}")
+        raise UserError(f"--data.group={pattern.pattern}: matches no path, such as {items[0].path if items else ''}")
     refuse_torn_groups(items, f"--data.group={pattern.pattern}")
     groups = len({item.group for item in items if item.group})
     say(f"data: {groups} groups of images by their paths" + (f"; {alone} images are in none" if alone else ""))
@@ -174,7 +174,7 @@ def _pattern(group: str) -> re.Pattern[str]:
     try:
         pattern = re.compile(group)
     except re.error as error:
-        raise UserError(f"--data.group={group}: is no regular expression ({error})") from error
+        raise UserError(f"--data.group={group}: is not a valid regular expression ({error})") from error
     if not pattern.groups:
         raise UserError(f"--data.group={group}: put what names the group in brackets, as in '(\\d+)_'")
     return pattern

@@ -16,13 +16,13 @@ NEEDED = ("path", "label")
 def read_table(file: Path, multilabel: bool | None = None) -> tuple[list[str], list[Item]]:
     """The sorted class names, and the images, from the columns path and label, and optionally split, group and domain.
 
-    An empty split is assigned by hash; if no image is in val, so are those of train. A label such as red|round is two
-    labels, unless ``multilabel`` is false; if it is true, an image may also have several rows, or an empty label.
+    An empty split is assigned by hash; if no image is in val, train is split by hash too. A label such as red|round is
+    two labels, unless ``multilabel`` is false; if it is true, an image may also have several rows, or an empty label.
     """
     rows = [{name: value.strip() for name, value in row.items()} for row in read_csv("--data.csv", file, NEEDED)]
     several = any(BETWEEN in row["label"] for row in rows) if multilabel is None else multilabel
     if several and multilabel is None:
-        say("data: an image may have several labels, since | divides some; --data.multilabel=false keeps them whole")
+        say("data: an image may have several labels, since some contain |; --data.multilabel=false keeps them whole")
     for line, row in enumerate(rows, start=2):
         if empty := [name for name in NEEDED if not row.get(name)]:
             remedy = ", or add --data.multilabel=true if images may have no label" if empty == ["label"] else ""

@@ -68,11 +68,11 @@ def _made(name: str, folder: Path, arguments: dict[str, Any]) -> Dataset[Any]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{name}.lock"), _network(not offline()):
-            say(f"data: torchvision's {name} is taken from its archive, or downloaded, into {folder}")
+            say(f"data: torchvision's {name} is read from its archive, or downloaded, into {folder}")
             return made(download=True)
     except (RuntimeError, OSError, ValueError, ImportError) as error:
         said = "the environment forbids the network" if offline() else " ".join(str(error).split())
-        raise UserError(f"--data.root={name}: cannot be had ({said}); put it into {folder} yourself") from error
+        raise UserError(f"--data.root={name}: is not available ({said}); put it into {folder} yourself") from error
 
 
 @contextmanager

@@ -34,7 +34,7 @@ class ClassActivation:
 
     @classmethod
     def find(cls, backbone: FrozenBackbone, weight: Tensor, prefix: int | None) -> "ClassActivation | None":
-        """Follows the last tensor whose mean over places is the features; None where there is none."""
+        """Follows the last tensor whose spatial mean is the features; None if there is none."""
         side = backbone.preprocessing.crop_size
         images = torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8, device=backbone.mean.device)
         with torch.no_grad():
@@ -108,7 +108,7 @@ class GradientActivation:
             found = None if gradient is None else _as_map(gradient, self._prefix)
             if found is not None and found.any():
                 return layer
-        raise UserError(f"--explain: no layer of {self._backbone.name} has places that its features depend on")
+        raise UserError(f"--explain: no layer of {self._backbone.name} has a spatial map that its features depend on")
 
     def _normalised(self, images: Tensor) -> Tensor:
         return ((images.float() - self._backbone.mean) / self._backbone.std).requires_grad_()

@@ -34,7 +34,7 @@ class Prediction:
     known: float | None = None  # as ``Known``; None: the head has none
     above: tuple[tuple[str, float], ...] | None = None  # these labels, if there may be several
     probabilities: tuple[float, ...] = ()  # of all classes, if they were asked for
-    names: tuple[str, ...] = ()  # the set of classes that holds the truth as often as promised, if it was asked for
+    names: tuple[str, ...] = ()  # the set of classes that contains the true one as often as promised, if asked for
     heat: Tensor | None = None  # where the head looks for the most probable class, [h, w], if it was asked for
     error: str = ""  # why there is no prediction; else empty
 
@@ -49,10 +49,10 @@ class Prediction:
 
 
 class Answers:
-    """How a head answers: with which sets of classes, and where with `unknown`; the options of the same names.
+    """How a head answers: with which sets of classes, and when with `unknown`; see the options of the same names.
 
     Raises:
-        UserError: the head cannot keep what is asked for.
+        UserError: the head does not support what is asked for.
     """
 
     def __init__(

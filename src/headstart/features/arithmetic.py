@@ -45,12 +45,12 @@ def as_trained(precision: FeaturePrecision, trained: str | None, device: torch.d
     if trained == "int8":
         if device.type == "cpu" and not missing_for_int8():
             return "int8"
-        say("features: fp32; the head was trained on int8, which needs a processor and pip install -e '.[fast]'")
+        say("features: fp32; the head was trained on int8, which needs a CPU and pip install -e '.[fast]'")
     fast = device.type == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     if trained == "bf16" and fast:
         return "bf16"
     if trained == "bf16":
-        say("features: fp32, since this processor has no bf16, in which the head was trained")
+        say("features: fp32, since this CPU has no bf16, in which the head was trained")
     return "fp32"
 
 
@@ -63,7 +63,7 @@ def chosen(
     network and the instructions in use. So ``auto`` measures, unless there are few images, and remembers in ``folder``.
     """
     if precision == "int8" and device.type != "cpu":
-        raise UserError(f"feature_precision=int8: is for processors, not for {device.type}; use auto")
+        raise UserError(f"feature_precision=int8: is for CPUs, not for {device.type}; use auto")
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -114,7 +114,7 @@ def _remembered(file: Path) -> dict[Arithmetic, float]:
 
 @torch.no_grad()
 def images_per_second(backbone: FrozenBackbone, seconds: float = SECONDS) -> dict[Arithmetic, float]:
-    """The speed of the backbone alone on the CPU, in each arithmetic; the fastest of interleaved passes."""
+    """The speed of only the backbone on the CPU, in each precision; the fastest of interleaved passes."""
     side = backbone.preprocessing.crop_size
     images = torch.randint(0, 256, (BATCH, 3, side, side), dtype=torch.uint8)
     kinds: tuple[Arithmetic, ...] = ("bf16", "fp32")

@@ -160,7 +160,7 @@ class _Calibration:
 
 
 def _kept(backbone: FrozenBackbone, folder: Path) -> bytes:
-    """The quantised network: that of an earlier call with the same backbone and libraries, or a new one."""
+    """The quantised network: the one of an earlier call with the same backbone and libraries, or a new one."""
     import onnxruntime
 
     about = {
@@ -217,7 +217,7 @@ def _cosine(plain: Any, quantised: Any, images: Tensor) -> float:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Hides what the exporter and the quantiser say of their own code."""
+    """Hides the warnings of the exporter and the quantiser about their own code."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

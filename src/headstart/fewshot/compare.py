@@ -51,7 +51,7 @@ def accuracies(head: nn.Module, sampler: EpisodeSampler, episodes: int) -> Tenso
 
 
 class AsTrain(nn.Module):
-    """A linear head trained as `train` does by default, but from the support alone: the last epoch, not the best."""
+    """A linear head trained as `train` does by default, but on the support only: the last epoch, not the best."""
 
     def forward(self, support: Tensor, query: Tensor) -> Tensor:
         """Support [B, N, K, D], query [B, N, Q, D] -> logits [B, N * Q, N]; each task as ``train_bank`` would."""

@@ -188,7 +188,7 @@ class Anil(nn.Module):
     """A linear head after a few gradient steps on the support; its initial weights and the step size are learnt.
 
     Raghu et al., "Rapid Learning or Feature Reuse? Towards Understanding the Effectiveness of MAML" (ANIL), ICLR 2020:
-    MAML (Finn et al., ICML 2017) whose inner loop changes the head alone. Features are centred on the support, whose
+    MAML (Finn et al., ICML 2017) whose inner loop changes only the head. Features are centred on the support, whose
     common part would make the steps diverge, and divided by their length. ``inner_lr`` is the initial step size; with 0
     ``inner_steps`` the head keeps its initial weights; ``first_order`` leaves out the second derivatives.
     """

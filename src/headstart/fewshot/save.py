@@ -28,10 +28,10 @@ class Fitted:
 
 @torch.no_grad()
 def fitted(head: TaskHead, classes: Sequence[Tensor], choose: bool = True) -> Fitted:
-    """Learns from each class's pictures, [K, D], at the strength that tells pictures left out best, if to ``choose``.
+    """Learns from each class's pictures, [K, D]; with ``choose``, at the penalty that predicts held-out pictures best.
 
-    The temperature is fitted on the logits of the pictures left out. With one per class, the strength is the head's
-    own, and the temperature 1.
+    The temperature is fitted on the logits of the held-out pictures. With one picture per class, the penalty is the
+    head's default, and the temperature 1.
     """
     if max(map(len, classes)) < 2:
         return Fitted(learnt(head, classes), 1.0, None)

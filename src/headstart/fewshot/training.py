@@ -70,7 +70,9 @@ def meta_train(
             keep_share(module.head, untrained, shares, third or data.sampler("val"), data.val_episodes)
     else:
         module.head.load_state_dict(untrained)
-        say(f"fewshot: meta-training did not help (val/acc {before:.3f}, then {after:.3f} at best): the old head stays")
+        say(
+            f"fewshot: meta-training did not help (val/acc {before:.3f}, then {after:.3f} at best); untrained head kept"
+        )
     return trainer, before
 
 

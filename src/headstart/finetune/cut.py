@@ -17,7 +17,7 @@ from headstart.model.backbone import FrozenBackbone
 class Front(FrozenBackbone):
     """The layers before the unfrozen ones, as a backbone whose output is cached like any features.
 
-    It shares its tensors with the whole backbone. ``shape`` is that of its output per image, such as (256, 8, 8).
+    It shares its tensors with the whole backbone. ``shape`` is the shape of its output per image, such as (256, 8, 8).
     """
 
     def __init__(self, whole: FrozenBackbone, layers: nn.Module, before: str) -> None:

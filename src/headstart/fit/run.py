@@ -41,7 +41,7 @@ def fit(cli: TrainCLI, seconds: Seconds) -> None:
 
 
 def test(cli: TrainCLI, seconds: Seconds) -> dict[str, Any]:
-    """Scores of the chosen checkpoint: the validation scores stored in it, and those of the test."""
+    """Scores of the chosen checkpoint: the validation scores stored in it, and the test scores."""
     trainer, module, data, path = cli.trainer, cli.model, cli.datamodule, cli.chosen.best_model_path
     if not path:  # a dry run keeps no checkpoint
         return dict(defined(trainer.callback_metrics))

@@ -28,10 +28,10 @@ def choose(features: Tensor, labels: Tensor, count: int, seed: int, head: Callab
 
 
 def typical(unit: Tensor, known: Tensor, count: int, seed: int) -> Tensor:
-    """The most typical image of each cluster of rows [N, D] of length 1, from large clusters without a known image on.
+    """The most typical image of each cluster of unit rows [N, D], starting with large clusters without a known image.
 
-    TypiClust: Hacohen, Dekel and Weinshall, "Active Learning on a Budget", ICML 2022. Typical is what is similar to its
-    nearest neighbours in the cluster.
+    TypiClust: Hacohen, Dekel and Weinshall, "Active Learning on a Budget", ICML 2022. An image is typical if it is
+    similar to its nearest neighbours in the cluster.
     """
     try:
         from sklearn.cluster import MiniBatchKMeans
@@ -58,7 +58,7 @@ def _typicality(unit: Tensor) -> Tensor:
 
 
 def _probabilities(unit: Tensor, labels: Tensor) -> Tensor:
-    """What a head fitted to the known labels says of each row."""
+    """The probabilities of each row by a head fitted to the known labels."""
     known = labels >= 0
     head = fit_exact(Labelled.of(unit[known], labels[known]), int(labels.max()) + 1, STRENGTH / int(known.sum()))
     found: Tensor = head(unit).softmax(dim=1).detach()
@@ -66,9 +66,9 @@ def _probabilities(unit: Tensor, labels: Tensor) -> Tensor:
 
 
 def uncertain_and_diverse(unit: Tensor, known: Tensor, doubt: Tensor, count: int, seed: int) -> Tensor:
-    """Greedily, the image that most adds to how well all are covered, each of them counted by its doubt [N].
+    """Greedily chooses the image that most improves how well all images are covered, weighted by their doubt [N].
 
-    An image is covered by its nearest chosen or known image, as the squared similarity says: facility location, see
+    An image is covered by its nearest chosen or known image, by squared similarity: facility location, see
     Wei, Iyer and Bilmes, "Submodularity in Data Subset Selection and Active Learning", ICML 2015. Among more than
     ``SAMPLE`` images it chooses from random samples.
     """

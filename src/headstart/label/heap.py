@@ -26,7 +26,7 @@ def folder_of_images(root: str, option: str = "--data.root") -> ListedSource:
     paths = folders.images(folder, others)
     folders.say_left_out(others)
     if not paths:
-        raise UserError(f"{option}={root}: no images in there; give a folder with images")
+        raise UserError(f"{option}={root}: contains no images; give a folder with images")
     return ListedSource(folder, [], [Item(path.relative_to(folder).as_posix(), 0) for path in paths])
 
 

@@ -25,7 +25,7 @@ LONGEST = 100  # characters of a class name, as in the template
 class LabelPage(Application):
     """Shows the images of ``queue`` that have no label yet, and keeps the answers.
 
-    Addresses begin with ``token``; pictures are given by their number in the queue, encoded anew, and lie in ``root``.
+    Addresses begin with ``token``; pictures are requested by their number in the queue, re-encoded, and from ``root``.
     """
 
     def __init__(self, queue: Sequence[Path], root: Path, answers: Answers, classes: Sequence[str], token: str) -> None:

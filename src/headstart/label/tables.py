@@ -15,7 +15,7 @@ SUFFIXES = (".parquet", ".npy", ".safetensors")
 
 
 def check_output(output: str) -> None:
-    """Raises ``UserError`` if the file is there already, or cannot be written for want of a suffix or a package."""
+    """Raises ``UserError`` if the file already exists, has another suffix, or needs a package that is missing."""
     file = new_path("--output", output)
     if file.suffix not in SUFFIXES:
         raise UserError(f"--output={output}: name it {' or '.join(f'*{suffix}' for suffix in SUFFIXES)}")
@@ -26,7 +26,7 @@ def check_output(output: str) -> None:
 
 
 def write_features(output: str, paths: Sequence[str], matrix: FeatureMatrix) -> list[Path]:
-    """Writes new files: a table of path and features, or the features [N, D] beside a CSV file of the paths."""
+    """Writes new files: a table of path and features, or the features [N, D] and a CSV file of the paths."""
     file = Path(output).expanduser()
     with new_file("--output", file) as temporary:
         if file.suffix == ".parquet":

@@ -32,7 +32,7 @@ class FrozenBackbone(nn.Module):
         image_size: side of the square that the backbone sees, in pixels; None: what the weights were made for.
         fit: how an image becomes that square; None: as the weights were made.
         layers: ``last``: the features before the classifier; ``all``: the means of all stages, joined (``Stages``).
-        mirror: with ``layers=all``, average the features with those of the mirrored image.
+        mirror: with ``layers=all``, average the features over the image and its mirror image.
 
     Attributes:
         num_features: the width D of the features.
@@ -105,7 +105,7 @@ class FrozenBackbone(nn.Module):
         return combined(self.digests())
 
     def for_extraction(self, dtype: torch.dtype, device: torch.device) -> "FrozenBackbone":
-        """A copy for inference alone: BatchNorm folded into the convolutions, channels last, in ``dtype``."""
+        """A copy for inference only: BatchNorm folded into the convolutions, channels last, in ``dtype``."""
         fast = copy.deepcopy(self).eval()  # torchvision's extractor of stages is copied in train mode
         fast.net = _fold_batch_norm(fast.net).to(dtype)
         for tensor in (*fast.net.parameters(), *fast.net.buffers()):

@@ -94,7 +94,7 @@ class Torchvision(Family):
         return list(models.list_models(module=models))
 
     def build(self, name: str) -> nn.Module:
-        # These two scale their input anew when torchvision gives them ImageNet weights.
+        # These two rescale their input when torchvision gives them ImageNet weights.
         options = {"init_weights": False, "transform_input": True} if name in ("googlenet", "inception_v3") else {}
         net: nn.Module = models.get_model(name, weights=None, **options)
         return net
@@ -131,7 +131,7 @@ class Torchvision(Family):
 
 
 def unknown(name: str, known: list[str]) -> UserError:
-    """What to say of a backbone that no family has."""
+    """The error for a backbone that no family has."""
     near = difflib.get_close_matches(name, known, n=3)
     nearest = f"; the nearest names are {', '.join(near)}" if near else ""
     return UserError(

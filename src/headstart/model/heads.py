@@ -98,7 +98,7 @@ def class_weights(given: str | Mapping[str, float], names: Sequence[str], balanc
 
 
 def check_classes(names: Sequence[str], weights: str | Mapping[str, float]) -> None:
-    """Raises ``UserError`` for a name that is there twice, and for a weight of no class or that is not positive."""
+    """Raises ``UserError`` for a repeated name, and for a weight that belongs to no class or is not positive."""
     if len(set(names)) < len(names):
         raise UserError(f"class_names: {len(names)} names, only {len(set(names))} distinct")
     for name, weight in weights.items() if isinstance(weights, Mapping) else []:

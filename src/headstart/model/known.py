@@ -11,15 +11,15 @@ ROWS = 4096  # features converted to float64 at a time
 class Known(nn.Module):
     """Features [B, D] -> the share of validation images that lie at least as far from every class, [B] in (0, 1].
 
-    The distance is Mahalanobis', to the nearest class mean, with one covariance for all classes: Lee et al., "A Simple
+    The Mahalanobis distance to the nearest class mean, with one covariance for all classes: Lee et al., "A Simple
     Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks", NeurIPS 2018. An image itself
-    counts as a validation image, so that of images like these at most a share a gets a value of a or less.
+    counts as a validation image, so that at most a share a of images like these gets a value of a or less.
 
     Args:
         whitening: the matrix that makes the covariance the identity, [D, D].
         centre: the mean of the class means, [D].
         means: the class means, centred and whitened, [C, D].
-        distances: those of the N validation images, ascending, [N].
+        distances: the distances of the N validation images, ascending, [N].
     """
 
     whitening: Tensor
@@ -65,9 +65,9 @@ class Known(nn.Module):
 
 
 def unknown_scores(own: Tensor, unknown: Tensor) -> dict[str, float]:
-    """How well distances tell unknown images from own ones: AUROC, and false positives at 95 %.
+    """How well distances separate unknown images from known ones: AUROC, and false positives at 95 %.
 
-    The latter is the share of unknown images within the distance that 95 % of the own ones keep.
+    The latter is the share of unknown images within the distance that contains 95 % of the known ones.
     """
     limit = own.sort().values[-(-95 * len(own) // 100) - 1]
     return {

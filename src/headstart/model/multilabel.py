@@ -166,9 +166,9 @@ def fit_platt(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fit_thresholds(probabilities: Tensor, labels: Tensor, min_precision: float | None) -> Tensor:
-    """The threshold of each label, [C]: that of the highest F1, or the lowest with the wanted precision.
+    """The threshold of each label, [C]: the one with the highest F1, or the lowest that reaches the wanted precision.
 
-    A label that reaches the precision nowhere takes its most precise threshold; one without positives, 0.5.
+    A label that never reaches the precision gets its most precise threshold; one without positives, 0.5.
     """
     columns = zip(probabilities.cpu().T, labels.cpu().T, strict=True)
     return torch.tensor([_threshold(own, truth, min_precision) for own, truth in columns])

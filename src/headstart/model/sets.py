@@ -13,7 +13,7 @@ def true_probabilities(probabilities: Tensor, labels: Tensor) -> Tensor:
 
 
 def images_needed(coverage: float) -> int:
-    """The least number of validation images for which any set but that of all classes can be promised."""
+    """The smallest number of validation images for which a set smaller than all classes can be promised."""
     return math.ceil(coverage / (1 - coverage) - 1e-9)
 
 
@@ -36,7 +36,7 @@ def sets_of(probabilities: Tensor, least: float) -> Tensor:
 def set_scores(validation: Tensor, probabilities: Tensor, labels: Tensor) -> dict[str, float]:
     """The share of sets that hold the truth, and their mean size; empty if there are too few validation images.
 
-    ``validation`` are the ``true_probabilities`` of the validation images, the others [N, C] and [N] those of the test.
+    ``validation``: ``true_probabilities`` of the validation images; the others, [N, C] and [N], are those of the test.
     """
     if len(validation) < images_needed(PROMISED):
         return {}

@@ -13,14 +13,14 @@ DEPTH = 2  # of the modules among which stages are looked for, such as layer1 or
 
 
 class Stages(nn.Module):
-    """A network whose features are the means of its stages' outputs over the places, joined.
+    """A network whose features are the spatial means of its stages' outputs, concatenated.
 
-    Of each mean the signed root is taken, since the deeper ones are smaller. After Head2Toe, Evci et al., ICML 2022.
+    Each mean is replaced by its signed root, since deeper ones are smaller. After Head2Toe, Evci et al., ICML 2022.
 
     Args:
         net: maps images [B, 3, side, side] to features, and has stages, which end where the resolution falls.
         side: of its input, in pixels.
-        mirror: average the features with those of the mirrored image.
+        mirror: average the features over the image and its mirror image.
 
     Raises:
         UserError: the network has no such stages; ``name`` is what it is called.

@@ -24,7 +24,7 @@ from headstart.model.sets import set_scores, true_probabilities
 class Task(ABC):
     """One label per image, or several; an instance holds what is fitted on the validation images.
 
-    ``losses``, ``score`` and the other static methods take logits and labels alone, for fits without a module.
+    ``losses``, ``score`` and the other static methods take only logits and labels, for fits without a module.
     """
 
     headline: ClassVar[str]  # the score by which heads are compared, as in val/acc
@@ -109,7 +109,7 @@ class Task(ABC):
 
     @abstractmethod
     def about(self) -> dict[str, Any]:
-        """What a program needs beside the probabilities, or about them, as plain values."""
+        """What a program needs in addition to the probabilities, or about them, as plain values."""
 
     def recalibrated(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Another head's logits [N, C], calibrated on their own labels; keeps what is fitted here."""

@@ -52,7 +52,7 @@ def imagenet_or_bundled(url: str) -> str:
         download(url)
     except Unreachable as error:
         say_once(
-            f"weights:  the bundled ones, since ImageNet's cannot be had ({error}); on photographs ImageNet's "
+            f"weights:  the bundled ones, since ImageNet's are not available ({error}); on photographs ImageNet's "
             f"are better: try --model.weights=imagenet, or put the file into {path.parent}"
         )
         return "bundled"
@@ -103,7 +103,7 @@ def download(url: str) -> Path:
 
 
 def _failure(path: Path) -> Path:
-    """An empty file, whose time is that of the last attempt to download that failed."""
+    """An empty file, whose modification time is the time of the last failed download."""
     return path.with_name(f"{path.name}.failed")
 
 
@@ -148,7 +148,7 @@ def state_in(weights: str) -> dict[str, Tensor]:
 
 
 def checked_bytes(path: Path) -> bytes:
-    """The file's content, whose sha256 was compared: what is checked is what is loaded."""
+    """The file's content, after its sha256 was checked: the bytes checked are the bytes loaded."""
     data = read_regular(path)
     expected = SHA256.get(path.name, _hash_prefix(path))
     if not hashlib.sha256(data).hexdigest().startswith(expected):

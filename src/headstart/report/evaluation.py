@@ -89,7 +89,7 @@ class Evaluation(Predictions):
 
     @cached_property
     def by_similarity(self) -> list[int]:
-        """The labels, in an order in which classes that the head tells apart with difficulty are neighbours."""
+        """The labels, in an order in which classes that the head confuses are neighbours."""
         from scipy.cluster.hierarchy import leaves_list, linkage  # scipy is slow to import
         from scipy.spatial.distance import squareform
 

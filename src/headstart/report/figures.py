@@ -200,6 +200,6 @@ def _on_grid(values: Any) -> list[tuple[float, float]]:
 
 
 def short(name: str) -> str:
-    """A class name that fits beside an axis."""
+    """A class name that fits next to an axis."""
     name = one_line(name)
     return name if len(name) <= 18 else f"{name[:17]}…"

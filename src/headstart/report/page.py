@@ -173,7 +173,7 @@ def _thresholds(evaluation: Evaluation) -> list[tuple[int, int]]:
 
 
 def _classes(evaluation: Evaluation, data: ImageData) -> dict[str, Any]:
-    """The table of the classes: images, scores, and what each is most often taken for; and the confusion matrix."""
+    """The table of the classes: images, scores, and the most frequent confusion; and the confusion matrix."""
     scores, names, order = evaluation.by_class(), evaluation.class_names, evaluation.by_similarity
     counts = {split: data.counts(split) for split in SPLITS if data.items_in(split)}
     wrong, rows = evaluation.confusion.clone().fill_diagonal_(0), []

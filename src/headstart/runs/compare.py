@@ -28,7 +28,7 @@ class Comparison:
 
     rows: dict[str, tuple[list[str], str]]  # both values and their difference, by score or setting
     paired: str  # the test on the same images, in a sentence
-    disagreed: list[list[str]]  # images of which one run alone is right: path, class, both predictions
+    disagreed: list[list[str]]  # images that only one run has right: path, class, both predictions
 
 
 def compared(first: Run, second: Run, settings: Sequence[Mapping[str, Any]]) -> Comparison:
@@ -62,7 +62,7 @@ def _predictions(run: Run) -> dict[tuple[str, str], str]:
 def _paired(
     rows: dict[str, tuple[list[str], str]], first: dict[tuple[str, str], str], second: dict[tuple[str, str], str]
 ) -> Comparison:
-    """McNemar's exact test: of the images that one run alone has right, is either run's share more than chance?"""
+    """McNemar's exact test: of the images that only one run has right, is either run's share more than chance?"""
     from scipy.stats import binomtest  # slow to import
 
     same = [image for image in first if image in second]
@@ -75,7 +75,7 @@ def _paired(
     half = NormalDist().inv_cdf(0.975) * math.sqrt(variance)
     chance = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     said = (
-        f"on {count} test images in common, {gained} are right in the second run alone and {lost} in the first: "
+        f"on {count} test images in common, {gained} are right only in the second run and {lost} only in the first: "
         f"{100 * difference:+.1f} points (95 % interval ± {100 * half:.1f}; McNemar's exact test: p = {chance:.3f})"
     )
     disagreed = [
@@ -92,7 +92,7 @@ def page(names: Sequence[str], found: Comparison, reports: Sequence[Path]) -> by
 
 
 def _figures(report: Path) -> dict[str, Markup]:
-    """The drawings in a report, by title; what is no plain drawing is left out."""
+    """The drawings in a report, by title; anything else is left out."""
     if not report.is_file():
         return {}
     try:
@@ -104,5 +104,5 @@ def _figures(report: Path) -> dict[str, Markup]:
 
 
 def _is_drawing(svg: str) -> bool:
-    """Whether it has our elements and attributes alone, so that a report from elsewhere runs nothing."""
+    """Whether it has only our elements and attributes, so that a report from elsewhere runs nothing."""
     return all(ELEMENT.fullmatch(tag) for tag in re.findall(r"<[^>]*>?", svg))

@@ -43,7 +43,7 @@ class Tracker(Logger):
 
 
 class CSV(Tracker):
-    """Scores in a CSV file, with the figures beside it."""
+    """Scores in a CSV file, with the figures next to it."""
 
     def made(self, folder: Path) -> Logger:
         return CSVLogger(folder, name="csv")  # a resumed run gets a further version

@@ -71,7 +71,7 @@ def check_backbones(backbones: Iterable[FrozenBackbone]) -> None:
     try:
         for backbone in backbones:
             if (named := (backbone.name, backbone.weights)) in seen:
-                raise UserError(f"{backbone.name} with the weights {backbone.weights} is there twice; leave one out")
+                raise UserError(f"{backbone.name} with the weights {backbone.weights} is given twice; remove one")
             seen.add(named)
     except UserError as error:
         raise UserError(f"--backbones: {error}") from error

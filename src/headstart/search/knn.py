@@ -13,7 +13,7 @@ KS = (1, 3, 5, 10, 20, 50)
 def knn_scores(train: Labelled, val: Labelled, test: Labelled | None, num_classes: int) -> dict[str, float]:
     """The number of neighbours ``k`` with the best validation accuracy, and the accuracies at it.
 
-    A training image votes for its class by its similarity; the smallest of equally good numbers is taken.
+    A training image votes for its class, weighted by its similarity; of equally good values of k, the smallest is used.
     """
     accuracies = _accuracies(train, val, KS, num_classes)
     k = max(KS, key=lambda k: accuracies[k])

@@ -46,7 +46,7 @@ def demo(options: Sequence[str]) -> None:
 
     def started(address: str) -> None:
         if not local:
-            say(f"demo:     WARNING: who can reach {given.host} and has the address can send pictures here")
+            say(f"demo:     WARNING: anyone who can reach {given.host} and has the address can send pictures here")
         say(f"page:     {address}/{token}/    (Ctrl-C ends)")
         say(f"API:      curl --data-binary @photo.jpg {address}/{token}/predict")
 
@@ -55,7 +55,7 @@ def demo(options: Sequence[str]) -> None:
 
 
 def predictor_of(module: TransferClassifier, answers: Answers, given: Any) -> Predictor:
-    """What `predict` uses, with maps where there are any."""
+    """The predictor of `predict`, with maps if possible."""
     device = device_of(given.accelerator)
     arithmetic = chosen(as_trained("auto", module.arithmetic, device), module.backbone, device, 0, cache_folder())
     stream = FileStream(module.backbone, device, arithmetic)

@@ -67,7 +67,7 @@ def _say(rows: Sequence[dict[str, Any]]) -> None:
     worst = min(rows, key=lambda row: row["acc"])
     mean, known = (statistics.mean(row[name] for row in rows) for name in ("acc", "seen acc"))
     say(
-        f"domains:  accuracy {mean:.3f} on a new domain (mean), {known:.3f} on those of the training; the worst is "
+        f"domains:  accuracy {mean:.3f} on a new domain (mean), {known:.3f} on the training domains; the worst is "
         f"{one_line(worst['domain'])}, {worst['acc']:.3f}"
     )
 

@@ -158,12 +158,12 @@ def _unknown_distances(root: str, known: Known | None, data: ImageData) -> Tenso
     """The distances of the images of none of the classes."""
     store, paths = data.store, folders.images(folders.existing(root, "--unknown.root"))
     if known is None:
-        raise UserError(f"--unknown.root={root}: the head cannot tell; take best.ckpt of a run with the cache")
+        raise UserError(f"--unknown.root={root}: this head cannot tell; use best.ckpt of a run with the cache")
     arithmetic = store.arithmetic if store.cache else "fp32"  # that of the images evaluated
     stream = FileStream(store.backbone, store.device, arithmetic, store.workers, store.max_pixels, store.cache_dir)
     found = torch.cat([torch.empty(0), *(known.distance(part.features) for part in stream(map(str, paths)))])
     if not len(found):
-        raise UserError(f"--unknown.root={root}: no readable images in there; give images of none of the classes")
+        raise UserError(f"--unknown.root={root}: contains no readable images; give images of none of the classes")
     return found
 
 
@@ -173,7 +173,7 @@ def _scores_of_unknown(known: Known, own: Tensor, far: Tensor) -> dict[str, floa
     refused = [float((known.share(distances) <= REFUSED).float().mean()) for distances in (far, own)]
     say(
         f"unknown:  AUROC {scores['unknown/auroc']:.3f}, false positives at 95 % {scores['unknown/fpr95']:.3f}; "
-        f"--unknown={REFUSED} refuses {refused[0]:.1%} of the {len(far)} images, and {refused[1]:.1%} of the own"
+        f"--unknown={REFUSED} rejects {refused[0]:.1%} of these {len(far)} images, and {refused[1]:.1%} of the known"
     )
     return scores
 

@@ -130,7 +130,7 @@ class _Command:
             shares = SHARES
         elif given.test_source not in (None, given.data.source):
             shares = SHARES[:2]
-            say("fewshot: the test is of another kind of data; --val_source=… decides on a third how much carries over")
+            say("fewshot: the test is on another kind of data; a third, --val_source=…, decides how much carries over")
         options = given.accelerator, run_folder, *lengths, self.checkpoint, shares, self.third
         trainer, before = meta_train(module, data, *options)
         assert run_folder.folder

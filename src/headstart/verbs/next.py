@@ -40,7 +40,7 @@ def next(options: Sequence[str]) -> dict[str, int]:
     source = folder_of_images(given.data.root)
     answers = Answers(Path(given.labels)).labels if given.labels else {}
     if given.labels and not answers:
-        raise UserError(f"--labels={given.labels}: no label in there; leave it out")
+        raise UserError(f"--labels={given.labels}: contains no label; leave it out")
     store, module = load(source, given)
     if module and module.hparams["multilabel"]:
         raise UserError("--ckpt_path: its head gives several labels, but the choice is by the most probable one")

@@ -122,7 +122,7 @@ def _inputs(given: Sequence[str]) -> tuple[Iterable[str], int | None]:
         paths += [str(found) for found in folders.images(folder, others)] if is_folder else [path]
     folders.say_left_out(others)
     if not paths:
-        raise UserError(f"{', '.join(given)}: no images in there; give a folder with images")
+        raise UserError(f"{', '.join(given)}: contains no images; give a folder with images")
     return paths, len(paths)
 
 

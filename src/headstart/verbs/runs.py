@@ -29,7 +29,7 @@ def runs(options: Sequence[str]) -> list[dict[str, Any]]:
     logs = Path(given.logs)
     found = list(Run.all_in(logs))
     if not found:
-        raise UserError(f"--logs={given.logs}: no runs in there; python train.py makes one")
+        raise UserError(f"--logs={given.logs}: contains no runs; python train.py makes one")
     if given.runs:
         if given.csv:
             raise UserError("--csv: is for the list of runs; leave it out, or compare on a --page")
