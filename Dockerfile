@@ -1,6 +1,6 @@
 # docker build -t headstart .
 # docker run --rm -v "$PWD/photos:/photos" -v "$PWD/logs:/runs/logs" -v headstart:/cache headstart train --data.root=/photos
-# On GPUs add --gpus=all; for processors alone give the smaller torch by the address on PyTorch's page of installations:
+# For GPUs, add --gpus=all. For CPUs only, give the index URL of the smaller torch, from PyTorch's installation page:
 # docker build -t headstart --build-arg TORCH_INDEX=ADDRESS .
 FROM python:3.12-slim
 ARG TORCH_INDEX=""

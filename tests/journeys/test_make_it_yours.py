@@ -110,7 +110,7 @@ CHECKS = {
     "Another head": check_head,
     "Another backbone": check_backbone,
     "Another kind of data": check_data,
-    "Another verb": check_verb,
+    "Another command": check_verb,
     "Another metric": check_metric,
     "Another figure": check_figure,
 }

@@ -81,7 +81,7 @@ def test_undo_skip_double_answers_and_new_classes(heap, queue):
     for number in (0, 1, 3, 4, 5):
         page.post(number, label="ant")
     assert page.shown() is None
-    assert "Nothing is left to label but what was skipped" in page.get().text
+    assert "Nothing is left to label except skipped pictures" in page.get().text
 
 
 def test_it_resumes_and_rows_that_are_there_stay_byte_for_byte(heap, queue):
