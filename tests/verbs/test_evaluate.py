@@ -42,7 +42,7 @@ def test_unknown_images_are_told_from_the_own(checkpoint, tmp_path, capsys, refu
     assert f"--unknown.root={tmp_path}/none: no such folder" in refused(*options, f"--unknown.root={tmp_path}/none")
     checkpoint.unlink()
     last = checkpoint.with_name("last.ckpt")
-    assert "take best.ckpt" in refused("evaluate", f"--ckpt_path={last}", f"--unknown.root={pink}")
+    assert "use best.ckpt" in refused("evaluate", f"--ckpt_path={last}", f"--unknown.root={pink}")
 
 
 def test_other_classes_are_refused_with_the_difference(checkpoint, tmp_path, refused):
