@@ -6,6 +6,7 @@ import io
 import os
 import secrets
 import shutil
+import tempfile
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -106,6 +107,15 @@ def new_path(option: str, given: str | Path) -> Path:
     if path.exists():
         raise UserError(f"{option}={path}: already exists; give another name")
     return path
+
+
+def check_writable(option: str, given: str | Path, folder: Path) -> None:
+    """Refuses a folder that nothing can be written to, before any work."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{option}={given}: cannot be written ({error.strerror})") from error
 
 
 @contextmanager

@@ -354,3 +354,10 @@ def test_a_fine_tuned_module_keeps_the_settings_that_are_its_bases(head):
     assert module.hparams["weight_decay"] == 0.5
     assert module.backbone.preprocessing.crop_size == 32
     assert module.hparams["unfreeze"] == "layer4"
+
+
+def test_a_seed_of_true_is_drawn_and_kept(head, monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    monkeypatch.setattr("secrets.randbelow", lambda limit: 1234)
+    finetune(head, "--trainer.max_epochs=1", "--seed_everything=true")
+    assert "seed_everything: 1234\n" in (newest_run() / "config.yaml").read_text()

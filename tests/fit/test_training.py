@@ -242,3 +242,10 @@ def test_a_configuration_from_before_logs_had_that_name_still_runs(colours, trai
     assert newest_run(Path("elsewhere")).parent.name == "colours"
     main(["train", f"--config={newest_run() / 'config.yaml'}", "--trainer.default_root_dir=third"])
     assert newest_run(Path("third")).parent.name == "colours"
+
+
+def test_a_seed_of_true_is_drawn_and_kept(colours, train, monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    monkeypatch.setattr("secrets.randbelow", lambda limit: 1234)
+    train(colours, "--trainer.max_epochs=1", "--seed_everything=true")
+    assert "seed_everything: 1234\n" in (newest_run() / "config.yaml").read_text()

@@ -221,3 +221,9 @@ def test_the_command_serves_the_queue_of_next(heap, tmp_path, monkeypatch, refus
         assert f"--port={port}: cannot be used" in refused("label", f"--data.root={heap}", f"--port={port}")
     assert "--port: 70000: must be a number" in refused("label", f"--data.root={heap}", "--port=70000")
     assert "--data.root is missing" in refused("label")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux has it")
+def test_labels_that_cannot_be_written_are_refused_before_the_first_answer(colours, refused):
+    line = refused("label", f"--data.root={colours}", "--browser=false", "--labels=/proc/labels.csv")
+    assert line.startswith("error: --labels=/proc/labels.csv: cannot be written (")

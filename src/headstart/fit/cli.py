@@ -109,14 +109,12 @@ class TrainCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the options; a resumed run starts from its own configuration, which the command line overrides."""
-        self.config = parser.parse_args(args)
-        if self.config.seed_everything is True:
-            self.config.seed_everything = int(os.environ.get("PL_GLOBAL_SEED") or secrets.randbelow(2**32))
+        self.config = self._parsed(parser, args)
         if self.config.data.get("csv") is not None and self.config.data.root == str(self.root):
             self.config.data.root = None  # the demo is the default only if no data is given
         if self.config.ckpt_path == "last":
             self.resumed = newest_unfinished(self.logs, "train", self.config.name, self._given_data())
-            self.config = parser.parse_args([f"--config={self.resumed.folder / CONFIG}", *args])
+            self.config = self._parsed(parser, [f"--config={self.resumed.folder / CONFIG}", *args])
             self.config.ckpt_path = str(self.resumed.last)
         if self.config.ckpt_path:
             self.resume_from = Path(self.config.ckpt_path)
@@ -130,6 +128,13 @@ class TrainCLI(LightningCLI):
             if self.config.data.feature_precision == "auto":
                 self.config.data.feature_precision = self.checkpoint["headstart"].get("arithmetic") or "auto"
         self.config.model.weights = self._weights_of(self.config.model.backbone, self.config.model.weights)
+
+    def _parsed(self, parser: LightningArgumentParser, args: Any) -> Any:
+        """The options; a seed of `true` is drawn here, since Lightning would always take 0."""
+        config = parser.parse_args(args)
+        if config.seed_everything is True:
+            config.seed_everything = int(os.environ.get("PL_GLOBAL_SEED") or secrets.randbelow(2**32))
+        return config
 
     def _weights_of(self, backbone: str, weights: str) -> str:
         """The weights for the data at hand."""

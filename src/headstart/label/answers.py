@@ -3,10 +3,9 @@
 import csv
 import os
 from pathlib import Path
-from tempfile import TemporaryFile
 
 from headstart.errors import UserError
-from headstart.files import csv_bytes, read_csv, read_regular, write_atomically
+from headstart.files import check_writable, csv_bytes, read_csv, read_regular, write_atomically
 
 COLUMNS = ["path", "label"]  # the path is relative to the file
 
@@ -19,11 +18,7 @@ class Answers:
 
     def __init__(self, file: Path) -> None:
         self.file = file.expanduser().resolve()
-        try:
-            with TemporaryFile(dir=self.file.parent):  # else the first answer would fail
-                pass
-        except OSError as error:
-            raise UserError(f"--labels={file}: cannot be written there ({error.strerror})") from error
+        check_writable("--labels", file, self.file.parent)  # else the first answer would fail
         self.labels: dict[Path, str] = {}  # by absolute path, the newest last
         self._content, self._columns = self._read(), COLUMNS
         if not self.file.exists():

@@ -49,7 +49,7 @@ class FinetuneCLI(TrainCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the options; the head's run gives the defaults."""
-        self.config = parser.parse_args(args)
+        self.config = self._parsed(parser, args)
         if self.config.ckpt_path is None:
             raise UserError("--ckpt_path is missing: give a trained head, such as logs/…/checkpoints/best.ckpt")
         if self.config.ckpt_path == "last":
@@ -61,7 +61,7 @@ class FinetuneCLI(TrainCLI):
             self.init_from = Path(self.config.ckpt_path).expanduser().resolve()
         self.head = read_checkpoint(self.init_from, self.logs)
         parser.set_defaults(self._inherited(parser, self.init_from))
-        self.config = parser.parse_args(args)
+        self.config = self._parsed(parser, args)
         if self.config.data.feature_precision == "int8":
             raise UserError("--data.feature_precision=int8: fine-tuning needs the output of a layer; use auto")
         if self.resumed:

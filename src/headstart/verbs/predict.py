@@ -8,7 +8,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from headstart.errors import UserError
 from headstart.features.arithmetic import FeaturePrecision, as_trained, chosen
 from headstart.features.hashes import cache_folder
 from headstart.features.stream import FileStream
-from headstart.files import in_either_form, new_path
+from headstart.files import check_writable, in_either_form, new_path
 from headstart.model.classifier import TransferClassifier
 from headstart.parser import OptionParser, add_accelerator, add_answers, add_checkpoint, parser_of, required
 from headstart.ranges import Count, Positive
@@ -132,10 +131,9 @@ def _empty_folder(path: str) -> Path:
         raise UserError(f"--explain={path}: exists and is not empty; give a new folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
     except OSError as error:
         raise UserError(f"--explain={path}: cannot be written ({error.strerror})") from error
+    check_writable("--explain", path, folder)
     return folder
 
 
